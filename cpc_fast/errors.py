@@ -1,0 +1,13 @@
+"""What the package raises on purpose: each message says what, where, and what to do."""
+
+
+class CpcFastError(Exception):
+    """Something could not be done; the command line prints it as one sentence and exits with 1."""
+
+    exit_code = 1
+
+
+class UsageError(CpcFastError):
+    """Something was asked for in a way that cannot work; the command line exits with 2."""
+
+    exit_code = 2
