@@ -47,8 +47,8 @@ Solar cells of the ELPV dataset, from the Python package elpv-dataset (https://g
 The images and labels are under CC BY-NC-SA 4.0 (not for commercial use):
 https://creativecommons.org/licenses/by-nc-sa/4.0/
 Cite: Buerhop-Lutz et al., A Benchmark for Visual Identification of Defective Solar Cells in Electroluminescence
-Imagery, EU PVSEC 2018; Deitsch et al., Segmentation of photovoltaic module cells in uncalibrated electroluminescence images,
-Machine Vision and Applications 2021.
+Imagery, EU PVSEC 2018; Deitsch et al., Segmentation of photovoltaic module cells in uncalibrated electroluminescence
+images, Machine Vision and Applications 2021.
 
 train/good: a seeded share of the cells with defect probability 0, per cell type. test/good: the rest of them.
 test/defective: the cells with probability 1. Cells with 1/3 and 2/3 (the experts were unsure) are left out. No masks.
@@ -122,7 +122,7 @@ def write_elpv(out: str | os.PathLike, seed: int = 0, *, train_share: float = 0.
 
     Raises CpcFastError without the elpv-dataset package, UsageError for a share outside (0, 1).
     Source: Deitsch et al. 2021, CC BY-NC-SA 4.0.
-    Example: `write_elpv("data/elpv")` -> 753 train, 755 good, 715 defective.
+    Example: `write_elpv("data/elpv")` -> 754 train, 754 good, 715 defective.
     """
     if not 0 < train_share < 1:
         raise UsageError(f"write_elpv: train_share must lie between 0 and 1, exclusive. Got {train_share}.")
@@ -171,7 +171,7 @@ def _scratch(window: np.ndarray, rng: Generator, band: np.ndarray, others: list)
     taper = np.minimum(1, 0.45 + 4 * np.minimum(half, half[::-1]) / half.max())
     half = half.max() * taper * (0.9 + 0.2 * rng.random() + 0.1 * np.sin(np.linspace(0, 25, len(curve))))
 
-    offset = np.stack(np.mgrid[:size, :size], -1)[:, :, None] - curve  # (H, W, 400, 2)
+    offset = np.moveaxis(np.mgrid[:size, :size], 0, -1)[:, :, None] - curve  # (H, W, 400, 2)
     distance = np.hypot(offset[..., 0], offset[..., 1]) - half
     nearest = distance.argmin(-1)
     depth = -np.take_along_axis(distance, nearest[..., None], -1)[..., 0]  # > 0 inside of the groove

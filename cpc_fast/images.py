@@ -1,0 +1,376 @@
+"""Images from disk: found, read, checked, cached.
+
+    path -> uint8 (H, W, C), C = 1 (grey) or 3 (RGB)          path of a mask -> bool (H, W)
+
+A folder of the wrong shape is a UsageError, a file that cannot serve is an ImageError; both name the path and say what
+to do.
+"""
+
+import errno
+import os
+import stat
+import tempfile
+import threading
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from cpc_fast.errors import CpcFastError, UsageError
+
+SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000")  # none that starts another program
+MAX_PIXELS = 1 << 26  # 67 million: 8192 x 8192. Pillow's own warning comes later, at 89 million.
+MIN_SIDE = 8  # no patch fits into less
+
+_quiet = threading.Lock()  # warnings.catch_warnings edits process-wide state
+
+
+class ImageError(CpcFastError):
+    """An image or mask that cannot be used; the message holds its path, what is wrong, and what to do."""
+
+
+@dataclass(frozen=True)
+class TestImage:
+    """An image to judge: `defect` is "good" when it is normal; `mask_path` is None without a mask, always for good."""
+
+    __test__ = False  # not a test case, whatever pytest makes of the name
+
+    path: Path
+    defect: str
+    mask_path: Path | None
+
+
+def quoted(path: str | os.PathLike) -> str:
+    """A path fit for one line of a message: newlines and bytes that are not UTF-8 are escaped."""
+    return repr(os.fspath(path))
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """Read an image as uint8 (H, W, C), C = 1 for grey and 3 for colour.
+
+    16-bit values lose their low byte (v >> 8); EXIF orientation is applied; alpha is dropped, not blended; palettes,
+    CMYK and YCbCr become RGB. Raises ImageError, naming the path, for anything that is not one whole still image with
+    sides of at least MIN_SIDE and at most MAX_PIXELS pixels, 8 or 16 bits a value.
+
+    Example: `read_image("tile.png").shape` -> `(420, 260, 1)`.
+    """
+    path = Path(path)
+    pixels = _decode(path)
+    if min(pixels.shape[:2]) < MIN_SIDE:
+        raise ImageError(
+            f"{quoted(path)} is {_size(pixels.shape)} px; at least {MIN_SIDE} x {MIN_SIDE} are needed. "
+            "Remove it, or replace it by the full image."
+        )
+    return pixels
+
+
+def read_mask(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
+    """Read a ground-truth mask as bool (H, W): true where a value reaches half of its range (128 or 32768).
+
+    `size` is (H, W) of the image it belongs to; a mask of another size raises ImageError, as does one whose values are
+    all below half range without being all zero (labels 0 and 1, most likely). A colour mask is true where any channel
+    is.
+
+    Example: `read_mask("000_mask.png", (128, 128)).dtype` -> `bool`.
+    """
+    path = Path(path)
+    values = _decode(path).max(axis=2)  # (H, W)
+    if values.shape != tuple(size):
+        raise ImageError(
+            f"The mask {quoted(path)} is {_size(values.shape)} px, but its image is {_size(size)} px (height x width); "
+            "save the mask at the size of the image."
+        )
+    if 0 < values.max() < 128:
+        raise ImageError(
+            f"The mask {quoted(path)} holds values up to {values.max()} of 255, so nothing reaches half of the range; "
+            "save it with 0 for normal and 255 for defective."
+        )
+    return values >= 128
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """Scale uint8 (H, W, C) so that its shorter side is `size`, averaging over what each new pixel covers.
+
+    Raises ImageError where the result would have more than MAX_PIXELS pixels.
+    Example: `resize(np.zeros((512, 256, 3), np.uint8), 128).shape` -> `(256, 128, 3)`.
+    """
+    height, width = image.shape[:2]
+    if min(height, width) == size:
+        return image
+    scale = size / min(height, width)
+    new = (max(size, round(height * scale)), max(size, round(width * scale)))
+    if new[0] * new[1] > MAX_PIXELS:
+        raise ImageError(
+            f"An image of {_size(image.shape)} px with its shorter side at {size} px would have {new[0] * new[1]:,} "
+            f"pixels; the limit is {MAX_PIXELS:,}. Choose a smaller size, or cut the image into pieces."
+        )
+    picture = Image.fromarray(image if image.shape[2] == 3 else image[..., 0])
+    scaled = np.asarray(picture.resize((new[1], new[0]), Image.Resampling.BILINEAR))  # Pillow widens it when shrinking
+    return scaled.reshape(*new, image.shape[2])
+
+
+def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """Turn uint8 (H, W, C) into (H, W, channels): grey = 0.299 R + 0.587 G + 0.114 B; grey to colour repeats it."""
+    if image.shape[2] == channels:
+        return image
+    if channels == 3:
+        return np.repeat(image, 3, axis=2)
+    return np.asarray(Image.fromarray(image).convert("L"))[..., None]
+
+
+def find_images(folder: str | os.PathLike) -> list[Path]:
+    """The image files directly in a folder, sorted, without hidden ones. Raises UsageError where it has no list."""
+    folder = Path(folder)
+    try:
+        return sorted(e for e in folder.iterdir() if e.suffix.lower() in SUFFIXES and not e.name.startswith("."))
+    except FileNotFoundError:
+        raise UsageError(f"There is no folder {quoted(folder)}; check the path.") from None
+    except NotADirectoryError:
+        raise UsageError(f"{quoted(folder)} is a file; name the folder that holds the images.") from None
+    except OSError as error:
+        raise UsageError(f"Cannot list the folder {quoted(folder)}: {error.strerror}.") from error
+
+
+def find_train(root: str | os.PathLike) -> list[Path]:
+    """The normal images to learn from, sorted: those in root/train/good, or in root itself where that is a flat folder.
+
+    Raises UsageError, saying what was expected and what is there instead.
+    Example: `find_train("data/textures/brick")[0]` -> `Path("data/textures/brick/train/good/000.png")`.
+    """
+    root = Path(root)
+    flat = find_images(root)
+    good = root / "train" / "good"
+    if os.path.isdir(good):  # Path.is_dir raises where a parent cannot be entered
+        if paths := find_images(good):
+            return paths
+        raise UsageError(f"{quoted(good)} holds no images; put normal images there ({' '.join(SUFFIXES)}).")
+    if os.path.isdir(root / "train"):
+        raise UsageError(f"{quoted(root / 'train')} has no folder good; put the normal images into {quoted(good)}.")
+    if os.path.isdir(root / "test"):
+        raise UsageError(f"{quoted(root)} has test but no train/good: nothing to learn from; add {quoted(good)}.")
+    if flat:
+        return flat
+    raise UsageError(
+        f"{quoted(root)} holds no images ({' '.join(SUFFIXES)}) and no train/good; "
+        f"name a folder of normal images, or one with train/good inside.{_categories(root, 'train')}"
+    )
+
+
+def find_test(root: str | os.PathLike) -> list[TestImage]:
+    """The images to judge, sorted by path: root/test/<defect>/<name>.png, with ground_truth/<defect>/<name>_mask.png.
+
+    A defect with no folder in ground_truth has no masks; where the folder is there, each image must have its mask.
+    Raises UsageError. Example: `find_test("data/textures/brick")[0].defect` -> `"blur"`.
+    """
+    root = Path(root)
+    find_images(root)
+    test = root / "test"
+    if not os.path.isdir(test):
+        raise UsageError(
+            f"{quoted(root)} has no folder test; name one with test/good and test/<defect> inside."
+            f"{_categories(root, 'test')}"
+        )
+    find_images(test)
+    found = []
+    for folder in sorted(entry for entry in test.iterdir() if os.path.isdir(entry) and not entry.name.startswith(".")):
+        truth = root / "ground_truth" / folder.name
+        masks = None
+        if folder.name != "good" and os.path.isdir(truth):
+            masks = {path.stem: path for path in find_images(truth)}
+        for path in find_images(folder):
+            mask = None
+            if masks is not None and (mask := masks.get(f"{path.stem}_mask") or masks.get(path.stem)) is None:
+                raise UsageError(
+                    f"{quoted(path)} has no mask: expected {quoted(truth / (path.stem + '_mask.png'))}; "
+                    f"add it, or remove {quoted(truth)} to evaluate without masks."
+                )
+            found.append(TestImage(path, folder.name, mask))
+    if not found:
+        raise UsageError(f"{quoted(test)} holds no images; expected test/good/*.png and test/<defect>/*.png.")
+    return found
+
+
+class ImageCache(Sequence[np.ndarray]):
+    """Images decoded once: `cache[i]` is uint8 (H, W, channels), read-only.
+
+    With `size`, the shorter side is scaled to it. Up to `memory` bytes stay in memory; what is more goes to one unnamed
+    temporary file, which is gone when the cache is. Raises ImageError at the first use of a bad image.
+
+    Example: `ImageCache(find_train("data/textures/brick"), size=None, channels=1)[0].shape` -> `(128, 128, 1)`.
+    """
+
+    def __init__(self, paths: Sequence[str | os.PathLike], *, size: int | None, channels: int, memory: int = 1 << 31):
+        if channels not in (1, 3):
+            raise UsageError(f"ImageCache: channels must be 1 or 3. Got {channels}.")
+        if size is not None and size < MIN_SIDE:
+            raise UsageError(f"ImageCache: size must be None or at least {MIN_SIDE} px. Got {size}.")
+        self.paths, self.size, self.channels, self.memory = [Path(path) for path in paths], size, channels, memory
+        self._held: dict[int, np.ndarray] = {}
+        self._spilt: dict[int, tuple[int, tuple[int, ...]]] = {}  # offset in the file, shape
+        self._held_bytes = self._spilt_bytes = 0
+        self._file = None
+        self._lock = threading.Lock()
+        self._owner = os.getpid()  # a forked worker shares the file: it may read what is there, and adds nothing
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> np.ndarray:  # type: ignore[override]  # no slices: they would decode them all
+        i = range(len(self.paths))[i]
+        if (image := self._held.get(i)) is None:
+            if i in self._spilt:
+                return self._read_back(*self._spilt[i])
+            image = to_channels(read_image(self.paths[i]), self.channels)
+            if self.size is not None:
+                try:
+                    image = resize(image, self.size)
+                except ImageError as error:
+                    raise ImageError(f"{quoted(self.paths[i])}: {error}") from None
+            image = np.ascontiguousarray(image)
+            image.flags.writeable = False
+            if os.getpid() == self._owner:
+                with self._lock:
+                    self._keep(i, image)
+        return image
+
+    def _keep(self, i: int, image: np.ndarray) -> None:
+        if i in self._held or i in self._spilt:
+            return
+        if self._held_bytes + image.nbytes <= self.memory:
+            self._held[i] = image
+            self._held_bytes += image.nbytes
+            return
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="cpc_fast_", buffering=0)  # noqa: SIM115 (lives as long as the cache)
+                weakref.finalize(self, self._file.close)
+            data, done = memoryview(image.tobytes()), 0
+            while done < len(data):
+                done += os.pwrite(self._file.fileno(), data[done:], self._spilt_bytes + done)
+        except OSError as error:
+            raise CpcFastError(
+                f"Cannot keep decoded images in {quoted(tempfile.gettempdir())}: {error.strerror}; free some space "
+                "there, or set TMPDIR to a larger place."
+            ) from error
+        self._spilt[i] = (self._spilt_bytes, image.shape)
+        self._spilt_bytes += image.nbytes
+
+    def _read_back(self, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+        assert self._file is not None
+        data = os.pread(self._file.fileno(), int(np.prod(shape)), offset)
+        return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _decode(path: Path) -> np.ndarray:
+    """uint8 (H, W, C) of any size within the limit."""
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise ImageError(f"{quoted(path)} is a folder with the name of an image; rename or remove it.")
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise ImageError(f"{quoted(path)} is not a regular file; replace it by an image, or remove it.")
+        if status.st_size == 0:
+            raise ImageError(f"{quoted(path)} is empty (0 bytes); copy it again, or remove it.")
+        with _quiet, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow only warns about is checked below, or is harmless (odd EXIF)
+            with Image.open(path, formats=FORMATS) as picture:
+                _check(path, picture)
+                picture.load()
+                return _turned(_to_array(path, picture), picture)
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"{quoted(path)} is not an image in a known format ({', '.join(FORMATS)}), whatever its name says; "
+            "convert or remove it."
+        ) from None
+    except Image.DecompressionBombError:
+        raise ImageError(
+            f"{quoted(path)} declares far more than {MAX_PIXELS:,} pixels, the limit; scale it down, cut it into "
+            "pieces, or remove it."
+        ) from None
+    except OSError as error:
+        if error.errno is None:  # Pillow's own, about the contents
+            raise ImageError(_broken(path, error)) from error
+        advice = {
+            errno.ENOENT: "check the path",
+            errno.EACCES: "give yourself the right to read it",
+            errno.ELOOP: "remove the circle of links",
+        }
+        raise ImageError(
+            f"Cannot read {quoted(path)}: {error.strerror}; {advice.get(error.errno, 'copy it again, or remove it')}."
+        ) from error
+    except MemoryError:
+        raise ImageError(f"{quoted(path)} does not fit into memory; scale it down, or cut it into pieces.") from None
+    except Exception as error:  # decoders meet broken files with SyntaxError, ValueError, struct.error, zlib.error, ...
+        raise ImageError(_broken(path, error)) from error
+
+
+def _check(path: Path, picture: Image.Image) -> None:
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ImageError(
+            f"{quoted(path)} is {picture.height} x {picture.width} px, more than the limit of {MAX_PIXELS:,} pixels; "
+            "scale it down, or cut it into pieces."
+        )
+    frames = getattr(picture, "n_frames", 1)
+    if frames > 1 and picture.format != "MPO":  # in MPO, a camera's format, the first picture is the picture
+        raise ImageError(f"{quoted(path)} holds {frames} frames; save the one that matters as an image of its own.")
+
+
+def _to_array(path: Path, picture: Image.Image) -> np.ndarray:
+    """uint8 (H, W, C) of a loaded picture of any mode."""
+    mode = picture.mode
+    if mode.startswith("I"):  # I;16 and its byte orders, or 32-bit
+        values = np.asarray(picture)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError(
+                f"{quoted(path)} holds whole numbers from {values.min()} to {values.max()}; save it with 8 or 16 bits."
+            )
+        return (values >> 8).astype(np.uint8)[..., None]
+    if mode == "F":
+        raise ImageError(f"{quoted(path)} holds floating-point values; save it with 8 or 16 bits.")
+    if mode in ("P", "PA", "RGBa", "La"):
+        picture = picture.convert("RGBA")
+        mode = "RGBA"
+    if mode in ("1", "LA"):
+        picture = picture.getchannel(0) if mode == "LA" else picture.convert("L")
+    elif mode == "RGBA":
+        return np.asarray(picture)[..., :3]
+    elif mode not in ("L", "RGB"):
+        picture = picture.convert("RGB")
+    pixels = np.asarray(picture)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _turned(pixels: np.ndarray, picture: Image.Image) -> np.ndarray:
+    """Apply the EXIF orientation (a TIFF has been turned by Pillow already, and no longer carries it)."""
+    try:
+        orientation = picture.getexif().get(0x0112, 1)
+    except Exception:  # EXIF that cannot be read orders nothing
+        return pixels
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _broken(path: Path, error: Exception) -> str:
+    detail = " ".join(str(error).split()) or type(error).__name__
+    return f"{quoted(path)} is damaged or cut short ({detail}); copy it again, or remove it."
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[0]} x {shape[1]}"
+
+
+def _categories(root: Path, inside: str) -> str:
+    names = sorted(entry.name for entry in root.iterdir() if os.path.isdir(entry / inside))
+    return f" It has such folders inside: {', '.join(map(repr, names[:5]))}; name one of them." if names else ""
