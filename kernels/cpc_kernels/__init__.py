@@ -1,0 +1,21 @@
+"""InfoNCE, fused: contrastive losses over all candidates or over sampled ones, in O(N + M) memory.
+
+Imports torch and the standard library; Triton only when a tensor on a GPU asks for it.
+"""
+
+from .capabilities import Capability, capabilities
+from .info_nce import InfoNCEStats, info_nce, info_nce_stats
+from .negatives import Negatives, draw_negatives
+from .sampled_info_nce import sampled_info_nce, sampled_info_nce_stats
+
+__all__ = [
+    "Capability",
+    "InfoNCEStats",
+    "Negatives",
+    "capabilities",
+    "draw_negatives",
+    "info_nce",
+    "info_nce_stats",
+    "sampled_info_nce",
+    "sampled_info_nce_stats",
+]
