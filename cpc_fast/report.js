@@ -7,13 +7,13 @@
   const all = (root, selector) => [...root.querySelectorAll(selector)];
   const BADGE = { caught: "Caught", missed: "Missed", alarm: "False alarm", passed: "Passed" };
 
-  const percent = (share) => (Math.floor(share * 1000 + 0.5) / 10).toFixed(1) + " %";
+  const percent = (share) => (Math.floor(share * 1000 + 0.5) / 10).toFixed(1) + "%";
   const interval = (hits, of) => { // 95 % Wilson score interval, as in report.py
     if (!of) return "no images";
     const z = 1.959964, p = hits / of;
     const middle = p + (z * z) / (2 * of), half = z * Math.sqrt((p * (1 - p)) / of + (z * z) / (4 * of * of));
     const whole = (x) => Math.floor(Math.min(1, Math.max(0, x / (1 + (z * z) / of))) * 100 + 0.5);
-    return `${whole(middle - half)} to ${whole(middle + half)} %`;
+    return `${whole(middle - half)} to ${whole(middle + half)}%`;
   };
   const plural = (n, noun) => `${n} ${noun}${n === 1 ? "" : "s"}`;
 

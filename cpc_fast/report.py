@@ -15,6 +15,7 @@ one rule: an image is flagged when its score is above the threshold, a pixel is 
 """
 
 import base64
+import contextlib
 import hashlib
 import io
 import math
@@ -32,6 +33,7 @@ from scipy import ndimage
 from skimage.measure import approximate_polygon, find_contours
 
 from cpc_fast.errors import CpcFastError
+from cpc_fast.metrics import Curve, pro_curve, roc_curve
 from cpc_fast.scored import Scored
 from cpc_fast.version import __version__
 
@@ -41,9 +43,10 @@ CASING = (10, 12, 20)  # drawn under both, so that they show on any photograph
 
 PHOTO_BYTES = 40_000  # JPEG bytes per gallery image: 100 images stay under 6 MB of HTML with their maps
 ALL_PHOTO_BYTES = 16_000_000  # and what all images of a page share, however many there are
-PHOTO_LADDER = ((640, 85), (480, 82), (320, 80), (320, 60), (240, 55), (160, 50))  # longest side in pixels, JPEG quality
+# longest side in pixels and JPEG quality: the first that fits
+PHOTO_LADDER = ((640, 85), (480, 82), (320, 80), (320, 60), (240, 55), (160, 50))
 MAP_SIDE = 160  # anomaly maps are smooth: this many pixels show all there is
-PATH_POINTS = 400  # corners of the outlines of one mask
+PATH_POINTS = 600  # corners of the outlines of one mask
 BINS = 48
 
 
@@ -76,14 +79,15 @@ class Section:
 
 
 def _heat_table() -> np.ndarray:
-    """256 colours from dark indigo over red to pale yellow, lightness rising evenly in OKLab: uint8 (256, 3)."""
+    """256 colours from indigo over red to pale yellow, lightness rising evenly in OKLab: uint8 (256, 3)."""
     t = np.linspace(0, 1, 256)
-    lightness = 0.20 + 0.76 * t
+    lightness = 0.34 + 0.62 * t
     stops = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    chroma = np.interp(t, stops, [0.085, 0.150, 0.190, 0.185, 0.165, 0.090])
-    hue = np.radians(np.interp(t, stops, [285, 315, 373, 404, 443, 465]))
+    chroma = np.interp(t, stops, [0.170, 0.190, 0.205, 0.190, 0.165, 0.090])
+    hue = np.radians(np.interp(t, stops, [282, 318, 373, 404, 443, 465]))
     a, b = chroma * np.cos(hue), chroma * np.sin(hue)
     # OKLab to linear sRGB (Ottosson 2020, https://bottosson.github.io/posts/oklab/)
+    # fmt: off
     lms = np.stack([
         lightness + 0.3963377774 * a + 0.2158037573 * b,
         lightness - 0.1055613458 * a - 0.0638541728 * b,
@@ -94,6 +98,7 @@ def _heat_table() -> np.ndarray:
         [-1.2684380046, 2.6097574011, -0.3413193965],
         [-0.0041960863, -0.7034186147, 1.7076147010],
     ]) @ lms
+    # fmt: on
     linear = linear.clip(0, 1)
     srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     return np.rint(255 * srgb.T).astype(np.uint8)
@@ -157,14 +162,16 @@ def mask_outline(image: np.ndarray, mask: np.ndarray, *, color: tuple[int, int, 
         (8, 8, 3)
     """
     out = _rgb(image).copy()
-    _same_size("mask_outline", image, mask)
     mask = np.asarray(mask, bool)
+    _same_size("mask_outline", image, mask)
     if not mask.any():
         return out
     width = max(1, round(max(mask.shape) / 256))
     square = np.ones((3, 3), bool)
-    out[ndimage.binary_dilation(mask, square, iterations=width) & ~mask] = CASING
-    out[mask & ~ndimage.binary_erosion(mask, square, iterations=width, border_value=0)] = color
+    grown = np.asarray(ndimage.binary_dilation(mask, square, iterations=width))
+    shrunk = np.asarray(ndimage.binary_erosion(mask, square, iterations=width))
+    out[grown & ~mask] = CASING
+    out[mask & ~shrunk] = color
     return out
 
 
@@ -208,7 +215,8 @@ def contact_sheet(
     band = 3 * (size + gap) + caption
     sheet = Image.new("RGB", (margin + columns * (size + gap), bands * band + gap), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=max(11, size // 12))
+    letter = max(11, size // 12)
+    font = ImageFont.load_default(size=letter)
     for n, item in enumerate(scored):
         left, top = margin + (n % columns) * (size + gap), gap + (n // columns) * band
         if n % columns == 0:
@@ -228,7 +236,7 @@ def contact_sheet(
         middle = left + size / 2
         y = top + 3 * (size + gap)
         draw.text((middle, y), _cut(printable(item.defect), 24), (20, 24, 32), font, anchor="ma")
-        draw.text((middle, y + font.size + 3), f"score {item.score:.3g}", (70, 75, 85), font, anchor="ma")
+        draw.text((middle, y + letter + 3), f"score {item.score:.3g}", (70, 75, 85), font, anchor="ma")
     return np.asarray(sheet)
 
 
@@ -267,63 +275,52 @@ def _check(item: Scored) -> None:
         _same_size(where, item.image, item.truth)
     if not math.isfinite(item.score):
         raise ReportError(f"{where} has the score {item.score}; scores must be finite. Score the image again.")
+    if not np.isfinite(item.map).all():
+        raise ReportError(f"{where} has an anomaly map that is not finite everywhere. Score the image again.")
 
 
 def _map_limits(scored: Sequence[Scored], pixel_threshold: float) -> tuple[float, float]:
     """Ends of the colours: the median of normal pixels, and the value all but 1 in 500 pixels stay below.
 
-    The threshold stays in the lower two thirds, so that what is marked can be told from what is not.
+    The threshold lies between a sixth and two thirds of the way, so that what is marked shows, and shows how much.
     """
     normal = [s for s in scored if s.good] or scored
 
     def pixels(items: Sequence[Scored]) -> np.ndarray:
         step = max(1, sum(s.map.size for s in items) // 1_000_000)
-        values = np.concatenate([s.map.ravel()[:: min(step, s.map.size)] for s in items])
-        values = values[np.isfinite(values)]
-        return values if values.size else np.zeros(1)
+        return np.concatenate([s.map.ravel()[:: min(step, s.map.size)] for s in items])
 
     low, high = float(np.median(pixels(normal))), float(np.quantile(pixels(scored), 0.998))
     if math.isfinite(pixel_threshold) and pixel_threshold > low:
-        high = max(high, low + 1.5 * (pixel_threshold - low))
+        high = float(np.clip(high, low + 1.5 * (pixel_threshold - low), low + 6 * (pixel_threshold - low)))
     return low, high if high > low else low + 1.0
 
 
 # ------------------------------------------------------------------------------------------------------------ curves
 
 
-def _roc(scores: np.ndarray, good: np.ndarray) -> np.ndarray:
-    """Corners of the ROC curve from (0, 0) to (1, 1), ties merged: (P, 2) of false-alarm rate and recall."""
-    order = np.argsort(-scores, kind="stable")
-    last = np.append(np.diff(scores[order]) != 0, True)
-    false = np.cumsum(good[order])[last] / max(1, good.sum())
-    true = np.cumsum(~good[order])[last] / max(1, (~good).sum())
-    return np.concatenate([[[0.0, 0.0]], np.stack([false, true], 1)])
+def _truth(item: Scored) -> np.ndarray | None:
+    """The ground truth, where a good image without a mask has nothing on it."""
+    return np.zeros(item.map.shape, bool) if item.truth is None and item.good else item.truth
 
 
-def _pro(scored: Sequence[Scored], limit: float, pixel_threshold: float) -> tuple[np.ndarray, tuple[float, float]]:
-    """Points of the PRO curve up to the FPR `limit`, (P, 2), and where the pixel threshold lies on it.
-
-    PRO is the mean over 8-connected ground-truth regions of the share of the region above a threshold, FPR the share
-    of all normal pixels above it. 200 thresholds are enough to draw; AU-PRO itself is computed exactly in `metrics`.
-    """
-    masked = [s for s in scored if s.truth is not None or s.good]
-    normal = np.sort(np.concatenate([s.map[~s.truth] if s.truth is not None else s.map.ravel() for s in masked]))[::-1]
-    regions = []
-    for s in masked:
-        if s.truth is not None and s.truth.any():
-            labels, count = ndimage.label(s.truth, np.ones((3, 3)))
-            regions += [np.sort(s.map[labels == n + 1]) for n in range(count)]
-    at = np.unique(np.linspace(0, limit, 200) ** 1.5 / limit**0.5 * normal.size).astype(np.intp)
-    thresholds = np.append(normal[np.minimum(at, normal.size - 1)], pixel_threshold)
-    false = np.searchsorted(-normal, -thresholds, side="left") / normal.size
-    overlap = np.mean([1 - np.searchsorted(r, thresholds, side="right") / r.size for r in regions], axis=0)
-    curve = np.stack([false, overlap], 1)
-    return curve[:-1], (float(false[-1]), float(overlap[-1]))
+def _pixel_rates(scored: Sequence[Scored], threshold: float) -> tuple[float, float]:
+    """FPR and PRO (as `metrics` defines them) of the pixels above a threshold: where it lies on the PRO curve."""
+    false, normal, overlaps = 0, 0, []
+    for item in scored:
+        truth, marked = _truth(item), item.map > threshold
+        if truth is None:
+            continue
+        false, normal = false + int((marked & ~truth).sum()), normal + int((~truth).sum())
+        labels = np.zeros(truth.shape, np.int32)
+        ndimage.label(truth, np.ones((3, 3)), output=labels)
+        overlaps += list(np.atleast_1d(ndimage.mean(marked, labels, np.arange(1, labels.max() + 1))))
+    return false / normal, float(np.mean(overlaps))
 
 
-def _points(curve: np.ndarray, x_max: float = 1.0) -> str:
-    """A curve as the points of an SVG polyline in the unit square, y downwards."""
-    return " ".join(f"{x / x_max:.4g},{1 - y:.4g}" for x, y in curve)
+def _points(curve: Curve, x_max: float = 1.0) -> str:
+    """A curve as the points of an SVG polyline in the unit square, y downwards; empty for an empty curve."""
+    return " ".join(f"{x / x_max:.4g},{1 - y:.4g}" for x, y in zip(*curve, strict=True))
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -346,7 +343,7 @@ def printable(text: str) -> str:
 
 def percent(value: float) -> str:
     """A share as a percentage with one decimal, halves upwards as in report.js."""
-    return f"{math.floor(value * 1000 + 0.5) / 10:.1f} %"
+    return f"{math.floor(value * 1000 + 0.5) / 10:.1f}%"
 
 
 def interval(hits: int, of: int) -> str:
@@ -356,7 +353,7 @@ def interval(hits: int, of: int) -> str:
     z, p = 1.959964, hits / of
     middle, half = p + z * z / (2 * of), z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of))
     low, high = (max(0.0, middle - half) / (1 + z * z / of), min(1.0, (middle + half) / (1 + z * z / of)))
-    return f"{math.floor(low * 100 + 0.5)} to {math.floor(high * 100 + 0.5)} %"
+    return f"{math.floor(low * 100 + 0.5)} to {math.floor(high * 100 + 0.5)}%"
 
 
 def _number(value: Any) -> float | None:
@@ -398,11 +395,12 @@ def _outline_path(mask: np.ndarray) -> str:
     pad = [(step, step + (-n) % step) for n in mask.shape]
     coarse = np.pad(mask, pad)
     coarse = coarse.reshape(coarse.shape[0] // step, step, coarse.shape[1] // step, step).any((1, 3))
-    tolerance = max(0.6, max(coarse.shape) / 320)
-    corners = [approximate_polygon(c, tolerance) for c in find_contours(coarse.astype(np.uint8), 0.5)]
-    corners.sort(key=lambda c: -float(np.prod(np.ptp(c, axis=0))))
+    tolerance = max(0.4, max(coarse.shape) / 640)
+    contours = find_contours(coarse.astype(np.uint8), 0.5)
+    contours.sort(key=lambda c: -float(np.prod(np.ptp(c, axis=0))))
     path, left = [], PATH_POINTS
-    for polygon in corners:
+    for contour in contours:
+        polygon = approximate_polygon(contour, tolerance)
         left -= len(polygon)
         if left < 0 and path:
             break
@@ -457,17 +455,15 @@ def _section(section: Section, budget: int) -> dict[str, Any]:
             "height": s.map.shape[0], "width": s.map.shape[1],
             "photo": _photo_uri(s.image, budget), "heat": _map_uri(s.map, map_low, map_high),
             "predicted": _outline_path(marked), "truth": "" if s.truth is None else _outline_path(s.truth),
-            "marked": percent(float(marked.mean())), "known": None if s.truth is None else percent(float(s.truth.mean())),
+            "marked": percent(float(marked.mean())),
+            "known": None if s.truth is None else percent(float(s.truth.mean())),
         })  # fmt: skip
 
     true, false = int((scores[~good] > threshold).sum()), int((scores[good] > threshold).sum())
-    both = bool(good.any() and not good.all())
-    pro = None
-    if any(s.truth is not None and s.truth.any() for s in scored) and not all(
-        s.truth is not None and s.truth.all() for s in scored
-    ):
-        curve, (x, y) = _pro(scored, 0.30, section.pixel_threshold)
-        pro = {"points": _points(curve, 0.30), "at": (x / 0.30, 1 - y) if x <= 0.30 else None}
+    pro, pro_at = _points(pro_curve([m.map for m in scored], [_truth(m) for m in scored], 0.30), 0.30), None
+    if pro:
+        x, y = _pixel_rates(scored, section.pixel_threshold)
+        pro_at = (x / 0.30, 1 - y) if x <= 0.30 else None
 
     return {
         "title": section.title, "metrics": section.metrics, "trained_on": section.trained_on,
@@ -477,9 +473,9 @@ def _section(section: Section, budget: int) -> dict[str, Any]:
         "rows": rows, "cards": cards, "masks": any(s.truth is not None for s in scored),
         "good": int(good.sum()), "defective": int((~good).sum()),
         "true": true, "false": false,
-        "roc": _points(_roc(scores, good)) if both else None,
+        "roc": _points(roc_curve(scores, ~good)),
         "roc_at": (false / max(1, good.sum()), 1 - true / max(1, (~good).sum())),
-        "pro": pro,
+        "pro": pro, "pro_at": pro_at,
         "map_low": f"{map_low:.3g}", "map_high": f"{map_high:.3g}", "map_threshold": f"{section.pixel_threshold:.3g}",
         "map_across": round(100 * (section.pixel_threshold - map_low) / (map_high - map_low), 2)
         if math.isfinite(section.pixel_threshold) else None,
@@ -530,7 +526,7 @@ def write_report(path: str | os.PathLike[str], sections: Sequence[Section]) -> N
     budget = min(PHOTO_BYTES, ALL_PHOTO_BYTES // sum(len(s.scored) for s in sections))
     html = environment.get_template("report.html").render(
         policy=policy, style=Markup(style), script=Markup(script), version=__version__,
-        sections=[_section(s, budget) for s in sections], heat=[HEAT[n] for n in range(0, 256, 15)],
+        sections=[_section(s, budget) for s in sections], heat=[HEAT[n] for n in range(0, 256, 17)],
     )  # fmt: skip
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -538,10 +534,12 @@ def write_report(path: str | os.PathLike[str], sections: Sequence[Section]) -> N
         aside.write_text(html, encoding="utf-8", newline="\n")
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True) if aside.parent.is_dir() else None
         raise ReportError(
             f"report: cannot write {path} ({error.strerror}). Choose a folder that exists and has room."
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def _hex(color: Sequence[int]) -> str:
