@@ -34,9 +34,9 @@ TEST_ROWS = (168, 344)  # the photographs are 512 x 512; train windows lie above
 MARKER = "dataset.json"
 
 TEXTURES_LICENSE = """\
-Windows of the photographs `brick`, `grass` and `gravel` that scikit-image distributes (skimage.data; the originals are
-from CC0Textures, https://cc0textures.com), under the Creative Commons CC0 1.0 public domain dedication:
-https://creativecommons.org/publicdomain/zero/1.0/
+Windows of the photographs `brick`, `grass` and `gravel` that scikit-image distributes (skimage.data), under the
+Creative Commons CC0 1.0 public domain dedication: https://creativecommons.org/publicdomain/zero/1.0/
+The originals: Bricks25 and Gravel04 of CC0Textures, and https://www.deviantart.com/linolafett/art/Grass-01-434853879
 
 The defects in test/ (scratch, stain, foreign, blur, cut_paste) are painted by cpc_fast; the masks in ground_truth/ are
 exact. Train windows lie above or below rows 168 to 344 of the photograph, test windows between them.
@@ -266,7 +266,15 @@ def _blob(shape: tuple[int, ...], rng: Generator, share: float) -> np.ndarray:
 def _photograph(name: str) -> np.ndarray:
     import skimage.data  # slow to import, and only wanted here
 
-    return np.asarray(getattr(skimage.data, name)(), dtype=np.uint8)  # (512, 512)
+    try:
+        image = np.asarray(getattr(skimage.data, name)())
+    except (ImportError, OSError) as error:  # a distribution without its files, which it would then try to download
+        image = str(error)
+    if not isinstance(image, np.ndarray) or (image.shape, image.dtype) != ((512, 512), np.uint8):
+        raise CpcFastError(
+            f"scikit-image's photograph {name!r} is not where its wheel puts it; reinstall scikit-image with pip."
+        )
+    return image
 
 
 def _window(image: np.ndarray, size: int, rng: Generator) -> np.ndarray:
@@ -289,6 +297,10 @@ def _new_folder(out: str | os.PathLike, dataset: str, made_from: dict, licence: 
         out.parent.mkdir(parents=True, exist_ok=True)
         part = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
         part.mkdir()
+    except (FileExistsError, NotADirectoryError):
+        raise CpcFastError(
+            f"Cannot write the dataset to {str(out)!r}: a file stands where a folder is needed; choose another place."
+        ) from None
     except OSError as error:
         raise CpcFastError(
             f"Cannot write the dataset to {str(out)!r}: {error.strerror}; choose another folder."
@@ -300,17 +312,22 @@ def _new_folder(out: str | os.PathLike, dataset: str, made_from: dict, licence: 
         files = sorted(str(path.relative_to(part)) for path in part.rglob("*") if path.is_file())
         marker = {"dataset": dataset, "version": 1, **made_from, "files": files}
         (part / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="ascii")
-        if out.exists():
-            _refuse_foreign(out, dataset)
-            old = out.with_name(f"{part.name}.old")
-            out.rename(old)
+        if not out.exists():
             part.rename(out)
-            shutil.rmtree(old)
-        else:
+            return
+        _refuse_foreign(out, dataset)
+        old = part.with_suffix(".old")
+        out.rename(old)
+        try:
             part.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
+        shutil.rmtree(old)
     except OSError as error:
         raise CpcFastError(
-            f"Writing the dataset to {str(out)!r} failed: {error.strerror or error}; nothing was left there."
+            f"Writing the dataset to {str(out)!r} failed: {error.strerror or error}; "
+            "what was there before is unchanged."
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
