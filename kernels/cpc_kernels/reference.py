@@ -53,12 +53,18 @@ def info_nce_rows(anchors, candidates, positives, *, scale=1.0, anchor_ids=None,
     else:
         active = positives >= 0
         negative &= torch.arange(m, device=q.device) != positives[:, None]
-        own = k[positives.clamp(min=0)] if m else torch.zeros_like(q)
+        own = None
     if anchor_ids is not None:
         negative &= anchor_ids[:, None] != candidate_ids
     q = q.where(active[:, None], 0.0)  # whatever an ignored row holds reaches nobody
     scores = scale * (q @ k.T)
-    return rows(scores, negative, scale * (q * own).sum(-1), active), active
+    if own is not None:
+        positive = scale * (q * own).sum(-1)
+    elif m:
+        positive = scores.gather(1, positives.clamp(min=0)[:, None])[:, 0]
+    else:
+        positive = q.sum(-1) * 0
+    return rows(scores, negative, positive, active), active
 
 
 def info_nce(anchors, candidates, positives, *, scale=1.0, anchor_ids=None, candidate_ids=None, reduction="mean"):
@@ -92,7 +98,10 @@ def sampled_info_nce_rows(
         negative = negative & (anchor_ids[:, None, None] != pool_ids[listed.clamp(min=0)])
     q = q.where(active[..., None], 0.0)
     scores = scale * torch.einsum("nkd,nksd->nks", q, gathered)
-    return rows(scores, negative, scale * (q * own).sum(-1), active), active
+    positive = scale * (q * own).sum(-1)
+    if not positives.is_floating_point():  # a listed copy of the positive ties with it, whatever the rounding
+        scores = torch.where(listed == positives[..., None], positive[..., None], scores)
+    return rows(scores, negative, positive, active), active
 
 
 def sampled_info_nce(

@@ -77,12 +77,17 @@ class Gathered:
         z = self.pool[listed.clamp(min=0)]
         each = listed.shape[1] == q.shape[1]
         s = ((z @ q[..., None])[..., 0] if each else q @ z[:, 0].mT) * self.scale
+        positive = (q * self.own(i)).sum(-1) * self.scale
         skipped = listed < 0
-        if self.drawn and self.indexed:
-            skipped = skipped | (listed == self.positives[i][..., None])
+        if self.indexed:
+            copies = listed == self.positives[i][..., None]
+            if self.drawn:
+                skipped = skipped | copies
+            else:  # a listed copy of the positive ties with it, whatever the rounding
+                s = torch.where(copies, positive[..., None], s)
         if self.anchor_ids is not None:
             skipped = skipped | (self.anchor_ids[i, None, None] == self.pool_ids[listed.clamp(min=0)])
-        return s.masked_fill_(skipped, -torch.inf), (q * self.own(i)).sum(-1) * self.scale, z
+        return s.masked_fill_(skipped, -torch.inf), positive, z
 
 
 def weighted(p: Tensor, z: Tensor) -> Tensor:
