@@ -1,0 +1,145 @@
+"""What a run is made of: one frozen record, checked once, saved beside the weights as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UsageError
+
+NORMS = ("group", "layer", "none")
+CONTEXTS = ("none", "masked-conv")
+NEGATIVES = ("batch", "other-images", "sampled")
+SHIFTS = ("quarter-turn", "zoom", "noise", "blur", "intensity", "sharpen", "shuffle")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The choices of one run. Lengths are pixels of the resized image; see each field.
+
+    Raises UsageError from the constructor when a choice is unknown or two choices exclude each other.
+
+    >>> Config(steps=3, skip=1).offsets
+    (2, 3, 4)
+    """
+
+    # image -> patches
+    image_size: int | None = None  # the shorter side is resized to this; None keeps the original size
+    channels: int = 1  # 1: grayscale, 3: colour
+    standardise: str = "set"  # "set": mean and spread of the training images; "image": each image by its own
+    patch_size: int = 32
+    patch_stride: int = 16
+    crop: int | None = None  # side of the random square window seen in training; None: the whole image
+    # patches -> latents
+    width: int = 32  # channels of the first residual stage; latents have 4 * width features
+    stem: int = 4  # stride of the first convolution
+    norm: str = "group"
+    # latents -> contexts -> predictions
+    context: str = "none"
+    steps: int = 3  # K: how many patches ahead
+    skip: int = 1  # nearest patches left out, because overlapping neighbours share pixels
+    directions: int = 4  # 1: down; 2: down, up; 4: down, up, right, left
+    # predictions -> loss
+    negatives: str = "batch"
+    negatives_count: int = 16  # per anchor; for "sampled" only
+    shifts: tuple[str, ...] = ()  # transformed copies of each batch whose latents are further wrong answers
+    # training
+    epochs: int = 20
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    jitter: float = 0.1  # standard deviation of the random brightness and contrast of a training image
+    flips: bool = False  # random mirror images in training
+    seed: int = 0
+    # scoring
+    bank_size: int = 1024  # normal latents that test patches are compared with
+    calibration_share: float = 0.2  # share of the normal images held out of training
+    target_fpr: float = 0.01  # share of normal images that may be flagged
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, must: str) -> None:
+            if not ok:
+                raise UsageError(f"config: {name} is {getattr(self, name)!r}; it must be {must}.")
+
+        need(
+            self.norm != "batch", "norm", f"one of {', '.join(NORMS)} (batch statistics let patches of one batch cheat)"
+        )
+        need(self.norm in NORMS, "norm", f"one of {', '.join(NORMS)}")
+        need(self.context in CONTEXTS, "context", f"one of {', '.join(CONTEXTS)}")
+        need(self.negatives in NEGATIVES, "negatives", f"one of {', '.join(NEGATIVES)}")
+        need(self.directions in (1, 2, 4), "directions", "1, 2 or 4")
+        need(self.standardise in ("set", "image"), "standardise", "set or image")
+        need(self.channels in (1, 3), "channels", "1 (grayscale) or 3 (colour)")
+        need(self.stem in (1, 2, 4, 8), "stem", "1, 2, 4 or 8")
+        need(set(self.shifts) <= set(SHIFTS), "shifts", f"drawn from {', '.join(SHIFTS)}")
+        counts = (
+            "patch_size",
+            "patch_stride",
+            "width",
+            "steps",
+            "negatives_count",
+            "epochs",
+            "batch_size",
+            "bank_size",
+        )
+        for name in counts:
+            need(getattr(self, name) >= 1, name, "at least 1")
+        need(self.skip >= 0, "skip", "0 or more")
+        need(self.image_size is None or self.image_size >= self.patch_size, "image_size", "at least patch_size")
+        need(self.crop is None or self.crop >= self.patch_size, "crop", "at least patch_size")
+        need(0 < self.calibration_share < 1, "calibration_share", "between 0 and 1")
+        need(0 < self.target_fpr < 1, "target_fpr", "between 0 and 1")
+        need(self.learning_rate > 0, "learning_rate", "positive")
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """How many grid cells ahead each of the K steps looks."""
+        return tuple(self.skip + k for k in range(1, self.steps + 1))
+
+    @property
+    def features(self) -> int:
+        """D, the length of a latent of the built-in encoder."""
+        return 4 * self.width
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with some fields changed; raises UsageError for a name that is not a field."""
+        unknown = set(changes) - {f.name for f in dataclasses.fields(self)}
+        if unknown:
+            names = ", ".join(f.name for f in dataclasses.fields(self))
+            raise UsageError(f"config: no field called {', '.join(sorted(unknown))}. There are: {names}.")
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary, for config.json and metrics.json."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Config:
+        """The inverse of to_json."""
+        fields = dict(fields)
+        fields["shifts"] = tuple(fields.get("shifts", ()))
+        return cls().replace(**fields)
+
+
+PRESETS: dict[str, Config] = {
+    "cpu-demo": Config(epochs=12, shifts=("quarter-turn", "zoom", "noise")),
+    "quality": Config(epochs=40, shifts=("quarter-turn", "zoom", "noise", "blur", "intensity")),
+    # Unverified: put together from the paper's abstract and the code of its second author, not from its text.
+    "paper": Config(
+        image_size=256, channels=1, patch_size=64, patch_stride=32, width=64, stem=2, norm="none", steps=5, skip=1,
+        directions=1, negatives="sampled", negatives_count=16, epochs=150, batch_size=16, learning_rate=1.5e-4,
+        weight_decay=0.0, jitter=0.0, flips=False,
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> Config:
+    """The preset of that name: `cpu-demo`, `quality` or `paper` (unverified).
+
+    >>> preset("cpu-demo").directions
+    4
+    """
+    if name not in PRESETS:
+        raise UsageError(f"There is no preset called {name!r}. There are: {', '.join(PRESETS)}.")
+    return PRESETS[name]

@@ -1,0 +1,65 @@
+"""latents -> contexts: what is known when a prediction is made.
+
+With `none` a patch's context is its own latent. With `masked-conv` it also sees the patches behind it (a small
+PixelCNN, one for each direction of prediction): for "down", everything above and, in its own row, to the left.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .shapes import Contexts, Latents
+
+DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1))  # (dy, dx): down, up, right, left
+
+
+def turn(grid: Tensor, direction: int) -> Tensor:
+    """Turn (b, gy, gx, d) so that `direction` becomes down."""
+    return (grid, grid.flip(1), grid.transpose(1, 2), grid.flip(2).transpose(1, 2))[direction]
+
+
+def turn_back(grid: Tensor, direction: int) -> Tensor:
+    """The inverse of turn."""
+    return (grid, grid.flip(1), grid.transpose(1, 2), grid.transpose(1, 2).flip(2))[direction]
+
+
+class MaskedConv(nn.Conv2d):
+    """3 x 3 convolution that sees the row above, the pixel to the left and (unless `strict`) itself."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+        mask = torch.zeros(3, 3)
+        mask[0], mask[1, :2] = 1, 1
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        mask: Tensor = self.mask  # pyright: ignore[reportAssignmentType]
+        return F.conv2d(input, self.weight * mask, self.bias, padding=1)
+
+
+class ContextNet(nn.Module):
+    """Contexts for each direction: (b, gy, gx, d) -> one (b, gy, gx, d) per direction.
+
+    >>> len(ContextNet("masked-conv", features=8, directions=2)(torch.zeros(1, 4, 4, 8)))
+    2
+    """
+
+    def __init__(self, kind: str, features: int, directions: int) -> None:
+        super().__init__()
+        self.directions = directions
+        self.nets = nn.ModuleList()
+        if kind == "masked-conv":
+            for _ in range(directions):
+                self.nets.append(nn.Sequential(MaskedConv(features), nn.ReLU(), MaskedConv(features)))
+
+    def forward(self, latents: Latents) -> list[Contexts]:
+        if not self.nets:
+            return [latents] * self.directions
+        contexts = []
+        for direction, net in enumerate(self.nets):
+            turned = turn(latents, direction)
+            seen = turned + net(turned.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            contexts.append(turn_back(seen, direction))
+        return contexts

@@ -1,0 +1,312 @@
+"""The detector: a trained CPC model, a bank of normal latents, and what is normal on images held out of training.
+
+An image's score is the maximum of its anomaly map, and its mask is the map above the threshold: one threshold serves
+both, so an image is flagged if and only if its mask is not empty.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .bank import reservoir
+from .config import Config, preset
+from .errors import CpcFastError, UsageError
+from .images import ImageCache, find_train, quoted, read_image, resize, to_channels
+from .model import CPC
+from .saving import Checkpoint, load_run, save_run
+from .scoring import Calibration, Scorer, calibrate
+from .segments import Segment, find_segments
+from .train import Progress, autocast, make_optimizer, train
+
+DIRECTION_NAMES = ("down", "up", "right", "left")
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Where to cut, and how much the held-out normal images can promise.
+
+    Attributes:
+        value: scores above it are anomalous.
+        target_fpr: the share of normal images that may be flagged, as asked.
+        guaranteed_fpr: the share that `count` images can vouch for (split conformal: 1 / (count + 1) at best).
+        count: number of held-out normal images.
+    """
+
+    value: float
+    target_fpr: float
+    guaranteed_fpr: float
+    count: int
+
+    @classmethod
+    def from_scores(cls, scores: Sequence[float], target_fpr: float) -> Threshold:
+        """The smallest held-out score that at most target_fpr of new normal images exceed, in expectation.
+
+        >>> Threshold.from_scores(list(range(1, 100)), 0.05).value
+        95.0
+        """
+        n = len(scores)
+        rank = math.ceil((n + 1) * (1 - target_fpr) - 1e-9)
+        value = float(sorted(scores)[min(rank, n) - 1])
+        return cls(value, target_fpr, max(target_fpr, 1 / (n + 1)), n)
+
+    @property
+    def note(self) -> str:
+        """A sentence when there are too few images for the rate that was asked for, else an empty string."""
+        if self.guaranteed_fpr <= self.target_fpr:
+            return ""
+        need = math.ceil(1 / self.target_fpr) - 1
+        return (
+            f"{self.count} held-out normal images can vouch for a false-positive rate of {self.guaranteed_fpr:.1%}, "
+            f"not {self.target_fpr:.1%}: that takes {need}. The threshold is their highest score."
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the detector says about one image.
+
+    Attributes:
+        score: the maximum of the map; higher is stranger, and about 0 is average for the normal images of the fit.
+        map: float32 (h, w), a score for each pixel of the original image.
+        mask: bool (h, w), the pixels above the threshold.
+        segments: the connected regions of the mask, highest peak first.
+        flagged: whether the score is above the threshold.
+    """
+
+    score: float
+    map: np.ndarray
+    mask: np.ndarray
+    segments: list[Segment]
+    flagged: bool
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """predict's answer for several images: the same fields as lists, one entry for each image."""
+
+    scores: list[float]
+    maps: list[np.ndarray]
+    masks: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why an image scored as it did.
+
+    Attributes:
+        losses: for each direction and step, the mean loss over the image in units of its normal spread.
+        patch: (row, column) of the most surprising patch in the grid.
+        box: (top, left, bottom, right) of that patch in pixels of the original image.
+        worst: the direction and step that found that patch most surprising.
+    """
+
+    losses: dict[str, float]
+    patch: tuple[int, int]
+    box: tuple[int, int, int, int]
+    worst: str
+
+
+class Detector:
+    """Scores and segments anomalies with the contrastive loss of a CPC model that has seen normal images only.
+
+    >>> detector = Detector.fit("data/textures/brick", epochs=1)      # doctest: +SKIP
+    >>> detector.predict(["part.png"]).masks[0].shape                 # doctest: +SKIP
+    (128, 128)
+    """
+
+    def __init__(
+        self, model: CPC, bank: Tensor, calibration: Calibration, threshold: Threshold, trained_on: dict[str, str]
+    ) -> None:
+        self.model, self.config, self.bank = model.eval(), model.config, bank
+        self.calibration, self.threshold, self.trained_on = calibration, threshold, trained_on
+
+    # ------------------------------------------------------------------------------------------------ fit
+
+    @classmethod
+    def fit(
+        cls,
+        data: str | os.PathLike | Sequence[np.ndarray],
+        config: Config | str = "cpu-demo",
+        *,
+        out: str | os.PathLike | None = None,
+        resume: bool = False,
+        device: str | torch.device = "cpu",
+        encoder: nn.Module | None = None,
+        on_step: Callable[[Progress], None] | None = None,
+        **changes: object,
+    ) -> Detector:
+        """Learn what is normal.
+
+        Args:
+            data: a folder in MVTec layout (its train/good is used) or a flat folder of normal images; or the images
+                themselves, uint8 (h, w, c).
+            config: a Config or the name of a preset; `changes` replace some of its fields.
+            out: a run folder: a checkpoint after every epoch, and at the end the detector.
+            resume: go on from the checkpoint in `out`, to the same weights as without the interruption.
+            device: where to compute, "cpu" or "cuda".
+            encoder: a module that maps patches (n, c, p, p) to vectors (n, d), in place of the built-in ResNet.
+            on_step: called with a Progress after each training step.
+
+        Raises UsageError for a folder without images or a `resume` that does not fit, CpcFastError for images that
+        cannot be used.
+        """
+        config = (preset(config) if isinstance(config, str) else config).replace(**changes)
+        device = torch.device(device)
+        if isinstance(data, (str, os.PathLike)):
+            source, paths = str(data), find_train(data)
+            images: Sequence[np.ndarray] = ImageCache(paths, size=config.image_size, channels=config.channels)
+        else:
+            source, images = f"{len(data)} arrays", [_prepare(image, config) for image in data]
+        training, held_out = split(len(images), config)
+        torch.manual_seed(config.seed)
+        model = CPC(config, encoder).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        optimizer = make_optimizer(model, config)
+        checkpoint = None if out is None else Checkpoint(Path(out), model, optimizer, config)
+        first_epoch = checkpoint.begin(resume) if checkpoint else 0
+        train(
+            model, [images[i] for i in training], config, optimizer=optimizer, first_epoch=first_epoch,
+            on_step=on_step, on_epoch=checkpoint.save if checkpoint else None,
+        )  # fmt: skip
+        scorer = Scorer(model, _make_bank(model, (images[i] for i in training), config))
+        scorer.calibration = calibrate(scorer, [images[i] for i in held_out])
+        scores = [scorer.map(images[i], images[i].shape[:2]).max().item() for i in held_out]
+        threshold = Threshold.from_scores(scores, config.target_fpr)
+        shapes = {image.shape[:2] for image in (images[i] for i in range(len(images)))}
+        trained_on = {
+            "data": source,
+            "normal images": f"{len(images)} ({len(training)} to learn from, {len(held_out)} for the threshold)",
+            "image size": " and ".join(f"{h} x {w}" for h, w in sorted(shapes)) if len(shapes) < 4 else "varying",
+            "epochs": str(config.epochs),
+        }
+        detector = cls(model, scorer.bank, scorer.calibration, threshold, trained_on)
+        if out is not None:
+            detector.save(out)
+        return detector
+
+    # ------------------------------------------------------------------------------------------------ keep
+
+    def save(self, run: str | os.PathLike) -> None:
+        """Write the detector into a run folder (config.json, model.safetensors), whole or not at all."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors["bank"] = self.bank
+        for name in Calibration.__dataclass_fields__:
+            tensors[f"calibration.{name}"] = getattr(self.calibration, name)
+        about = {"threshold": vars(self.threshold), "trained_on": self.trained_on, "features": self.bank.shape[1]}
+        save_run(Path(run), tensors, self.config, about)
+
+    @classmethod
+    def load(
+        cls, run: str | os.PathLike, device: str | torch.device = "cpu", encoder: nn.Module | None = None
+    ) -> Detector:
+        """Read a detector that save wrote; `encoder` must be given again when fit was given one.
+
+        Raises CpcFastError when the folder holds no detector, one of another version, or weights that are not finite.
+        """
+        tensors, config, about = load_run(Path(run))
+        device = torch.device(device)
+        model = CPC(config, encoder).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CpcFastError(
+                f"The weights in {quoted(run)} do not fit its config ({' '.join(str(error).split())[:200]}); "
+                "if it was fitted with an encoder of your own, hand the same one to load, else fit again."
+            ) from None
+        calibration = Calibration(
+            **{name: tensors[f"calibration.{name}"].to(device) for name in Calibration.__dataclass_fields__}
+        )
+        return cls(model, tensors["bank"].to(device), calibration, Threshold(**about["threshold"]), about["trained_on"])
+
+    # ------------------------------------------------------------------------------------------------ use
+
+    @property
+    def scorer(self) -> Scorer:
+        return Scorer(self.model, self.bank, self.calibration)
+
+    def inspect(self, image: np.ndarray, min_area: int = 1) -> Prediction:
+        """One image, uint8 (h, w, c) or (h, w), at its original resolution.
+
+        The answer depends on this image alone: to the last bit the same in any company and order.
+        """
+        original = image.shape[:2]
+        map = self.scorer.map(_prepare(image, self.config), original).cpu().numpy()
+        mask, segments = find_segments(map, self.threshold.value, min_area)
+        score = float(map.max())
+        return Prediction(score, map, mask, segments, score > self.threshold.value)
+
+    def predict(self, images: Sequence[str | os.PathLike | np.ndarray]) -> Predictions:
+        """Score several images, paths or uint8 arrays: scores, maps and masks at the original resolution."""
+        answers = [self.inspect(image) for image in load_images(images)]
+        return Predictions([a.score for a in answers], [a.map for a in answers], [a.mask for a in answers])
+
+    def explain(self, image: np.ndarray) -> Explanation:
+        """Which patch, direction and step made the score of an image, uint8 (h, w, c) or (h, w)."""
+        config = self.config
+        prepared = _prepare(image, config)
+        surprise = self.scorer.surprise(prepared)
+        names = [f"{d} {k}" for d in DIRECTION_NAMES[: config.directions] for k in config.offsets]
+        losses, targets = surprise.values.split(surprise.counts), surprise.targets.split(surprise.counts)
+        worst = int(surprise.grid.argmax())
+        row, column = divmod(worst, surprise.grid.shape[1])
+        about = {
+            name: float(loss[target == worst].max())
+            for name, loss, target in zip(names, losses, targets, strict=True)
+            if (target == worst).any()
+        }
+        zoom = image.shape[0] / prepared.shape[0]
+        edges = (row, column, row, column)
+        box = [edge * config.patch_stride + (config.patch_size if i > 1 else 0) for i, edge in enumerate(edges)]
+        limits = (*image.shape[:2], *image.shape[:2])
+        top, left, bottom, right = (min(round(edge * zoom), limit) for edge, limit in zip(box, limits, strict=True))
+        return Explanation(
+            losses={name: float(loss.mean()) for name, loss in zip(names, losses, strict=True) if len(loss)},
+            patch=(row, column),
+            box=(top, left, bottom, right),
+            worst=max(about, key=lambda name: about[name]) if about else "never predicted",
+        )
+
+
+def load_images(images: Sequence[str | os.PathLike | np.ndarray]) -> Iterator[np.ndarray]:
+    """Paths or arrays, one after another as uint8 (h, w, c)."""
+    for image in images:
+        yield image if isinstance(image, np.ndarray) else read_image(image)
+
+
+def split(count: int, config: Config) -> tuple[list[int], list[int]]:
+    """Which normal images to learn from and which to hold out for calibration and threshold, drawn by the seed."""
+    held_out = max(1, round(count * config.calibration_share))
+    if count - held_out < 2:
+        raise UsageError(f"{count} normal images are too few to learn from and to calibrate with; give at least 3.")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
+    return sorted(order[held_out:]), sorted(order[:held_out])
+
+
+def _prepare(image: np.ndarray, config: Config) -> np.ndarray:
+    """An image of any kind as the model expects it: (h, w, c) with its channels and size."""
+    if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        raise UsageError(
+            f"An image must be a uint8 array of shape (h, w) or (h, w, c). Got {image.dtype} {image.shape}."
+        )
+    image = to_channels(image[..., None] if image.ndim == 2 else image, config.channels)
+    return image if config.image_size is None else resize(image, config.image_size)
+
+
+def _make_bank(model: CPC, images: Iterator[np.ndarray], config: Config) -> Tensor:
+    """config.bank_size latents, drawn evenly from the patches of normal images, (m, d)."""
+    device = next(model.parameters()).device
+
+    def rows() -> Iterator[Tensor]:
+        for image in images:
+            with torch.inference_mode(), autocast(device):
+                yield model.latents(model.standardise(image)[None]).flatten(0, 2).float()
+
+    return reservoir(rows(), config.bank_size, config.seed)

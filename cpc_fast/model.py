@@ -1,0 +1,107 @@
+"""The whole CPC model: images in, losses out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cpc_kernels import info_nce_stats
+
+from .config import Config
+from .contexts import ContextNet
+from .latents import PatchEncoder, encode
+from .loss import bank_losses, cpc_loss
+from .patches import extract_patches
+from .predictions import Predictor
+from .shapes import Images, Latents, Losses
+
+
+@dataclass
+class StepResult:
+    """One training step: the scalar loss, and how often (0..1) a prediction ranks its own patch first."""
+
+    loss: Tensor
+    accuracy: Tensor
+
+
+class CPC(nn.Module):
+    """Contrastive predictive coding on a grid of patches.
+
+    Args:
+        config: the choices of the run.
+        encoder: any module that maps patches (n, c, p, p) to vectors (n, d), in place of the built-in ResNet.
+
+    >>> from cpc_fast.config import Config
+    >>> model = CPC(Config(width=8))
+    >>> model(torch.randn(2, 1, 128, 128)).loss.shape
+    torch.Size([])
+    """
+
+    pixel_mean: Tensor
+    pixel_spread: Tensor
+
+    def __init__(self, config: Config, encoder: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config
+        if encoder is None:
+            encoder = PatchEncoder(config.channels, config.width, config.stem, config.norm)
+        self.encoder = encoder
+        with torch.no_grad():
+            side = config.patch_size
+            features = encode(encoder, torch.zeros(1, 1, 1, config.channels, side, side)).shape[-1]
+        self.context = ContextNet(config.context, features, config.directions)
+        self.predictor = Predictor(features, config.offsets, config.directions)
+
+        self.register_buffer("pixel_mean", torch.tensor(127.5))
+        self.register_buffer("pixel_spread", torch.tensor(64.0))
+
+    def measure_pixels(self, images: Sequence[np.ndarray]) -> None:
+        """Take the mean and spread of the training images' pixels, for standardise."""
+        moments = torch.tensor([[image.mean(), np.square(image, dtype=np.float32).mean()] for image in images]).mean(0)
+        self.pixel_mean.fill_(moments[0])
+        self.pixel_spread.fill_((moments[1] - moments[0] ** 2).clamp_min(1.0).sqrt())
+
+    def standardise(self, image: np.ndarray) -> Tensor:
+        """uint8 (h, w, c) -> float32 (c, h, w) of mean about 0 and variance about 1, on the model's device."""
+        pixels = torch.tensor(image, device=self.pixel_mean.device).permute(2, 0, 1).float()
+        if self.config.standardise == "set":
+            return (pixels - self.pixel_mean) / self.pixel_spread
+        return (pixels - pixels.mean()) / pixels.std(correction=0).clamp_min(1.0)
+
+    def latents(self, images: Images) -> Latents:
+        """(b, c, h, w) -> (b, gy, gx, d)."""
+        return encode(self.encoder, extract_patches(images, self.config.patch_size, self.config.patch_stride))
+
+    def forward(self, images: Images, shifted: Images | None = None, seed: int = 0) -> StepResult:
+        """The loss of a batch; `shifted` are transformed images whose patches are further wrong answers."""
+        count = len(images)
+        everything = self.latents(images if shifted is None else torch.cat([images, shifted]))
+        latents = everything[:count]
+        extra = None if shifted is None else everything[count:].flatten(0, 2)
+        predictions = self.predictor(self.context(latents))
+        _, targets, _ = self.predictor.geometry(latents)
+        config = self.config
+        loss = cpc_loss(
+            predictions, latents, targets, negatives=config.negatives, count=config.negatives_count, seed=seed,
+            shifted=extra,
+        )  # fmt: skip
+        with torch.no_grad():  # a few predictions are enough for a progress line
+            few = torch.linspace(0, len(predictions) - 1, min(256, len(predictions)), device=targets.device).long()
+            ranks = info_nce_stats(predictions[few], latents.flatten(0, 2), targets[few]).rank
+        return StepResult(loss, (ranks == 0).float().mean())
+
+    @torch.no_grad()
+    def surprise(self, image: Tensor, bank: Tensor) -> tuple[Losses, Tensor, Tensor, list[int]]:
+        """The losses of one image (c, h, w) against a bank (m, d) of normal latents.
+
+        Returns losses (n,), sources (n,) and targets (n,) as flat grid indices, and the number of predictions of each
+        (direction, step).
+        """
+        latents = self.latents(image[None])
+        predictions = self.predictor(self.context(latents))
+        sources, targets, counts = self.predictor.geometry(latents)
+        return bank_losses(predictions, latents, targets, bank), sources, targets, counts

@@ -1,0 +1,36 @@
+"""images -> patches: overlapping square windows on a regular grid."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+
+from .errors import CpcFastError
+from .shapes import Images, Patches
+
+
+def grid_shape(height: int, width: int, size: int, stride: int) -> tuple[int, int]:
+    """How many patches (gy, gx) cover height x width pixels; the last row and column may reach past the edge.
+
+    >>> grid_shape(128, 128, size=32, stride=16)
+    (7, 7)
+    """
+    if min(height, width) < size:
+        raise CpcFastError(
+            f"An image of {height} x {width} pixels is smaller than one patch ({size} pixels); "
+            "use larger images, a smaller patch_size, or set image_size to enlarge them."
+        )
+    return -(-(height - size) // stride) + 1, -(-(width - size) // stride) + 1
+
+
+def extract_patches(images: Images, size: int, stride: int) -> Patches:
+    """Cut images into overlapping patches, mirroring pixels where the grid reaches past the lower right edge.
+
+    >>> extract_patches(torch.zeros(2, 1, 128, 128), size=32, stride=16).shape
+    torch.Size([2, 7, 7, 1, 32, 32])
+    """
+    height, width = images.shape[-2:]
+    gy, gx = grid_shape(height, width, size, stride)
+    below, right = (gy - 1) * stride + size - height, (gx - 1) * stride + size - width
+    if below or right:
+        images = F.pad(images, (0, right, 0, below), mode="reflect")
+    return images.unfold(2, size, stride).unfold(3, size, stride).permute(0, 2, 3, 1, 4, 5)

@@ -1,0 +1,127 @@
+"""One image against a bank of normal latents: calibrated losses and the anomaly map.
+
+loss of each prediction -> minus its normal mean, over its normal spread     (for each direction and step)
+-> mean over the predictions about a patch -> the same again                 (for each position of the grid)
+-> anomaly map
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .anomaly_map import anomaly_map
+from .model import CPC
+from .patches import grid_shape
+from .shapes import AnomalyMap
+from .train import autocast
+
+SHRINK = 8.0  # how many images' worth of trust the overall statistics get against those of one grid position
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is normal: means and spreads of the losses of held-out normal images."""
+
+    step_mean: Tensor  # (directions * K,)
+    step_spread: Tensor  # (directions * K,)
+    place_mean: Tensor  # (gy, gx), or (1, 1) where the images have different grids
+    place_spread: Tensor  # (gy, gx) or (1, 1)
+
+
+@dataclass(frozen=True)
+class Surprise:
+    """Calibrated losses of one image: what the map, the score and the explanation are made of."""
+
+    values: Tensor  # (n,) calibrated loss of each prediction
+    targets: Tensor  # (n,) flat grid index
+    counts: list[int]  # predictions of each (direction, step)
+    grid: Tensor  # (gy, gx) mean over the predictions about a patch
+
+
+class Scorer(nn.Module):
+    """image -> surprise -> map, for one image at a time.
+
+    An image is always scored alone, so its score is the same to the last bit whatever it is handed in with.
+    """
+
+    def __init__(self, model: CPC, bank: Tensor, calibration: Calibration | None = None) -> None:
+        super().__init__()
+        self.model, self.config = model.eval(), model.config
+        self.register_buffer("bank", bank)
+        self.calibration = calibration
+
+    def losses(self, image: np.ndarray) -> tuple[Tensor, Tensor, Tensor, list[int], tuple[int, int]]:
+        device = self.bank.device
+        pixels = self.model.standardise(image)
+        gy, gx = grid_shape(*pixels.shape[1:], self.config.patch_size, self.config.patch_stride)
+        with torch.inference_mode(), autocast(device):
+            losses, sources, targets, counts = self.model.surprise(pixels, self.bank)
+        return losses.float(), sources, targets, counts, (gy, gx)
+
+    def surprise(self, image: np.ndarray) -> Surprise:
+        """uint8 (h, w, c), resized already."""
+        losses, sources, targets, counts, (gy, gx) = self.losses(image)
+        if self.calibration is not None:
+            step = torch.repeat_interleave(
+                torch.arange(len(counts), device=losses.device), torch.tensor(counts, device=losses.device)
+            )
+            losses = (losses - self.calibration.step_mean[step]) / self.calibration.step_spread[step]
+        grid = patch_means(losses, sources, targets, (gy, gx))
+        if self.calibration is not None:
+            mean, spread = self.calibration.place_mean, self.calibration.place_spread
+            if mean.shape != grid.shape:
+                mean, spread = mean.mean(), spread.mean()
+            grid = (grid - mean) / spread
+        return Surprise(losses, targets, counts, grid)
+
+    def map(self, image: np.ndarray, original: tuple[int, int]) -> AnomalyMap:
+        """The anomaly map of a resized image, at the original (h, w)."""
+        config, (h, w) = self.config, image.shape[:2]
+        return anomaly_map(self.surprise(image).grid, config.patch_size, config.patch_stride, (h, w), original)
+
+
+def patch_means(losses: Tensor, sources: Tensor, targets: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Mean loss of the predictions about each patch, (gy, gx).
+
+    A patch that is never predicted (with one direction, the first rows) takes the mean of the predictions made from
+    it; one that does neither is neutral, 0.
+    """
+    cells = shape[0] * shape[1]
+    totals = losses.new_zeros(2, 2, cells)
+    for i, index in enumerate((targets, sources)):
+        totals[i, 0].index_add_(0, index, losses)
+        totals[i, 1].index_add_(0, index, torch.ones_like(losses))
+    means = totals[:, 0] / totals[:, 1].clamp_min(1)
+    return torch.where(totals[0, 1] > 0, means[0], means[1]).view(shape)
+
+
+def calibrate(scorer: Scorer, images: Sequence[np.ndarray]) -> Calibration:
+    """Means and spreads of the losses on held-out normal images.
+
+    First for each direction and step over all places, then for each place of the grid over the images, drawn towards
+    the overall figures as if SHRINK more images had shown those.
+    """
+    found = [scorer.losses(image) for image in images]
+    steps = [
+        torch.cat(parts) for parts in zip(*(losses.split(counts) for losses, _, _, counts, _ in found), strict=True)
+    ]
+    nothing = found[0][0].new_zeros(1)
+    steps = [step if len(step) > 1 else nothing.expand(2) for step in steps]  # a step too long for the grid
+    mean = torch.stack([step.mean() for step in steps])
+    spread = torch.stack([step.std() for step in steps]).clamp_min(1e-6)
+    neutral = (mean.new_zeros(1, 1), mean.new_ones(1, 1))
+    partly = Scorer(scorer.model, scorer.bank, Calibration(mean, spread, *neutral))
+    grids = [partly.surprise(image).grid for image in images]
+    everything = torch.cat([grid.flatten() for grid in grids])
+    overall = everything.mean()[None, None], everything.std().clamp_min(1e-6)[None, None]
+    if len({grid.shape for grid in grids}) > 1 or len(grids) < 2:
+        return Calibration(mean, spread, *overall)
+    stack, n = torch.stack(grids), len(grids)
+    place_mean = (n * stack.mean(0) + SHRINK * overall[0]) / (n + SHRINK)
+    place_variance = (n * stack.var(0) + SHRINK * overall[1] ** 2) / (n + SHRINK)
+    return Calibration(mean, spread, place_mean, place_variance.sqrt())
