@@ -9,7 +9,8 @@
 folder is whole or absent, and the same arguments give the same bytes.
 
 The painters below take a window and a generator and return the painted window and the blend weight that they used;
-the mask is where that weight is above zero, so outside of the mask not one pixel differs from the photograph.
+the mask is where that weight is above zero, so outside of the mask not one pixel differs from the photograph. They are
+half of this file, and belong beside the function that calls them: together they are the definition of the set.
 """
 
 import csv
@@ -291,9 +292,9 @@ def _save(path: Path, image: np.ndarray) -> None:
 def _new_folder(out: str | os.PathLike, dataset: str, made_from: dict, licence: str) -> Iterator[Path]:
     """A folder beside `out` to fill; on success it takes the place of `out`, on failure nothing is left of it."""
     out = Path(os.path.abspath(out))
-    if out.exists() or out.is_symlink():
-        _refuse_foreign(out, dataset)
     try:
+        if out.exists() or out.is_symlink():
+            _refuse_foreign(out, dataset)
         out.parent.mkdir(parents=True, exist_ok=True)
         part = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
         part.mkdir()

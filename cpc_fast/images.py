@@ -2,6 +2,7 @@
 
     path -> uint8 (H, W, C), C = 1 (grey) or 3 (RGB)          path of a mask -> bool (H, W)
 
+One file, though it is long: what can be wrong with an image, and what is said about it, should be found in one place.
 A folder of the wrong shape is a UsageError, a file that cannot serve is an ImageError; both name the path and say what
 to do.
 """
@@ -16,6 +17,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -317,9 +319,18 @@ def _check(path: Path, picture: Image.Image) -> None:
             f"{quoted(path)} is {picture.height} x {picture.width} px, more than the limit of {MAX_PIXELS:,} pixels; "
             "scale it down, or cut it into pieces."
         )
+    if _tiff_tag(picture, 284) == 2 and max(_tiff_tag(picture, 258) or (8,)) > 8:
+        raise ImageError(
+            f"{quoted(path)} stores its 16-bit channels apart, which Pillow reads wrongly; save it interleaved."
+        )
     frames = getattr(picture, "n_frames", 1)
     if frames > 1 and picture.format != "MPO":  # in MPO, a camera's format, the first picture is the picture
         raise ImageError(f"{quoted(path)} holds {frames} frames; save the one that matters as an image of its own.")
+
+
+def _tiff_tag(picture: Image.Image, tag: int) -> Any:
+    tags = getattr(picture, "tag_v2", None)
+    return None if tags is None else tags.get(tag)
 
 
 def _to_array(path: Path, picture: Image.Image) -> np.ndarray:
@@ -331,7 +342,8 @@ def _to_array(path: Path, picture: Image.Image) -> np.ndarray:
             raise ImageError(
                 f"{quoted(path)} holds whole numbers from {values.min()} to {values.max()}; save it with 8 or 16 bits."
             )
-        return (values >> 8).astype(np.uint8)[..., None]
+        values = (values >> 8).astype(np.uint8)[..., None]
+        return 255 - values if _tiff_tag(picture, 262) == 0 else values  # 0 is white: Pillow minds that at 8 bits only
     if mode == "F":
         raise ImageError(f"{quoted(path)} holds floating-point values; save it with 8 or 16 bits.")
     if mode in ("P", "PA", "RGBa", "La"):

@@ -145,6 +145,17 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
     assert digest(tmp_path / "mine").keys() == {"thesis.txt"}
 
 
+def test_a_folder_without_the_right_to_write(tmp_path, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("mkdir", "exists"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, denied)
+            with pytest.raises(CpcFastError, match="Permission denied; choose another folder"):
+                write_textures(tmp_path / "x", **TINY)
+
+
 def test_an_empty_folder_and_our_own_are_replaced(tmp_path):
     out = tmp_path / "deep" / "out"
     out.mkdir(parents=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageOps
 
 from cpc_fast import images
@@ -29,6 +30,14 @@ def save(path: Path, pixels: np.ndarray | None = None, **options) -> Path:
     return path
 
 
+def png(width: int, height: int, *, depth: int = 8, colour: int = 0, data: bytes = bytes(1000)) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
 # Reading
 
 
@@ -46,6 +55,23 @@ def test_16_bits_lose_their_low_byte(tmp_path, suffix):
     values = (np.arange(24 * 32, dtype=np.uint32) * 85).astype(np.uint16).reshape(24, 32)
     Image.fromarray(values).save(tmp_path / f"x.{suffix}")
     np.testing.assert_array_equal(read_image(tmp_path / f"x.{suffix}")[..., 0], values >> 8)
+
+
+def test_16_bit_colour(tmp_path):
+    values = np.random.default_rng(0).integers(0, 65536, (24, 32, 3), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "x.tif", values, photometric="rgb")
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif"), values >> 8)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    (tmp_path / "x.png").write_bytes(png(32, 24, depth=16, colour=2, data=rows))
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png"), values >> 8)
+    tifffile.imwrite(tmp_path / "x.tif", values.transpose(2, 0, 1), photometric="rgb", planarconfig="separate")
+    refused(tmp_path / "x.tif", "save it interleaved")
+
+
+def test_where_zero_is_white(tmp_path):
+    for values in (ramp()[..., 0], ramp()[..., 0].astype(np.uint16) * 257):
+        tifffile.imwrite(tmp_path / "x.tif", values, photometric="miniswhite")
+        np.testing.assert_array_equal(read_image(tmp_path / "x.tif"), 255 - ramp())
 
 
 def test_palette_alpha_one_bit_and_cmyk(tmp_path):
@@ -161,20 +187,10 @@ def test_a_camera_picture_with_a_thumbnail_is_one_picture(tmp_path):
     assert read_image(tmp_path / "x.jpg").shape == (64, 64, 3)
 
 
-def png_header(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
-
-
 @pytest.mark.parametrize("side", [9000, 9700, 60000])  # below, above, and at twice what Pillow itself lets pass
 def test_decompression_bomb(tmp_path, side):
     path = tmp_path / "bomb.png"
-    path.write_bytes(png_header(side, side))
+    path.write_bytes(png(side, side))
     refused(path, "67,108,864", "scale it down")
 
 
