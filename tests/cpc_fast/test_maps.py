@@ -1,0 +1,71 @@
+"""The flow from losses to segments, and what feeds it: the bank and the shifted copies."""
+
+import numpy as np
+import pytest
+import torch
+
+from cpc_fast.anomaly_map import anomaly_map
+from cpc_fast.bank import reservoir
+from cpc_fast.scoring import patch_means
+from cpc_fast.segments import find_segments
+from cpc_fast.shifts import FAMILIES, shift
+
+
+def test_a_reservoir_does_not_depend_on_the_blocks():
+    rows = torch.randn(1000, 3)
+    whole = reservoir([rows], 50, seed=4)
+    pieces = reservoir(rows.split(37), 50, seed=4)
+    assert torch.equal(whole.sort(0).values, pieces.sort(0).values)
+    assert not torch.equal(whole, reservoir([rows], 50, seed=5))
+    with pytest.raises(ValueError, match="no rows"):
+        reservoir([], 5)
+
+
+def test_a_reservoir_is_uniform():
+    counts = torch.zeros(20)
+    for seed in range(500):
+        counts[reservoir(torch.arange(20.0).split(6), 5, seed).long()] += 1
+    assert (counts - 125).abs().max() < 45  # 4.6 standard deviations
+
+
+def test_patch_means_fall_back_on_the_predicting_patch():
+    losses = torch.tensor([1.0, 3.0, 5.0])
+    sources, targets = torch.tensor([0, 1, 0]), torch.tensor([2, 2, 3])
+    means = patch_means(losses, sources, targets, (1, 5))
+    assert means.tolist() == [[3.0, 3.0, 2.0, 5.0, 0.0]]
+
+
+def test_a_map_peaks_where_the_patch_is_and_keeps_constants():
+    scores = torch.zeros(7, 7)
+    scores[2, 5] = 1.0
+    pixels = anomaly_map(scores, 32, 16, (128, 128), (256, 256))
+    y, x = divmod(int(pixels.argmax()), 256)
+    assert abs(y - 96) <= 2
+    assert abs(x - 192) <= 2
+    flat = anomaly_map(torch.full((4, 3), 0.7), 32, 16, (77, 60), (77, 60))
+    torch.testing.assert_close(flat, torch.full((77, 60), 0.7))
+
+
+def test_segments_are_connected_regions():
+    scores = np.zeros((20, 30), np.float32)
+    scores[2:5, 3:6] = 1.0
+    scores[5, 6] = 2.0  # touches by a corner
+    scores[15, 20] = 3.0
+    mask, segments = find_segments(scores, 0.5)
+    assert mask.sum() == 11
+    assert [(s.area, s.peak, s.peak_at) for s in segments] == [(1, 3.0, (15, 20)), (10, 2.0, (5, 6))]
+    mask, segments = find_segments(scores, 0.5, min_area=2)
+    assert len(segments) == 1
+    assert mask.sum() == 10
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shifts_change_the_images_and_repeat_with_the_seed(family, channels):
+    images = torch.randn(3, channels, 64, 64)
+    before = images.clone()
+    first, second = (shift(images, (family,), torch.Generator().manual_seed(2)) for _ in range(2))
+    assert torch.equal(images, before)
+    assert torch.equal(first, second)
+    assert first.shape == images.shape
+    assert all((a != b).any() for a, b in zip(first, images, strict=True))

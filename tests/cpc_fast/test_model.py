@@ -1,0 +1,145 @@
+"""The flow from images to losses: shapes, geometry, and that nothing can be seen that should not be."""
+
+import pytest
+import torch
+from cpc_kernels import Negatives, draw_negatives, reference
+
+from cpc_fast.config import Config, preset
+from cpc_fast.contexts import DIRECTIONS, ContextNet
+from cpc_fast.errors import CpcFastError, UsageError
+from cpc_fast.loss import cpc_loss
+from cpc_fast.model import CPC
+from cpc_fast.patches import extract_patches, grid_shape
+from cpc_fast.predictions import geometry
+
+SMALL = Config(width=8, stem=4, patch_size=16, patch_stride=8, steps=2)
+
+
+def test_patches_are_windows_of_the_image():
+    images = torch.arange(2 * 48 * 40.0).view(2, 1, 48, 40)
+    patches = extract_patches(images, 16, 8)
+    assert patches.shape == (2, 5, 4, 1, 16, 16)
+    assert torch.equal(patches[1, 2, 3, 0], images[1, 0, 16:32, 24:40])
+
+
+def test_ragged_edges_are_covered_by_mirrored_pixels():
+    patches = extract_patches(torch.ones(1, 1, 50, 41), 16, 8)
+    assert patches.shape[1:3] == grid_shape(50, 41, 16, 8) == (6, 5)
+    assert torch.equal(patches, torch.ones_like(patches))
+
+
+def test_an_image_smaller_than_a_patch_is_refused():
+    with pytest.raises(CpcFastError, match=r"10 x 40 pixels is smaller than one patch \(16 pixels\)"):
+        grid_shape(10, 40, 16, 8)
+
+
+@pytest.mark.parametrize("directions", [1, 2, 4])
+def test_targets_lie_offset_cells_in_the_direction(directions):
+    b, gy, gx, offsets = 2, 5, 4, (2, 3)
+    sources, targets, counts = geometry((b, gy, gx), offsets, directions, torch.device("cpu"))
+    expected = [
+        (i * gy * gx + y * gx + x, i * gy * gx + (y + dy * o) * gx + x + dx * o)
+        for dy, dx in DIRECTIONS[:directions]
+        for o in offsets
+        for i in range(b)
+        for y in range(gy)
+        for x in range(gx)
+        if 0 <= y + dy * o < gy and 0 <= x + dx * o < gx
+    ]
+    assert list(zip(sources.tolist(), targets.tolist(), strict=True)) == expected
+    assert sum(counts) == len(expected)
+
+
+def test_steps_longer_than_the_grid_make_no_predictions():
+    _, _, counts = geometry((1, 3, 3), (2, 3, 9), 1, torch.device("cpu"))
+    assert counts == [3, 0, 0]
+
+
+@pytest.mark.parametrize("direction", range(4))
+def test_a_masked_context_sees_only_what_is_behind_it(direction):
+    torch.manual_seed(0)
+    net = ContextNet("masked-conv", 4, 4)
+    latents = torch.randn(1, 7, 7, 4, requires_grad=True)
+    y, x = 3, 3
+    net(latents)[direction][0, y, x].sum().backward()
+    seen = latents.grad[0].abs().sum(-1) > 0
+    dy, dx = DIRECTIONS[direction]
+    ahead = [(a, b) for a in range(7) for b in range(7) if (a - y) * dy + (b - x) * dx > 0]
+    assert seen[y, x]
+    assert not any(seen[a, b] for a, b in ahead)
+    assert seen[y - dy, x - dx]
+
+
+def test_each_patch_is_encoded_alone():
+    model = CPC(SMALL)
+    images = torch.randn(1, 1, 48, 48)
+    changed = images.clone()
+    changed[..., 40:, 40:] += 1.0  # inside the last patch of the grid only
+    differs = (model.latents(images) != model.latents(changed)).any(-1)[0]
+    assert differs[-1, -1]
+    assert differs.sum() == 1
+
+
+@pytest.mark.parametrize("negatives", ["batch", "other-images", "sampled"])
+def test_the_loss_is_the_reference_loss(negatives):
+    torch.manual_seed(1)
+    latents, predictions = torch.randn(3, 4, 4, 8), torch.randn(20, 8)
+    targets, shifted = torch.randint(48, (20,)), torch.randn(5, 8)
+    flat = latents.flatten(0, 2)
+    got = cpc_loss(
+        predictions, latents, targets, negatives=negatives, count=6, seed=3, reduction="none",
+        shifted=None if negatives == "sampled" else shifted,
+    )  # fmt: skip
+    if negatives == "sampled":
+        drawn = draw_negatives(Negatives(6, 3), targets, len(flat), len(targets))
+        expected = reference.sampled_info_nce(predictions, flat, targets, drawn, reduction="none")
+    else:
+        allowed = torch.ones(20, 53, dtype=torch.bool)
+        if negatives == "other-images":
+            allowed[:, :48] = targets[:, None] // 16 != torch.arange(48) // 16
+        allowed[torch.arange(20), targets] = False
+        scores = predictions @ torch.cat([flat, shifted]).T
+        lse = scores.masked_fill(~allowed, -torch.inf).logsumexp(1)
+        expected = torch.nn.functional.softplus(lse - scores.gather(1, targets[:, None])[:, 0])
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", ["cpu-demo", "quality", "paper"])
+def test_presets_make_models(name):
+    config = preset(name).replace(width=8)
+    model = CPC(config)
+    side = config.image_size or 128
+    loss = model(torch.randn(2, config.channels, side, side)).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_an_encoder_of_ones_own():
+    backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 12))
+    model = CPC(SMALL, backbone)
+    assert model.latents(torch.randn(1, 1, 48, 48)).shape == (1, 5, 5, 12)
+    with pytest.raises(CpcFastError, match="one vector per patch"):
+        CPC(SMALL, torch.nn.Conv2d(1, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"norm": "batch"}, "batch statistics"),
+        ({"directions": 3}, "1, 2 or 4"),
+        ({"colour": 1}, "no field called colour"),
+        ({"shifts": ("swirl",)}, "quarter-turn"),
+        ({"epochs": 0}, "at least 1"),
+    ],
+)
+def test_a_config_that_cannot_work_says_why(changes, says):
+    with pytest.raises(UsageError, match=says):
+        Config().replace(**changes)
+
+
+def test_a_config_survives_json():
+    config = preset("cpu-demo").replace(crop=96)
+    assert Config.from_json(config.to_json()) == config
+    with pytest.raises(UsageError, match="There are: cpu-demo"):
+        preset("papper")
