@@ -123,10 +123,17 @@ class Detector:
     """
 
     def __init__(
-        self, model: CPC, bank: Tensor, calibration: Calibration, threshold: Threshold, trained_on: dict[str, str]
+        self,
+        model: CPC,
+        bank: Tensor,
+        calibration: Calibration,
+        threshold: Threshold,
+        trained_on: dict[str, str],
+        train_images_per_s: float | None = None,
     ) -> None:
         self.model, self.config, self.bank = model.eval(), model.config, bank
         self.calibration, self.threshold, self.trained_on = calibration, threshold, trained_on
+        self.train_images_per_s = train_images_per_s
 
     # ------------------------------------------------------------------------------------------------ fit
 
@@ -163,17 +170,28 @@ class Detector:
         if isinstance(data, (str, os.PathLike)):
             source, paths = str(data), find_train(data)
             images: Sequence[np.ndarray] = ImageCache(paths, size=config.image_size, channels=config.channels)
+            names = [quoted(path) for path in paths]
         else:
             source, images = f"{len(data)} arrays", [_prepare(image, config) for image in data]
+            names = [f"Image {i}" for i in range(len(images))]
+        _check_sizes(images, names, config)
         training, held_out = split(len(images), config)
         torch.manual_seed(config.seed)
         model = CPC(config, encoder).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         optimizer = make_optimizer(model, config)
         checkpoint = None if out is None else Checkpoint(Path(out), model, optimizer, config)
         first_epoch = checkpoint.begin(resume) if checkpoint else 0
+        pace: float | None = None
+
+        def watch(progress: Progress) -> None:
+            nonlocal pace
+            pace = progress.images_per_s
+            if on_step:
+                on_step(progress)
+
         train(
             model, [images[i] for i in training], config, optimizer=optimizer, first_epoch=first_epoch,
-            on_step=on_step, on_epoch=checkpoint.save if checkpoint else None,
+            on_step=watch, on_epoch=checkpoint.save if checkpoint else None,
         )  # fmt: skip
         scorer = Scorer(model, _make_bank(model, (images[i] for i in training), config))
         scorer.calibration = calibrate(scorer, [images[i] for i in held_out])
@@ -186,7 +204,7 @@ class Detector:
             "image size": " and ".join(f"{h} x {w}" for h, w in sorted(shapes)) if len(shapes) < 4 else "varying",
             "epochs": str(config.epochs),
         }
-        detector = cls(model, scorer.bank, scorer.calibration, threshold, trained_on)
+        detector = cls(model, scorer.bank, scorer.calibration, threshold, trained_on, pace)
         if out is not None:
             detector.save(out)
         return detector
@@ -199,7 +217,12 @@ class Detector:
         tensors["bank"] = self.bank
         for name in Calibration.__dataclass_fields__:
             tensors[f"calibration.{name}"] = getattr(self.calibration, name)
-        about = {"threshold": vars(self.threshold), "trained_on": self.trained_on, "features": self.bank.shape[1]}
+        about = {
+            "threshold": vars(self.threshold),
+            "trained_on": self.trained_on,
+            "train_images_per_s": self.train_images_per_s,
+            "features": self.bank.shape[1],
+        }
         save_run(Path(run), tensors, self.config, about)
 
     @classmethod
@@ -224,7 +247,8 @@ class Detector:
         calibration = Calibration(
             **{name: tensors[f"calibration.{name}"].to(device) for name in Calibration.__dataclass_fields__}
         )
-        return cls(model, tensors["bank"].to(device), calibration, Threshold(**about["threshold"]), about["trained_on"])
+        bank, threshold = tensors["bank"].to(device), Threshold(**about["threshold"])
+        return cls(model, bank, calibration, threshold, about["trained_on"], about.get("train_images_per_s"))
 
     # ------------------------------------------------------------------------------------------------ use
 
@@ -288,6 +312,18 @@ def split(count: int, config: Config) -> tuple[list[int], list[int]]:
         raise UsageError(f"{count} normal images are too few to learn from and to calibrate with; give at least 3.")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
     return sorted(order[held_out:]), sorted(order[:held_out])
+
+
+def _check_sizes(images: Sequence[np.ndarray], names: Sequence[str], config: Config) -> None:
+    """Every image can be cut into patches and training windows, before anything is trained."""
+    need, what = max((config.patch_size, "one patch"), (config.crop or 0, "the training window (crop)"))
+    for name, image in zip(names, images, strict=True):
+        h, w = image.shape[:2]
+        if min(h, w) < need:
+            raise CpcFastError(
+                f"{name} is {h} x {w} pixels, smaller than {what} of {need} "
+                "pixels; remove it, set image_size to enlarge all images, or make patch_size (crop) smaller."
+            )
 
 
 def _prepare(image: np.ndarray, config: Config) -> np.ndarray:
