@@ -1,0 +1,116 @@
+"""What every Triton launcher needs: the device, the precision, the split of the work, descriptors, and named ranges.
+
+Nothing here waits for the device. One environment variable counts, TRITON_INTERPRET, and Triton itself reads it.
+"""
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import tiles
+
+
+def interpreted() -> bool:
+    """True under TRITON_INTERPRET=1: kernels run on the CPU, as numpy."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _arch(device: torch.device) -> str:
+    if interpreted():
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return tiles.architecture(properties.gcnArchName)
+    return tiles.architecture((properties.major, properties.minor))
+
+
+@functools.cache
+def _units(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def default_precision(device: torch.device) -> str:
+    """How float32 tiles multiply unless told: as torch's own products on that device.
+
+    "tf32" where `torch.backends.cuda.matmul.fp32_precision` is "tf32" (as `set_float32_matmul_precision("high")` makes
+    it), otherwise "tf32x3": three tf32 products on the matrix units, within a few roundings of float32, where "ieee"
+    would leave the matrix units idle. On AMD "ieee".
+    """
+    if torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+class Launch:
+    """Launches kernels for one op on one tensor's device, in its dtype."""
+
+    def __init__(self, name: str, tensor: Tensor, input_precision: str | None = None):
+        if input_precision not in (None, "tf32", "tf32x3", "ieee"):
+            raise ValueError(f'{name}: input_precision must be "tf32", "tf32x3" or "ieee". Got {input_precision!r}.')
+        self.name, self.device, self.dtype = name, tensor.device, tensor.dtype
+        self.arch = _arch(self.device)
+        wide = self.dtype == torch.float64
+        self.accumulator = torch.float64 if wide else torch.float32
+        self.acc = tl.float64 if wide else tl.float32
+        self.precision = "ieee"
+        if self.dtype == torch.float32:
+            self.precision = input_precision or default_precision(self.device)
+        self.width = 16 if self.dtype.itemsize == 2 else 32
+        self.upcast = self.arch == "interpreter" and self.dtype == torch.bfloat16
+
+    def tile(self, op: str, d: int, *, ids: bool = False, rank: bool = False) -> tiles.Tile:
+        variant = "+ids" if ids else "+rank" if rank else ""
+        return tiles.tile(op + variant, d, self.width, self.arch, self.precision)
+
+    def dot(self) -> dict:
+        """The constants that a kernel with a product takes."""
+        return {"ACC": self.acc, "PRECISION": self.precision, "UPCAST": self.upcast}
+
+    def split(self, row_tiles: int, streamed: int, columns: int, splits: int | None) -> tuple[int, int]:
+        """Length of a piece of the streamed side (a multiple of `columns`), and how many pieces there are."""
+        steps = triton.cdiv(streamed, columns)
+        splits = splits or tiles.splits(row_tiles, steps, _units(self.device))
+        size = max(1, triton.cdiv(steps, max(1, min(splits, steps)))) * columns
+        return size, max(1, triton.cdiv(streamed, size))
+
+    def describable(self, *tensors: Tensor) -> bool:
+        """TMA wants unit stride within a row, and rows that start on 16 bytes."""
+        return all(
+            t.stride(1) == 1 and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors
+        )
+
+    def describe(self, tensor: Tensor, rows: int, features: int) -> TensorDescriptor:
+        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, features])
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a b with fp32 results (fp64 for fp64): rounding scores to 16 bits would cost the small losses."""
+        if self.dtype.itemsize > 2:
+            return a @ b
+        if self.device.type == "cuda" and not torch.version.hip:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return a.float() @ b.float()
+
+    @contextlib.contextmanager
+    def range(self, stage: str):
+        """Names a stage for torch.profiler and nsys; free when nobody listens."""
+        name = f"cpc_kernels/{self.name}/{stage}"
+        with torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else contextlib.nullcontext():
+            if self.device.type != "cuda":
+                yield
+                return
+            torch.cuda.nvtx.range_push(name)
+            try:
+                yield
+            finally:
+                torch.cuda.nvtx.range_pop()
+
+    def __call__(self, stage: str, kernel, grid: tuple[int, ...], *args, **options) -> None:
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with on_device, self.range(stage):
+            kernel[grid](*args, **options)

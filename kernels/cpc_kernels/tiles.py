@@ -1,0 +1,135 @@
+"""Every block size, warp count and stage count of the Triton kernels, in one static table. Nothing else holds any.
+
+There is no autotuner: the table is read, and `benchmarks.aot` compiles and gates every entry. An entry is keyed by
+
+    op        which kernel, with "+rank" or "+ids" (ids and rank) where the extra registers ask for another tile
+    D         the smallest bucket that holds it: 64, 128, 256, 512
+    element   "16" (bf16, fp16), or how float32 multiplies: "tf32", "tf32x3", "ieee" (float64 too)
+    arch      sm_80 (A100: 163 KB of shared memory), sm_86 (99 KB: also sm_89, sm_120), sm_90, sm_100, gfx942, interpreter
+
+This module imports neither torch nor triton, so that reading the table costs nothing.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+ONE_PASS_MAX_D = 512
+"""Up to here forward and backward are one pass each; above, chunks of rows go through matrix products. An ESTIMATE: at
+D = 512 the one-pass tile has 64 rows, which the L2 caps near 350 TFLOP/s on an H100, while the chunked schedule pays
+about 12 bytes of traffic per score. Also the largest D whose [rows, D] accumulator fits the registers."""
+
+CHUNK_ELEMENTS = 1 << 24
+"""Scores that the chunked schedule holds at once (64 MB in fp32). An ESTIMATE: 50 MB of L2 against the matrix product's
+wish for many rows."""
+
+BUCKETS = (64, 128, 256, 512)
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+VARIANTS: Mapping[str, Mapping[str, bool]] = {
+    "": {"HAS_IDS": False, "RANK": False},
+    "+rank": {"HAS_IDS": False, "RANK": True},
+    "+ids": {"HAS_IDS": True, "RANK": True},
+}
+
+
+class Tile(NamedTuple):
+    """Block sizes of one kernel and how to compile it."""
+
+    rows: int  # resident
+    columns: int  # streamed past them
+    warps: int
+    stages: int
+    features: int = 0  # per step; 0: all D at once, padded to a power of two
+    descriptors: bool = False  # TMA loads where the strides allow; a pointer path always exists
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a Triton launch."""
+        # fused multiply-add stated: its default changes with Triton 3.10
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+class Entry(NamedTuple):
+    """One compiled form of a kernel, for `benchmarks.aot`: what `triton.compile` needs, and which gates apply."""
+
+    name: str
+    kernel: Any  # the @triton.jit function
+    signature: Mapping[str, str]  # run-time arguments
+    constexprs: Mapping[str, Any]
+    options: Mapping[str, int]
+    divisible: tuple[str, ...]  # run-time arguments that are multiples of 16
+    matrix: bool = True  # must contain matrix instructions
+    tile: Tile | None = None
+
+
+def architecture(capability: tuple[int, int] | str) -> str:
+    """The column of the table for a CUDA compute capability (9, 0) or an AMD name "gfx942:..."."""
+    if isinstance(capability, str):
+        return "gfx942"  # the only AMD column; its tiles are small enough for the others
+    if capability < (8, 0):
+        raise RuntimeError(f"cpc_kernels: Triton kernels need compute capability 8.0 or newer. Got {capability}.")
+    if capability[0] == 9:
+        return "sm_90"
+    if capability[0] in (10, 11):
+        return "sm_100"
+    return "sm_80" if capability in ((8, 0), (8, 7)) else "sm_86"
+
+
+def compiles(arch: str, precision: str) -> bool:
+    """Whether float32 tiles can multiply that way there."""
+    return precision == "ieee" or arch.startswith("sm_")
+
+
+@functools.cache
+def splits(row_tiles: int, steps: int, units: int) -> int:
+    """Into how many pieces the streamed side is cut, so that `row_tiles` fill `units` multiprocessors.
+
+    Minimises waves * (steps per piece + 2 for prologue and epilogue) + what combining the pieces costs, in steps; the
+    two constants are ESTIMATES. One piece when the device is full anyway.
+    """
+
+    def cost(count: int) -> float:
+        waves = math.ceil(row_tiles * count / units)
+        return waves * (math.ceil(steps / count) + 2) + (0 if count == 1 else 4 + count / 8)
+
+    most = min(MAX_SPLITS, steps, max(1, 4 * units // max(row_tiles, 1)))
+    return min(range(1, most + 1), key=cost, default=1)
+
+
+MAX_SPLITS = 256
+
+
+def tile(op: str, d: int, width: int, arch: str, precision: str = "ieee") -> Tile:
+    """The tile for one launch; `op` may end in "+rank" or "+ids", which the plain entry serves where none is listed."""
+    element = "16" if width == 16 else precision
+    bucket = next((b for b in BUCKETS if d <= b), BUCKETS[-1])
+    for name in (op, op.split("+")[0]):
+        for column in (arch, "any"):
+            for kind in (element, "any"):
+                for size in (bucket, 0):
+                    found = _TABLE.get((name, column, kind, size))
+                    if found is not None:
+                        return found
+    raise KeyError(f"tiles: no tile for op {op}, D = {d}, {element}, {arch}; add one to the table and run benchmarks.aot.")
+
+
+def _row(op: str, arch: str, element: str, *by_bucket: Tile) -> dict[tuple[str, str, str, int], Tile]:
+    """One tile per bucket, or one for all of them (bucket 0)."""
+    sizes = BUCKETS if len(by_bucket) > 1 else (0,)
+    return {(op, arch, element, size): t for size, t in zip(sizes, by_bucket, strict=True)}
+
+
+T = Tile
+_TABLE: dict[tuple[str, str, str, int], Tile] = {
+    **_row("combine", "any", "any", T(16, 64, 4, 2)),
+    **_row("exponentials", "any", "any", T(1, 2048, 8, 2)),
+    **_row("coefficients", "any", "any", T(1, 1024, 4, 2)),
+    **_row("positive", "any", "any", T(64, 64, 4, 3, features=64)),
+    # small enough that small tests see several tiles
+    **_row("forward", "interpreter", "any", T(32, 16, 4, 2, descriptors=True)),
+    **_row("scores", "interpreter", "any", T(32, 16, 4, 2, descriptors=True)),
+    **_row("backward", "interpreter", "any", T(32, 16, 4, 2, descriptors=True)),
+    **_row("streamed", "interpreter", "any", T(32, 16, 4, 2, features=64)),
+    **_row("positive", "interpreter", "any", T(16, 16, 4, 2, features=64)),
+    **_row("combine", "interpreter", "any", T(16, 64, 4, 2)),
+}

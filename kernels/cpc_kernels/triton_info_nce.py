@@ -1,0 +1,696 @@
+"""InfoNCE over all candidates in Triton: one pass forward, one pass backward, nothing of size N x M in memory.
+
+Symbols: q (N, D) anchors, k (M, D) candidates, p(i) the positive of row i (an index into k, or a vector of its own),
+r_ij = <q_i, k_j> the raw score, s_ij = scale * r_ij. Candidate j is a negative of i iff j != p(i) and the ids differ.
+
+    gap_i  = log sum_{j negative} exp(s_ij) - s_i,p(i)          loss_i = softplus(gap_i)
+    O_i    = sum_{j negative} P_ij k_j,  P_ij = exp(s_ij - lse_i)
+    dq_i   = w_i (O_i - k_p(i)),         w_i = g_i sigmoid(gap_i) scale = -g_i expm1(-loss_i) scale
+    dk_j   = sum_i w_i P_ij q_i - sum_{i: p(i) = j} w_i q_i
+    dscale = sum_i (w_i / scale) (<q_i, O_i> - r_i,p(i))
+
+`forward` is attention with V = K: lse and O in one pass (4 NMD), scores only (2 NMD) when no gradient is wanted.
+`backward_candidates` has the same shape with the roles swapped (4 NMD). Neither uses atomics, so both are deterministic.
+Above `tiles.ONE_PASS_MAX_D` features a [rows, D] accumulator no longer fits: chunks of rows go through matrix products
+and one Triton kernel makes the exponentials in between. Memory: O (N, D) fp32, or one chunk x M.
+
+How the accuracy is kept. The positive never enters the sum, and is never subtracted from one. The gap is formed from raw
+scores, log2(sum) - fma(r_p, c, -m), and so does not see how large the scores are. The positive's score is the diagonal of
+a tile product, so that it takes the same precision path as the negatives and ties stay ties in the rank. The sign of the
+scale goes into the resident tile (exact), so that padding with -inf before the maximum is safe. The maximum drops NaN but
+the sum keeps it: NaN reaches the loss.
+
+This file is long because a primitive is one file here: three matrix kernels (positive, forward, candidates' gradient), the
+combine, and the two elementwise kernels of the chunked schedule, with their launchers.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+from .launching import Launch
+
+# Kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _softplus(b_x):
+    """log(1 + exp(x)), accurate where it is tiny: log1p(t) = 2 artanh(t / (2 + t)), as a series (t <= 1)."""
+    b_t = tl.exp(-tl.abs(b_x))
+    b_z = b_t / (2.0 + b_t)
+    b_z2 = b_z * b_z
+    b_sum = tl.zeros_like(b_z)
+    for k in tl.static_range(17):
+        b_sum = b_sum * b_z2 + 1.0 / (33 - 2 * k)
+    # where, not maximum: a maximum may drop NaN
+    return tl.where(b_x < 0, 0.0, b_x) + 2.0 * b_z * b_sum
+
+
+@triton.jit
+def _load_tile(source, o_row, m_row, o_d, stride_row, stride_d, d, i_row, DESCRIPTORS: tl.constexpr, EVEN_D: tl.constexpr):
+    """Rows [B] by features [BD]; zero outside. `source` is a pointer, or a descriptor read from row `i_row`."""
+    if DESCRIPTORS:
+        return source.load([i_row, 0])
+    else:
+        p_tile = source + o_row[:, None] * stride_row + o_d[None, :] * stride_d
+        if EVEN_D:
+            return tl.load(p_tile, mask=m_row[:, None], other=0.0)
+        else:
+            return tl.load(p_tile, mask=m_row[:, None] & (o_d < d)[None, :], other=0.0)
+
+
+@triton.jit
+def _dot(b_a, b_b, b_acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a b. The interpreter cannot multiply bf16: UPCAST."""
+    if UPCAST:
+        b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
+    return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION, out_dtype=b_acc.dtype)
+
+
+@triton.jit
+def _finish(p_loss, p_lse, p_positive, b_gap, b_positive, m_kept, o_n, m_n):
+    """Loss, lse and positive score of a row; an ignored row has 0, -inf and 0."""
+    tl.store(p_loss + o_n, tl.where(m_kept, _softplus(b_gap), 0.0), mask=m_n)
+    # gap = -inf stays -inf even where the positive is infinite: a row without negatives has lse -inf
+    b_lse = tl.where(b_gap == float("-inf"), b_gap, b_gap + b_positive)
+    tl.store(p_lse + o_n, tl.where(m_kept, b_lse, float("-inf")), mask=m_n)
+    tl.store(p_positive + o_n, tl.where(m_kept, b_positive, 0.0), mask=m_n)
+
+
+@triton.jit
+def positive_kernel(
+    p_anchors,  # (N, D)
+    p_vectors,  # (M, D) candidates when INDEXED, else (N, D) positive vectors
+    p_index,  # (N,) int64 when INDEXED
+    p_raw,  # (N,) out: <q_i, k_p(i)>, 0 for ignored rows
+    n, d,
+    stride_an, stride_ad, stride_vn, stride_vd,
+    INDEXED: tl.constexpr, EVEN_D: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr,
+):
+    o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    m_n = o_n < n
+    if INDEXED:
+        o_v = tl.load(p_index + o_n, mask=m_n, other=-1).to(tl.int64)
+        m_v = o_v >= 0
+    else:
+        o_v = o_n
+        m_v = m_n
+    b_raw = tl.zeros([BN, BN], dtype=ACC)
+    for i_d in range(0, d, BD):
+        o_d = i_d + tl.arange(0, BD).to(tl.int64)
+        b_q = _load_tile(p_anchors, o_n, m_v, o_d, stride_an, stride_ad, d, 0, False, EVEN_D)
+        b_v = _load_tile(p_vectors, o_v, m_v, o_d, stride_vn, stride_vd, d, 0, False, EVEN_D)
+        b_raw = _dot(b_q, tl.trans(b_v), b_raw, PRECISION, UPCAST)
+    m_diagonal = tl.arange(0, BN)[:, None] == tl.arange(0, BN)[None, :]
+    tl.store(p_raw + o_n, tl.sum(tl.where(m_diagonal, b_raw, 0.0), 1), mask=m_n)
+
+
+@triton.jit
+def forward_kernel(
+    anchors,  # (N, D)
+    candidates,  # (M, D)
+    p_index,  # (N,) int64 when INDEXED
+    p_raw,  # (N,) from positive_kernel
+    p_scale,  # (1,)
+    p_anchor_ids,  # (N,) when HAS_IDS
+    p_candidate_ids,  # (M,) when HAS_IDS
+    p_loss, p_lse, p_positive,  # (N,) out, when one split
+    p_gap,  # (SPLITS, N) out, when several
+    p_rank,  # (SPLITS, N) out, when RANK
+    p_expectation,  # (SPLITS, N, D) out, when EXPECTATION
+    n, m, d, split_size,
+    stride_an, stride_ad, stride_cm, stride_cd,
+    INDEXED: tl.constexpr, HAS_IDS: tl.constexpr, RANK: tl.constexpr, EXPECTATION: tl.constexpr,
+    STREAMED: tl.constexpr,  # features come in chunks of BD; else all D <= BD features stay resident
+    SPLIT: tl.constexpr, EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):
+    i_n = tl.program_id(0)
+    i_split = tl.program_id(1)
+    o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
+    m_n = o_n < n
+    o_d = tl.arange(0, BD).to(tl.int64)
+    start = i_split * split_size
+    stop = tl.minimum(start + split_size, m)
+
+    signed_scale = tl.load(p_scale).to(ACC)
+    sign = tl.where(signed_scale < 0, -1.0, 1.0).to(ACC)
+    # scale 0 becomes the smallest normal number: 0 * -inf would be NaN
+    scale = tl.where(signed_scale == 0, 1.1754943508222875e-38, tl.abs(signed_scale))
+    log2_e = tl.full([], 1.4426950408889634, ACC)
+    scale2 = scale * log2_e
+
+    b_raw_p = tl.load(p_raw + o_n, mask=m_n, other=0.0) * sign
+    m_kept = m_n
+    if INDEXED:
+        b_p = tl.load(p_index + o_n, mask=m_n, other=-1).to(tl.int32)
+        m_kept = b_p >= 0
+        # only tiles between these two can hold a positive of this row tile
+        first_p = tl.min(tl.where(m_kept, b_p, 2147483647))
+        last_p = tl.max(b_p)
+    if HAS_IDS:
+        b_aid = tl.load(p_anchor_ids + o_n, mask=m_n, other=0)
+    if not STREAMED:
+        b_q = _load_tile(anchors, o_n, m_n, o_d, stride_an, stride_ad, d, i_n * BN, DESCRIPTORS, EVEN_D)
+
+    b_max = tl.full([BN], float("-inf"), dtype=ACC)  # of raw scores
+    b_sum = tl.zeros([BN], dtype=ACC)
+    b_rank = tl.zeros([BN], dtype=tl.int32)
+    if EXPECTATION:
+        b_o = tl.zeros([BN, BD], dtype=ACC)
+
+    for i_m in range(start, stop, BM):
+        o_m = i_m + tl.arange(0, BM)
+        if HAS_IDS:
+            b_cid = tl.load(p_candidate_ids + o_m, mask=o_m < stop, other=0)
+        if STREAMED:
+            b_raw = tl.zeros([BN, BM], dtype=ACC)
+            for i_d in range(0, d, BD):
+                b_q = _load_tile(anchors, o_n, m_n, i_d + o_d, stride_an, stride_ad, d, 0, False, EVEN_D)
+                b_k = _load_tile(candidates, o_m.to(tl.int64), o_m < stop, i_d + o_d, stride_cm, stride_cd, d, 0, False, EVEN_D)
+                b_raw = _dot(b_q, tl.trans(b_k), b_raw, PRECISION, UPCAST)
+        else:
+            b_k = _load_tile(candidates, o_m.to(tl.int64), o_m < stop, o_d, stride_cm, stride_cd, d, i_m, DESCRIPTORS, EVEN_D)
+            b_raw = _dot(b_q, tl.trans(b_k), tl.zeros([BN, BM], dtype=ACC), PRECISION, UPCAST)
+
+        # [BN, BM] what is not a negative becomes -inf; raw scores rise with the score: times the sign of the scale
+        masked = (sign < 0) | (i_m + BM > stop)
+        if INDEXED:
+            masked |= (i_m <= last_p) & (i_m + BM > first_p)
+        if HAS_IDS:
+            masked |= d > 0  # always; a branch also keeps Triton from computing the scores in both warpgroups
+        if masked:
+            m_negative = (o_m < stop)[None, :]
+            if INDEXED:
+                m_negative &= b_p[:, None] != o_m[None, :]
+            if HAS_IDS:
+                m_negative &= b_aid[:, None] != b_cid[None, :]
+            b_raw = tl.where(m_negative, b_raw * sign, float("-inf"))
+
+        if RANK:
+            b_rank += tl.sum((b_raw > b_raw_p[:, None]).to(tl.int32), 1)
+        b_max_new = tl.maximum(b_max, tl.max(b_raw, 1))
+        # an infinite maximum is no reference: nothing seen yet (-inf), or a score of +inf
+        b_ref = tl.where(tl.abs(b_max_new) == float("inf"), 0.0, b_max_new * scale2)
+        b_old = tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max * scale2)
+        b_prob = tl.exp2(b_raw * scale2 - b_ref[:, None])
+        b_alpha = tl.exp2(b_old - b_ref)
+        b_sum = b_sum * b_alpha + tl.sum(b_prob, 1)
+        if EXPECTATION:
+            b_o = _dot(b_prob.to(b_k.dtype), b_k, b_o * b_alpha[:, None], PRECISION, UPCAST)
+        b_max = b_max_new
+
+    b_ref = tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max * scale2)
+    m_empty = b_sum == 0
+    # log2(sum) - (r_p c - m): one rounding, however large the scores
+    b_shift = tl.fma(b_raw_p, tl.zeros_like(b_raw_p) + scale2, -b_ref)
+    b_gap = (tl.log2(tl.where(m_empty, 1.0, b_sum)) - b_shift) / log2_e
+    b_gap = tl.where(m_empty, float("-inf"), b_gap)
+    o_out = i_split.to(tl.int64) * n + o_n
+    if SPLIT:
+        tl.store(p_gap + o_out, b_gap, mask=m_n)
+    else:
+        _finish(p_loss, p_lse, p_positive, b_gap, b_raw_p * sign * signed_scale, m_kept, o_n, m_n)
+    if RANK:
+        tl.store(p_rank + o_out, tl.where(m_kept, b_rank, 0), mask=m_n)
+    if EXPECTATION:
+        b_o = b_o * (1.0 / tl.where(m_empty, 1.0, b_sum))[:, None]
+        b_o = tl.where((m_empty | (m_kept == 0))[:, None], 0.0, b_o)
+        p_o = p_expectation + o_out[:, None] * d + o_d[None, :]
+        tl.store(p_o, b_o, mask=m_n[:, None] & (o_d < d)[None, :])
+
+
+@triton.jit
+def combine_kernel(
+    p_gaps,  # (SPLITS, N)
+    p_ranks,  # (SPLITS, N) when RANK
+    p_expectations,  # (SPLITS, N, D) when EXPECTATION
+    p_index,  # (N,) when INDEXED
+    p_raw,  # (N,)
+    p_scale,  # (1,)
+    p_loss, p_lse, p_positive, p_rank,  # (N,) out
+    p_expectation,  # (N, D) out
+    n, d, splits,
+    INDEXED: tl.constexpr, RANK: tl.constexpr, EXPECTATION: tl.constexpr, ACC: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr,
+):
+    o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    m_n = o_n < n
+    m_kept = m_n
+    if INDEXED:
+        m_kept = tl.load(p_index + o_n, mask=m_n, other=-1) >= 0
+    size = n.to(tl.int64)
+
+    b_top = tl.full([BN], float("-inf"), dtype=ACC)
+    for i_s in range(0, splits):
+        b_top = tl.maximum(b_top, tl.load(p_gaps + i_s * size + o_n, mask=m_n, other=float("-inf")))
+    b_top = tl.where(tl.abs(b_top) == float("inf"), 0.0, b_top)
+    b_sum = tl.zeros([BN], dtype=ACC)
+    for i_s in range(0, splits):
+        b_sum += tl.exp(tl.load(p_gaps + i_s * size + o_n, mask=m_n, other=float("-inf")) - b_top)
+    m_empty = b_sum == 0
+    b_sum = tl.where(m_empty, 1.0, b_sum)
+
+    if tl.program_id(1) == 0:
+        b_gap = tl.where(m_empty, float("-inf"), b_top + tl.log(b_sum))
+        b_positive = tl.load(p_raw + o_n, mask=m_n, other=0.0) * tl.load(p_scale).to(ACC)
+        _finish(p_loss, p_lse, p_positive, b_gap, b_positive, m_kept, o_n, m_n)
+        if RANK:
+            b_rank = tl.zeros([BN], dtype=tl.int32)
+            for i_s in range(0, splits):
+                b_rank += tl.load(p_ranks + i_s * size + o_n, mask=m_n, other=0)
+            tl.store(p_rank + o_n, b_rank, mask=m_n)
+    if EXPECTATION:
+        o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+        m_o = m_n[:, None] & (o_d < d)[None, :]
+        o_o = o_n[:, None] * d + o_d[None, :]
+        b_o = tl.zeros([BN, BD], dtype=ACC)
+        for i_s in range(0, splits):
+            b_gap = tl.load(p_gaps + i_s * size + o_n, mask=m_n, other=float("-inf"))
+            b_share = tl.exp(b_gap - b_top) / b_sum
+            b_o += b_share[:, None] * tl.load(p_expectations + i_s * size * d + o_o, mask=m_o, other=0.0)
+        tl.store(p_expectation + o_o, b_o, mask=m_o)
+
+
+@triton.jit
+def backward_candidates_kernel(
+    anchors,  # (N, D)
+    candidates,  # (M, D)
+    p_index,  # (N,) int64 when INDEXED
+    p_weights,  # (N,) w
+    p_lse,  # (N,)
+    p_norm,  # (1,) when NORMALISED: w arrives divided by it, so that fp16 holds w P
+    p_scale,  # (1,)
+    p_anchor_ids,  # (N,) when HAS_IDS
+    p_candidate_ids,  # (M,) when HAS_IDS
+    p_grad,  # (SPLITS, M, D) out
+    n, m, d, split_size,
+    stride_an, stride_ad, stride_cm, stride_cd,
+    INDEXED: tl.constexpr, HAS_IDS: tl.constexpr, NORMALISED: tl.constexpr,
+    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):
+    i_m = tl.program_id(0)
+    i_split = tl.program_id(1)
+    o_m = i_m * BM + tl.arange(0, BM)
+    m_m = o_m < m
+    o_d = tl.arange(0, BD).to(tl.int64)
+    start = i_split * split_size
+    stop = tl.minimum(start + split_size, n)
+    log2_e = tl.full([], 1.4426950408889634, ACC)
+    scale2 = tl.load(p_scale).to(ACC) * log2_e
+    if HAS_IDS:
+        b_cid = tl.load(p_candidate_ids + o_m, mask=m_m, other=0)
+
+    b_k = _load_tile(candidates, o_m.to(tl.int64), m_m, o_d, stride_cm, stride_cd, d, i_m * BM, DESCRIPTORS, EVEN_D)
+    b_grad = tl.zeros([BM, BD], dtype=ACC)
+    for i_n in range(start, stop, BN):
+        o_n = i_n + tl.arange(0, BN)
+        m_n = o_n < stop
+        b_w = tl.load(p_weights + o_n, mask=m_n, other=0.0)
+        b_lse2 = tl.load(p_lse + o_n, mask=m_n, other=float("-inf")) * log2_e
+        # no negatives, ignored or beyond the end: P = exp(r - inf) = 0
+        b_lse2 = tl.where(b_lse2 == float("-inf"), float("inf"), b_lse2)
+        m_q = m_n
+        if INDEXED:
+            b_p = tl.load(p_index + o_n, mask=m_n, other=-1).to(tl.int32)
+            m_q = b_p >= 0
+        if HAS_IDS:
+            b_aid = tl.load(p_anchor_ids + o_n, mask=m_n, other=0)
+        b_q = _load_tile(anchors, o_n.to(tl.int64), m_q, o_d, stride_an, stride_ad, d, i_n, DESCRIPTORS, EVEN_D)
+        # [BM, BN] w P for negatives, -w where the positive sits, 0 elsewhere
+        b_raw = _dot(b_k, tl.trans(b_q), tl.zeros([BM, BN], dtype=ACC), PRECISION, UPCAST)
+        b_c = tl.exp2(b_raw * scale2 - b_lse2[None, :]) * b_w[None, :]
+        if HAS_IDS:
+            b_c = tl.where(b_cid[:, None] != b_aid[None, :], b_c, 0.0)
+        if INDEXED:
+            b_c = tl.where(o_m[:, None] != b_p[None, :], b_c, -b_w[None, :])
+        b_grad = _dot(b_c.to(b_q.dtype), b_q, b_grad, PRECISION, UPCAST)
+
+    if NORMALISED:
+        b_grad *= tl.load(p_norm)
+    p_tile = p_grad + (i_split.to(tl.int64) * m + o_m)[:, None] * d + o_d[None, :]
+    tl.store(p_tile, b_grad.to(p_grad.dtype.element_ty), mask=m_m[:, None] & (o_d < d)[None, :])
+
+
+@triton.jit
+def exponentials_kernel(
+    p_scores,  # (R, M) raw scores of a chunk of rows
+    p_probabilities,  # (R, M) out: P
+    p_index,  # (R,) when INDEXED
+    p_raw,  # (R,) when not INDEXED: the positive's raw score
+    p_scale,  # (1,)
+    p_anchor_ids,  # (R,) when HAS_IDS
+    p_candidate_ids,  # (M,) when HAS_IDS
+    p_loss, p_lse, p_positive, p_rank,  # (R,) out
+    m,
+    INDEXED: tl.constexpr, HAS_IDS: tl.constexpr, RANK: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+):
+    """One row per program: a pass for maximum and sum, a pass that writes P."""
+    i_r = tl.program_id(0).to(tl.int64)
+    o_block = tl.arange(0, BM)
+    p_row = p_scores + i_r * m
+    scale = tl.load(p_scale).to(ACC)
+    log2_e = tl.full([], 1.4426950408889634, ACC)
+    sign = tl.where(scale < 0, -1.0, 1.0).to(ACC)
+    scale2 = tl.where(scale == 0, 1.1754943508222875e-38, tl.abs(scale)) * log2_e
+    kept = True
+    if INDEXED:
+        positive = tl.load(p_index + i_r)
+        kept = positive >= 0
+        raw_p = tl.load(p_row + tl.maximum(positive, 0), mask=kept, other=0.0)
+    else:
+        raw_p = tl.load(p_raw + i_r)
+    if HAS_IDS:
+        aid = tl.load(p_anchor_ids + i_r)
+
+    top = tl.full([], float("-inf"), ACC)
+    total = tl.zeros([], ACC)
+    rank = tl.zeros([], tl.int32)
+    for i_m in range(0, m, BM):
+        o_m = i_m + o_block
+        m_negative = o_m < m
+        b_raw = tl.load(p_row + o_m, mask=m_negative, other=0.0) * sign
+        if INDEXED:
+            m_negative &= o_m != positive
+        if HAS_IDS:
+            m_negative &= tl.load(p_candidate_ids + o_m, mask=o_m < m, other=0) != aid
+        b_raw = tl.where(m_negative, b_raw, float("-inf"))
+        if RANK:
+            rank += tl.sum((b_raw > raw_p * sign).to(tl.int32))
+        new = tl.maximum(top, tl.max(b_raw))
+        old_ref = tl.where(tl.abs(top) == float("inf"), 0.0, top * scale2)
+        ref = tl.where(tl.abs(new) == float("inf"), 0.0, new * scale2)
+        total = total * tl.exp2(old_ref - ref) + tl.sum(tl.exp2(b_raw * scale2 - ref))
+        top = new
+
+    ref = tl.where(tl.abs(top) == float("inf"), 0.0, top * scale2)
+    empty = total == 0
+    total = tl.where(empty, 1.0, total)
+    gap = (tl.log2(total) - tl.fma(raw_p * sign, scale2, -ref)) / log2_e
+    gap = tl.where(empty, float("-inf"), gap)
+    _finish(p_loss, p_lse, p_positive, gap, raw_p * scale, kept, i_r, True)
+    if RANK:
+        tl.store(p_rank + i_r, tl.where(kept, rank, 0))
+    for i_m in range(0, m, BM):
+        o_m = i_m + o_block
+        m_negative = (o_m < m) & kept
+        b_raw = tl.load(p_row + o_m, mask=o_m < m, other=0.0) * sign
+        if INDEXED:
+            m_negative &= o_m != positive
+        if HAS_IDS:
+            m_negative &= tl.load(p_candidate_ids + o_m, mask=o_m < m, other=0) != aid
+        b_prob = tl.where(m_negative, tl.exp2(b_raw * scale2 - ref) / total, 0.0)
+        tl.store(p_probabilities + i_r * m + o_m, b_prob.to(p_probabilities.dtype.element_ty), mask=o_m < m)
+
+
+@triton.jit
+def coefficients_kernel(
+    p_scores,  # (C, N) raw scores of a chunk of candidates
+    p_coefficients,  # (C, N) out: w P, or -w where the positive sits
+    p_index,  # (N,) when INDEXED
+    p_weights,  # (N,)
+    p_lse,  # (N,)
+    p_scale,  # (1,)
+    p_anchor_ids,  # (N,) when HAS_IDS
+    p_candidate_ids,  # (C,) when HAS_IDS
+    n, first,  # the candidate of row 0
+    INDEXED: tl.constexpr, HAS_IDS: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr,
+):
+    i_c = tl.program_id(0).to(tl.int64)
+    o_n = tl.program_id(1) * BN + tl.arange(0, BN)
+    m_n = o_n < n
+    log2_e = tl.full([], 1.4426950408889634, ACC)
+    scale2 = tl.load(p_scale).to(ACC) * log2_e
+    b_w = tl.load(p_weights + o_n, mask=m_n, other=0.0)
+    b_lse2 = tl.load(p_lse + o_n, mask=m_n, other=float("-inf")) * log2_e
+    b_lse2 = tl.where(b_lse2 == float("-inf"), float("inf"), b_lse2)
+    b_raw = tl.load(p_scores + i_c * n + o_n, mask=m_n, other=0.0)
+    b_c = tl.exp2(b_raw * scale2 - b_lse2) * b_w
+    if HAS_IDS:
+        b_c = tl.where(tl.load(p_anchor_ids + o_n, mask=m_n, other=0) != tl.load(p_candidate_ids + i_c), b_c, 0.0)
+    if INDEXED:
+        b_c = tl.where(tl.load(p_index + o_n, mask=m_n, other=-1) != first + i_c, b_c, -b_w)
+    tl.store(p_coefficients + i_c * n + o_n, b_c.to(p_coefficients.dtype.element_ty), mask=m_n)
+
+
+# Launchers --------------------------------------------------------------------------------------------------------
+
+
+def forward(
+    anchors: Tensor,
+    candidates: Tensor,
+    positives: Tensor,
+    scale: Tensor,
+    anchor_ids: Tensor | None = None,
+    candidate_ids: Tensor | None = None,
+    need_expectation: bool = True,
+    *,
+    need_rank: bool = True,
+    input_precision: str | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, lse, positive score, rank (N,) int64 and O (N, D), in float32 (float64 for float64).
+
+    anchors (N, D), candidates (M, D): one dtype, any strides. positives: (N,) int64, -1 ignored, or (N, D) vectors.
+    scale (1,). Rank and O are empty (0,) when not needed. input_precision: "tf32", "tf32x3" or "ieee" for float32
+    (default: `launching.default_precision`). splits: pieces of the candidates (default: as the device needs).
+    """
+    n, d = anchors.shape
+    m = len(candidates)
+    indexed = not positives.is_floating_point()
+    launch = Launch("info_nce", anchors, input_precision)
+    acc = launch.accumulator
+    loss, lse, positive = (anchors.new_empty(n, dtype=acc) for _ in range(3))
+    rank = anchors.new_empty(n if need_rank else 0, dtype=torch.int64)
+    expectation = anchors.new_empty((n, d) if need_expectation else (0,), dtype=acc)
+    if n == 0:
+        return loss, lse, positive, rank, expectation
+    rows = positives.contiguous() if indexed else anchors
+    scale = scale.contiguous()
+    has_ids = anchor_ids is not None
+    ids = (anchor_ids.contiguous(), candidate_ids.contiguous()) if has_ids else (scale, scale)
+    flags = {"INDEXED": indexed, "HAS_IDS": has_ids, "RANK": need_rank, "ACC": launch.acc}
+    chunked = need_expectation and d > tiles.ONE_PASS_MAX_D and m > 0
+
+    raw = anchors.new_empty(n, dtype=acc)
+    if not (chunked and indexed):
+        vectors = candidates if indexed else positives
+        tile = launch.tile("positive", d)
+        launch(
+            "positive", positive_kernel, (triton.cdiv(n, tile.rows),),
+            anchors, vectors, rows, raw, n, d, *anchors.stride(), *vectors.stride(),
+            INDEXED=indexed, EVEN_D=d % tile.features == 0, **launch.dot(),
+            BN=tile.rows, BD=tile.features, **tile.options(),
+        )  # fmt: skip
+    if chunked:
+        # [rows, M] of raw scores, then of P
+        size = max(1, min(n, tiles.CHUNK_ELEMENTS // m))
+        tile = launch.tile("exponentials", d)
+        for i in range(0, n, size):
+            part = slice(i, min(i + size, n))
+            with launch.range("scores"):
+                scores = launch.product(anchors[part], candidates.t())
+            # as wide as the scores when they can be overwritten in place
+            probabilities = scores if scores.dtype == anchors.dtype else torch.empty_like(scores, dtype=anchors.dtype)
+            launch(
+                "exponentials", exponentials_kernel, (len(scores),),
+                scores, probabilities, rows[part] if indexed else rows, raw[part], scale,
+                ids[0][part] if has_ids else scale, ids[1], loss[part], lse[part], positive[part],
+                rank[part] if need_rank else rank, m,
+                BM=min(tile.columns, triton.next_power_of_2(m)), **flags, **tile.options(),
+            )  # fmt: skip
+            with launch.range("expectation"):
+                expectation[part] = launch.product(probabilities, candidates)
+        return loss, lse, positive, rank, expectation
+
+    op = "forward" if need_expectation else "scores" if d <= tiles.ONE_PASS_MAX_D else "streamed"
+    tile = launch.tile(op, d, ids=has_ids, rank=need_rank)
+    row_tiles = triton.cdiv(n, tile.rows)
+    split_size, splits = launch.split(row_tiles, m, tile.columns, splits)
+    gap, ranks, expectations = loss, rank, expectation  # written by the kernel itself when there is one split
+    if splits > 1:
+        gap = anchors.new_empty((splits, n), dtype=acc)
+        ranks = anchors.new_empty((splits, n) if need_rank else (0,), dtype=torch.int32)
+        expectations = anchors.new_empty((splits, n, d) if need_expectation else (0,), dtype=acc)
+    features = tile.features or max(16, triton.next_power_of_2(d))
+    descriptors = tile.descriptors and launch.describable(anchors, candidates) and m > 0
+    launch(
+        op, forward_kernel, (row_tiles, splits),
+        launch.describe(anchors, tile.rows, features) if descriptors else anchors,
+        launch.describe(candidates, tile.columns, features) if descriptors else candidates,
+        rows, raw, scale, *ids, loss, lse, positive, gap, ranks, expectations,
+        n, m, d, split_size, *anchors.stride(), *candidates.stride(),
+        EXPECTATION=need_expectation, STREAMED=tile.features > 0, SPLIT=splits > 1, EVEN_D=d % features == 0,
+        DESCRIPTORS=descriptors, PRECISION=launch.precision, UPCAST=launch.upcast,
+        BN=tile.rows, BM=tile.columns, BD=features, **flags, **tile.options(),
+    )  # fmt: skip
+    if splits > 1:
+        tile = launch.tile("combine", d)
+        columns = triton.cdiv(d, tile.columns) if need_expectation else 1
+        launch(
+            "combine", combine_kernel, (triton.cdiv(n, tile.rows), columns),
+            gap, ranks, expectations, rows, raw, scale, loss, lse, positive, rank, expectation, n, d, splits,
+            INDEXED=indexed, RANK=need_rank, EXPECTATION=need_expectation, ACC=launch.acc,
+            BN=tile.rows, BD=tile.columns, **tile.options(),
+        )  # fmt: skip
+    return loss, lse, positive, rank, expectation
+
+
+def backward_candidates(
+    weights: Tensor,
+    lse: Tensor,
+    anchors: Tensor,
+    candidates: Tensor,
+    positives: Tensor,
+    scale: Tensor,
+    anchor_ids: Tensor | None = None,
+    candidate_ids: Tensor | None = None,
+    *,
+    input_precision: str | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """The candidates' gradient (M, D) in their dtype: dk_j = sum_i w_i P_ij q_i - sum_{i: p(i) = j} w_i q_i.
+
+    weights (N,): w = g sigmoid(lse - s_p) scale = -g expm1(-loss) scale. The rest as `forward`.
+    """
+    n, d = anchors.shape
+    m = len(candidates)
+    if n == 0 or m == 0:
+        return candidates.new_zeros(m, d)
+    indexed = not positives.is_floating_point()
+    launch = Launch("info_nce", anchors, input_precision)
+    rows = positives.contiguous() if indexed else anchors
+    scale, lse, weights = scale.contiguous(), lse.contiguous(), weights.contiguous()
+    has_ids = anchor_ids is not None
+    ids = (anchor_ids.contiguous(), candidate_ids.contiguous()) if has_ids else (scale, scale)
+    flags = {"INDEXED": indexed, "HAS_IDS": has_ids, "ACC": launch.acc}
+    normalised = anchors.dtype == torch.float16
+    norm = scale
+    if normalised:  # the largest |w| becomes 2^14, so that w P does not fall below what fp16 holds
+        norm = weights.abs().amax(0, keepdim=True) / 2**14
+        norm = torch.where(norm == 0, 1.0, norm)
+        weights = weights / norm
+
+    if d > tiles.ONE_PASS_MAX_D:
+        anchors = anchors.where((positives >= 0)[:, None], 0.0) if indexed else anchors
+        grad = torch.empty_like(candidates, memory_format=torch.contiguous_format)
+        size = max(1, min(m, tiles.CHUNK_ELEMENTS // n))
+        tile = launch.tile("coefficients", d)
+        columns = min(tile.columns, triton.next_power_of_2(n))
+        for i in range(0, m, size):
+            part = slice(i, min(i + size, m))
+            with launch.range("scores"):
+                scores = launch.product(candidates[part], anchors.t())  # [C, N]
+            coefficients = scores if scores.dtype == anchors.dtype else torch.empty_like(scores, dtype=anchors.dtype)
+            launch(
+                "coefficients", coefficients_kernel, (len(scores), triton.cdiv(n, columns)),
+                scores, coefficients, rows, weights, lse, scale, ids[0], ids[1][part] if has_ids else scale, n, i,
+                BN=columns, **flags, **tile.options(),
+            )  # fmt: skip
+            with launch.range("gradient"):
+                product = launch.product(coefficients, anchors)
+                grad[part] = product * norm if normalised else product
+        return grad
+
+    tile = launch.tile("backward", d, ids=has_ids)
+    candidate_tiles = triton.cdiv(m, tile.rows)
+    split_size, splits = launch.split(candidate_tiles, n, tile.columns, splits)
+    features = max(16, triton.next_power_of_2(d))
+    descriptors = tile.descriptors and launch.describable(anchors, candidates)
+    if descriptors and indexed:  # a descriptor cannot skip ignored rows, and 0 * NaN is NaN
+        anchors = anchors.where((positives >= 0)[:, None], 0.0)
+    grad = candidates.new_empty((splits, m, d), dtype=launch.accumulator if splits > 1 else candidates.dtype)
+    launch(
+        "backward", backward_candidates_kernel, (candidate_tiles, splits),
+        launch.describe(anchors, tile.columns, features) if descriptors else anchors,
+        launch.describe(candidates, tile.rows, features) if descriptors else candidates,
+        rows, weights, lse, norm, scale, *ids, grad, n, m, d, split_size, *anchors.stride(), *candidates.stride(),
+        NORMALISED=normalised, EVEN_D=d % features == 0, DESCRIPTORS=descriptors,
+        PRECISION=launch.precision, UPCAST=launch.upcast,
+        BN=tile.columns, BM=tile.rows, BD=features, **flags, **tile.options(),
+    )  # fmt: skip
+    return grad[0] if splits == 1 else grad.sum(0).to(candidates.dtype)
+
+
+# Ahead of time ----------------------------------------------------------------------------------------------------
+
+
+def aot_entries(arch: str) -> Iterator[tiles.Entry]:
+    """Every compiled form of the kernels above for one architecture, worst cases of each tile included."""
+    pointers = {
+        "p_index": "*i64", "p_raw": "*fp32", "p_scale": "*fp32", "p_anchor_ids": "*i64", "p_candidate_ids": "*i64",
+        "p_loss": "*fp32", "p_lse": "*fp32", "p_positive": "*fp32", "p_gap": "*fp32", "p_rank": "*i64",
+        "p_expectation": "*fp32", "p_weights": "*fp32", "p_norm": "*fp32",
+    }  # fmt: skip
+    sizes = dict.fromkeys(("n", "m", "d", "split_size", "stride_an", "stride_cm", "stride_vn"), "i32")
+    divisible = (*pointers, "anchors", "candidates", "p_anchors", "p_vectors", "p_grad", "p_gaps", "p_ranks",
+                 "p_expectations", "d", "split_size", "stride_an", "stride_cm", "stride_vn")  # fmt: skip
+
+    def entry(name, kernel, tile, extra, matrix=True, **constexprs):
+        given = pointers | sizes | extra
+        signature = {a: given[a] for a in kernel.arg_names if a in given and a not in constexprs}
+        ours = tuple(a for a in signature if a in divisible and not signature[a].startswith("tensordesc"))
+        constexprs = {a: v for a, v in constexprs.items() if a in kernel.arg_names}
+        return tiles.Entry(name, kernel, signature, constexprs, tile.options(), ours, matrix, tile)
+
+    unit = {"stride_ad": 1, "stride_cd": 1, "stride_vd": 1}
+    for width, element, precisions in ((16, "bf16", ("ieee",)), (32, "fp32", ("tf32", "tf32x3", "ieee"))):
+        for precision in precisions:
+            if width == 32 and not tiles.compiles(arch, precision):
+                continue
+            common = unit | {"ACC": tl.float32, "PRECISION": precision, "UPCAST": False, "EVEN_D": True}
+            label = element if width == 16 else precision
+            matrix = precision != "ieee" or width == 16
+            for bucket in tiles.BUCKETS:
+                for variant, flags in tiles.VARIANTS.items():
+                    for op in ("forward", "scores", "backward"):
+                        if op == "backward" and variant == "+rank":
+                            continue
+                        tile = tiles.tile(op + variant, bucket, width, arch, precision)
+                        for descriptors in (False, True) if tile.descriptors else (False,):
+                            source = dict.fromkeys(("anchors", "candidates"), f"*{element}")
+                            if descriptors:
+                                blocks = (tile.rows, tile.columns) if op != "backward" else (tile.columns, tile.rows)
+                                source = {
+                                    name: f"tensordesc<{element}[{rows}, {bucket}]>"
+                                    for name, rows in zip(source, blocks, strict=True)
+                                }
+                            resident, streamed = ("BM", "BN") if op == "backward" else ("BN", "BM")
+                            yield entry(
+                                f"{op}{variant} D={bucket} {label}{' tma' if descriptors else ''}",
+                                backward_candidates_kernel if op == "backward" else forward_kernel,
+                                tile, source | {"p_grad": f"*{element}"}, matrix,
+                                **common, **flags, INDEXED=True, EXPECTATION=op == "forward", STREAMED=False,
+                                SPLIT=False, DESCRIPTORS=descriptors, NORMALISED=False,
+                                **{resident: tile.rows, streamed: tile.columns, "BD": bucket},
+                            )  # fmt: skip
+            source = dict.fromkeys(("anchors", "candidates", "p_anchors", "p_vectors"), f"*{element}")
+            tile = tiles.tile("streamed", 1024, width, arch, precision)
+            yield entry(
+                f"streamed D>{tiles.BUCKETS[-1]} {label}", forward_kernel, tile, source, matrix,
+                **common, INDEXED=True, HAS_IDS=True, RANK=True, EXPECTATION=False, STREAMED=True, SPLIT=False,
+                DESCRIPTORS=False, BN=tile.rows, BM=tile.columns, BD=tile.features,
+            )  # fmt: skip
+            tile = tiles.tile("positive", 1024, width, arch, precision)
+            yield entry(
+                f"positive {label}", positive_kernel, tile, source, matrix,
+                **common, INDEXED=True, BN=tile.rows, BD=tile.features,
+            )  # fmt: skip
+    plain = {"ACC": tl.float32, "INDEXED": True, "HAS_IDS": True, "RANK": True, "EXPECTATION": True}
+    tile = tiles.tile("combine", 256, 32, arch)
+    partial = {"p_gaps": "*fp32", "p_ranks": "*i32", "p_expectations": "*fp32", "splits": "i32"}
+    yield entry("combine", combine_kernel, tile, partial, False, **plain, BN=tile.rows, BD=tile.columns)
+    tile = tiles.tile("exponentials", 1024, 16, arch)
+    chunk = {"p_scores": "*fp32", "p_probabilities": "*bf16", "p_coefficients": "*bf16", "first": "i32"}
+    yield entry("exponentials", exponentials_kernel, tile, chunk, False, **plain, BM=tile.columns)
+    tile = tiles.tile("coefficients", 1024, 16, arch)
+    yield entry("coefficients", coefficients_kernel, tile, chunk, False, **plain, BN=tile.columns)
