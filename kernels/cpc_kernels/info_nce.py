@@ -347,11 +347,14 @@ def _save(ctx, inputs, output):
     anchors, candidates, positives, scale, anchor_ids, candidate_ids, impl, _expectation, _rank = inputs
     _loss, lse, positive, rank, expectation = output
     ctx.mark_non_differentiable(lse, positive, rank, expectation)
+    ctx.set_materialize_grads(False)  # or zeros the size of O would be made for it
     ctx.save_for_backward(lse, positive, expectation, anchors, candidates, positives, scale, anchor_ids, candidate_ids)
     ctx.impl = impl
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 9
     need_anchors, need_candidates, need_positives, need_scale = ctx.needs_input_grad[:4]
     dq, dk, dv, dscale = info_nce_backward(
         grad, *ctx.saved_tensors, ctx.impl, need_anchors, need_candidates, need_positives, need_scale
@@ -428,10 +431,13 @@ def _(grad, unit):
 
 def _save_sum(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
 
 
 def _backward_sum(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 7
     needed = [n for n, need in enumerate(ctx.needs_input_grad[:4]) if need]
     grads: list[Tensor | None] = [None] * 7
     units = ctx.saved_tensors

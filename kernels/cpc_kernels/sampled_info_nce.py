@@ -335,6 +335,7 @@ def _save(ctx, inputs, output):
     anchors, pool, positives, scale, negatives, seed, count, per_step, anchor_ids, pool_ids, impl, *_ = inputs
     _loss, lse, positive, rank, expectation, probabilities = output
     ctx.mark_non_differentiable(lse, positive, rank, expectation, probabilities)
+    ctx.set_materialize_grads(False)  # or zeros the size of O and P would be made for them
     ctx.save_for_backward(
         lse,
         positive,
@@ -353,6 +354,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 14
     needs = ctx.needs_input_grad[:4]
     grads = sampled_backward(grad, *ctx.saved_tensors, *ctx.options, *needs)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 10)

@@ -4,8 +4,8 @@
 //   dq = w (O - z_p)     dz_j = sum of w P q over the pairs of j, minus w q where j is the positive
 //   w = weight * scale, where weight = upstream * sigmoid(lse - s_p)
 //
-// Forward visits each negative once: eight rows of the pool come into the first cache, give eight scores, and are mixed
-// into O while they are there (a running softmax). Backward sorts the pairs (anchor, candidate) of a block of anchors
+// Forward takes a block of anchors past one slice of the pool's features at a time, which stays in the second-level
+// cache: first for the scores, then, when P is known, for O, whose sums stay in registers. Backward sorts the pairs (anchor, candidate) of a block of anchors
 // by candidate; a thread owns candidates, adds their pairs in anchor order, and keeps the sum in registers. Nothing is
 // atomic and no order depends on the number of threads. Memory: P, O, the gradients, and 16 MB of pairs.
 
@@ -27,7 +27,10 @@ namespace {
 
 constexpr uint64_t LOW = 0xFFFFFFFFull;
 constexpr int64_t PAIRS_AT_ONCE = 2 << 20;  // bounds the memory of the sort
-constexpr int64_t BLOCK_BYTES = 256 << 10;  // of anchors: half of a second-level cache
+constexpr int64_t BLOCK_BYTES = 256 << 10;  // of anchors in backward: half of a second-level cache
+constexpr int64_t SLICE_BYTES = 416 << 10;  // of the pool in forward: most of one
+constexpr int64_t BLOCK_SCORES = 8 << 10;   // of anchors in forward, counted in scores: 32 KB
+constexpr int64_t PAD = 16;                 // lists are padded to whole vectors of every width
 
 template <typename T>
 struct Problem {

@@ -5,6 +5,7 @@
 typedef SCALAR vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef INTEGER ivec __attribute__((vector_size(VECTOR_BYTES)));
 constexpr int W = VECTOR_BYTES / sizeof(SCALAR), TILE = 8;
+constexpr int UNROLL = 8;  // vectors summed in registers
 
 static INLINE vec load(const SCALAR* from) {
   vec v;
@@ -133,28 +134,25 @@ static INLINE SCALAR dot(const SCALAR* q, const SCALAR* k, int64_t d) {
   return out[0];
 }
 
-// o = alpha o + sum_c p_c k_c, over eight candidates
-static INLINE void mix_8(SCALAR* o, SCALAR alpha, const SCALAR* p, const SCALAR* const* k, int64_t d) {
-  const SCALAR *k0 = k[0], *k1 = k[1], *k2 = k[2], *k3 = k[3], *k4 = k[4], *k5 = k[5], *k6 = k[6], *k7 = k[7];
-  const vec p0 = splat(p[0]), p1 = splat(p[1]), p2 = splat(p[2]), p3 = splat(p[3]);
-  const vec p4 = splat(p[4]), p5 = splat(p[5]), p6 = splat(p[6]), p7 = splat(p[7]);
-  const vec old = splat(alpha);
+// o[0..width) = sum_s p_s z_s, the sum in registers; what has no probability is not even read.
+static INLINE void mix(SCALAR* o, const SCALAR* p, const int32_t* index, int64_t count, const SCALAR* z, int64_t d,
+                       int64_t width) {
   int64_t i = 0;
-  for (; i + W <= d; i += W) {
-    vec s = load(o + i) * old, t = load(k4 + i) * p4;
-    s += load(k0 + i) * p0;
-    t += load(k5 + i) * p5;
-    s += load(k1 + i) * p1;
-    t += load(k6 + i) * p6;
-    s += load(k2 + i) * p2;
-    t += load(k7 + i) * p7;
-    s += load(k3 + i) * p3;
-    store(o + i, s + t);
+  for (; i + UNROLL * W <= width; i += UNROLL * W) {
+    vec v[UNROLL] = {};
+    for (int64_t s = 0; s < count; s++) {
+      if (p[s] == 0) continue;
+      const vec c = splat(p[s]);
+      const SCALAR* x = z + int64_t(index[s]) * d + i;
+      for (int u = 0; u < UNROLL; u++) v[u] += c * load(x + u * W);
+    }
+    for (int u = 0; u < UNROLL; u++) store(o + i + u * W, v[u]);
   }
-  for (; i < d; i++) {
-    SCALAR s = o[i] * alpha;
-    for (int c = 0; c < 8; c++) s += p[c] * k[c][i];
-    o[i] = s;
+  for (; i < width; i++) {
+    SCALAR v = 0;
+    for (int64_t s = 0; s < count; s++)
+      if (p[s] != 0) v += p[s] * z[int64_t(index[s]) * d + i];
+    o[i] = v;
   }
 }
 
@@ -223,114 +221,105 @@ static void list(const Problem<SCALAR>& p, int64_t n, int64_t k, int32_t* index)
 // Where a sum of exponentials is measured from: its maximum, unless that is infinite.
 static INLINE SCALAR reference_point(SCALAR top) { return std::isinf(top) ? SCALAR(0) : top; }
 
-static INLINE SCALAR exponential_of(SCALAR x) { return exponential(splat(x))[0]; }
+// scores[g, 0..padded) += <q_g, z_s> over the features of one slice, for the `group` anchors that share a list
+static void score_slice(const SCALAR* q, int64_t group, const SCALAR* z, const int32_t* index, int64_t padded, int64_t d,
+                        int64_t width, bool first, SCALAR* scores) {
+  for (int64_t c = 0; c < padded; c += TILE) {
+    const SCALAR* k[TILE];
+    for (int64_t t = 0; t < TILE; t++) k[t] = z + int64_t(index[c + t] < 0 ? 0 : index[c + t]) * d;
+    SCALAR part[2 * TILE];
+    for (int64_t g = 0; g < group; g += 2) {
+      const int64_t pair = group - g < 2 ? 1 : 2;
+      if (pair == 2) {
+        dots_4x2(q + g * d, q + (g + 1) * d, k, width, part, part + TILE);
+        dots_4x2(q + g * d, q + (g + 1) * d, k + 4, width, part + 4, part + TILE + 4);
+      } else {
+        dots_8x1(q + g * d, k, width, part);
+      }
+      for (int64_t h = 0; h < pair; h++) {
+        SCALAR* to = scores + (g + h) * padded + c;
+        for (int64_t t = 0; t < TILE; t++) to[t] = first ? part[h * TILE + t] : to[t] + part[h * TILE + t];
+      }
+    }
+  }
+}
 
-static void forward_rows(const Problem<SCALAR>& p, const Outputs<SCALAR>& out, int64_t begin, int64_t end) {
+// From raw scores (in place: they become P) to the row's results.
+static void finish_row(const Problem<SCALAR>& p, const Outputs<SCALAR>& out, int64_t a, const int32_t* index,
+                       int64_t padded, SCALAR own, SCALAR* s) {
   const SCALAR infinity = std::numeric_limits<SCALAR>::infinity();
+  const int64_t own_index = p.positives ? p.positives[a] : -1;
+  const int64_t excluded = p.drawn ? own_index : -1;
+  const bool active = !p.positives || own_index >= 0;
+  own = active ? own * p.scale : 0;
+  SCALAR top = -infinity;
+  int64_t rank = 0;
+  for (int64_t t = 0; t < padded; t++) s[t] = index[t] < 0 || index[t] == excluded ? -infinity : s[t] * p.scale;
+  for (int64_t t = 0; t < padded; t++) top = s[t] > top ? s[t] : top;
+  if (out.rank) {
+    for (int64_t t = 0; t < padded; t++) rank += s[t] > own;
+    out.rank[a] = active ? rank : 0;
+  }
+  const vec from = splat(reference_point(top));
+  vec sums = {};
+  for (int64_t t = 0; t < padded; t += W) sums += exponential(load(s + t) - from);  // a NaN that hides from the maximum shows here
+  SCALAR total = 0;
+  for (int t = 0; t < W; t++) total += sums[t];
+  const SCALAR lse = active ? from[0] + std::log(total) : -infinity;
+  const bool live = lse != -infinity;
+  const SCALAR gap = lse - own;
+  out.lse[a] = lse;
+  out.positive[a] = own;
+  out.loss[a] = live ? (gap > 0 ? gap : 0) + std::log1p(std::exp(-std::fabs(gap))) : 0;
+  if (!out.expectation && !out.probabilities) return;
+  if (live)
+    for (int64_t t = 0; t < padded; t += W) store(s + t, exponential(load(s + t) - splat(lse)));
+  else
+    std::fill_n(s, padded, SCALAR(0));
+  if (out.probabilities) std::copy_n(s, p.s, out.probabilities + a * p.s);
+}
+
+// Blocks of anchors, so that a slice of the pool's features stays in the second-level cache while the block passes.
+static void forward_rows(const Problem<SCALAR>& p, const Outputs<SCALAR>& out, int64_t begin, int64_t end) {
   const int64_t d = p.d, steps = p.steps;
-  const int64_t group = p.per_step ? 1 : steps;  // anchors that share one list
-  const int64_t width = (p.s + TILE + W) / W * W;
-  std::vector<int32_t> index(p.s), kept(p.s + TILE), slot(p.s + TILE);
-  std::vector<SCALAR> scores(width * group), tops(group), totals(group);
-  for (int64_t n = begin; n < end; n++) {
-    for (int64_t first = 0; first < steps; first += group) {
-      list(p, n, first, index.data());
-      int64_t count = 0;
-      for (int64_t s = 0; s < p.s; s++) {
-        kept[count] = index[s];
-        slot[count] = int32_t(s);
-        count += index[s] >= 0;
-      }
-      const int64_t a0 = n * steps + first;
-      const SCALAR* q = p.anchors + a0 * d;
-      for (int64_t g = 0; g < group; g++) {
-        tops[g] = -infinity;
-        totals[g] = 0;
-        if (out.expectation) std::fill_n(out.expectation + (a0 + g) * d, d, SCALAR(0));
-      }
-      for (int64_t c = 0; c < count; c += TILE) {
-        const SCALAR* k[TILE];
-        const int64_t valid = count - c < TILE ? count - c : TILE;
-        for (int64_t t = 0; t < TILE; t++) k[t] = p.pool + int64_t(kept[c + (t < valid ? t : 0)]) * d;
-        int64_t g = 0;
-        for (; g + 2 <= group; g += 2) {
-          SCALAR* s = scores.data() + g * width + c;
-          dots_4x2(q + g * d, q + (g + 1) * d, k, d, s, s + width);
-          if (valid > 4) dots_4x2(q + g * d, q + (g + 1) * d, k + 4, d, s + 4, s + width + 4);
-        }
-        for (; g < group; g++) dots_8x1(q + g * d, k, d, scores.data() + g * width + c);
-        for (g = 0; g < group; g++) {
-          SCALAR* s = scores.data() + g * width + c;
-          const int64_t own = p.drawn && p.positives ? p.positives[a0 + g] : -1;
-          SCALAR top = tops[g];
-          for (int64_t t = 0; t < TILE; t++) {
-            s[t] = t < valid && kept[c + t] != own ? s[t] * p.scale : -infinity;
-            top = s[t] > top ? s[t] : top;
-          }
-          if (out.expectation) {
-            const SCALAR from = reference_point(top);
-            const SCALAR alpha = tops[g] == top ? SCALAR(1) : exponential_of(tops[g] - from);
-            SCALAR e[TILE];
-            if (W <= TILE)
-              for (int t = 0; t < TILE; t += W) store(e + t, exponential(load(s + t) - splat(from)));
-            else
-              for (int t = 0; t < TILE; t++) e[t] = exponential_of(s[t] - from);
-            SCALAR sum = 0;
-            for (int t = 0; t < TILE; t++) sum += e[t];
-            totals[g] = totals[g] * alpha + sum;
-            mix_8(out.expectation + (a0 + g) * d, alpha, e, k, d);
-          }
-          tops[g] = top;
-        }
-      }
-      for (int64_t g = 0; g < group; g++) {
-        const int64_t a = a0 + g;
-        SCALAR* s = scores.data() + g * width;
-        const bool active = !p.positives || p.positives[a] >= 0;
-        SCALAR* o = out.expectation ? out.expectation + a * d : nullptr;
-        SCALAR* kept_p = out.probabilities ? out.probabilities + a * p.s : nullptr;
-        const SCALAR from = reference_point(tops[g]);
-        if (!out.expectation)
-          for (int64_t c = 0; c < count; c += W) {
-            for (int64_t t = count; t < c + W; t++) s[t] = -infinity;
-            const vec e = exponential(load(s + c) - splat(from));
-            for (int t = 0; t < W; t++) totals[g] += e[t];
-          }
-        SCALAR lse = count && active ? from + std::log(totals[g]) : -infinity;
-        SCALAR own = 0;
-        if (active) own = p.scale * dot(p.anchors + a * d, p.positives ? p.pool + p.positives[a] * d : p.vectors + a * d, d);
-        const bool live = lse != -infinity;
-        const SCALAR gap = lse - own;
-        out.lse[a] = lse;
-        out.positive[a] = own;
-        out.loss[a] = live ? (gap > 0 ? gap : 0) + std::log1p(std::exp(-std::fabs(gap))) : 0;
-        if (out.rank) {
-          int64_t rank = 0;
-          for (int64_t c = 0; c < count; c++) rank += s[c] > own;
-          out.rank[a] = active ? rank : 0;
-        }
-        if (o) {
-          const SCALAR share = live ? 1 / totals[g] : 0;
-          if (live)
-            for (int64_t i = 0; i < d; i++) o[i] *= share;
-          else
-            std::fill_n(o, d, SCALAR(0));
-        }
-        if (kept_p) {
-          if (!live || count < p.s) std::fill_n(kept_p, p.s, SCALAR(0));
-          if (live) {
-            for (int64_t c = 0; c < count; c += W) {  // in place: the buffer is a vector longer than the list
-              for (int64_t t = count; t < c + W; t++) s[t] = -infinity;
-              store(s + c, exponential(load(s + c) - splat(lse)));
-            }
-            if (count == p.s)
-              std::copy_n(s, count, kept_p);
-            else
-              for (int64_t c = 0; c < count; c++) kept_p[slot[c]] = s[c];
-          }
+  const int64_t group = p.per_step ? 1 : steps, lists = p.per_step ? steps : 1;  // anchors per list, lists per row
+  const int64_t padded = (p.s + PAD - 1) / PAD * PAD;
+  const int64_t fitting = SLICE_BYTES / std::max<int64_t>(p.m * sizeof(SCALAR), 1) / 64 * 64;
+  const int64_t slice = fitting >= 64 && fitting < d ? fitting : d;
+  const int64_t narrow = UNROLL * W < d ? UNROLL * W : d;  // features of O summed at a time
+  const int64_t block = std::max<int64_t>(1, std::min(end - begin, BLOCK_SCORES / std::max<int64_t>(padded * steps, 1)));
+  std::vector<int32_t> index(block * lists * padded);
+  std::vector<SCALAR> scores(block * steps * padded), own(block * steps);  // zero, should d be
+  for (int64_t n0 = begin; n0 < end; n0 += block) {
+    const int64_t rows = std::min(block, end - n0) * lists;  // one list each
+    const int64_t a0 = n0 * steps;
+    for (int64_t r = 0; r < rows; r++) {
+      int32_t* row = index.data() + r * padded;
+      list(p, n0 + r / lists, r % lists, row);
+      for (int64_t s = p.s; s < padded; s++) row[s] = -1;
+    }
+    for (int64_t i = 0; i < d; i += slice) {
+      const int64_t width = std::min(slice, d - i);
+      for (int64_t r = 0; r < rows; r++) {
+        if (p.m)
+          score_slice(p.anchors + (a0 + r * group) * d + i, group, p.pool + i, index.data() + r * padded, padded, d,
+                      width, i == 0, scores.data() + r * group * padded);
+        for (int64_t g = 0; g < group; g++) {  // in the same slices: a negative equal to the positive ties
+          const int64_t a = a0 + r * group + g;
+          const int64_t j = p.positives ? p.positives[a] : 0;
+          const SCALAR* z = p.positives ? p.pool + (j < 0 ? 0 : j) * d : p.vectors + a * d;
+          const SCALAR part = p.m || p.vectors ? dot(p.anchors + a * d + i, z + i, width) : 0;
+          own[r * group + g] = i == 0 ? part : own[r * group + g] + part;
         }
       }
     }
+    for (int64_t a = 0; a < rows * group; a++)
+      finish_row(p, out, a0 + a, index.data() + a / group * padded, padded, own[a], scores.data() + a * padded);
+    if (!out.expectation) continue;
+    for (int64_t i = 0; i < d; i += narrow)
+      for (int64_t a = 0; a < rows * group; a++)
+        mix(out.expectation + (a0 + a) * d + i, scores.data() + a * padded, index.data() + a / group * padded, p.s,
+            p.pool + i, d, std::min(narrow, d - i));
   }
 }
 
@@ -401,7 +390,6 @@ static void sort_pairs(const Problem<SCALAR>& p, const SCALAR* weight, const SCA
 // dz_j += sum over the pairs of j, for candidates [begin, end) and one block of anchors that starts at q.
 static void add_pairs(const Problem<SCALAR>& p, const SCALAR* q, const int32_t* offsets, const Pair<SCALAR>* items,
                       SCALAR* dz, int64_t begin, int64_t end) {
-  constexpr int UNROLL = 8;
   const int64_t d = p.d;
   for (int64_t j = begin; j < end; j++) {
     const Pair<SCALAR>*from = items + offsets[j], *to = items + offsets[j + 1];
