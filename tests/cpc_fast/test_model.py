@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from cpc_kernels import Negatives, draw_negatives, reference
 
 from cpc_fast.config import Config, preset
 from cpc_fast.contexts import DIRECTIONS, ContextNet
@@ -11,6 +10,7 @@ from cpc_fast.loss import cpc_loss
 from cpc_fast.model import CPC
 from cpc_fast.patches import extract_patches, grid_shape
 from cpc_fast.predictions import geometry
+from cpc_kernels import Negatives, draw_negatives, reference
 
 SMALL = Config(width=8, stem=4, patch_size=16, patch_stride=8, steps=2)
 
@@ -91,8 +91,10 @@ def test_the_loss_is_the_reference_loss(negatives):
         shifted=None if negatives == "sampled" else shifted,
     )  # fmt: skip
     if negatives == "sampled":
-        drawn = draw_negatives(Negatives(6, 3), targets, len(flat), len(targets))
-        expected = reference.sampled_info_nce(predictions, flat, targets, drawn, reduction="none")
+        drawn = draw_negatives(Negatives(6, 3), targets[:, None], len(flat), len(targets))
+        expected = reference.sampled_info_nce(
+            predictions[:, None], flat, targets[:, None], drawn, exclude_positives=True, reduction="none"
+        )[:, 0]
     else:
         allowed = torch.ones(20, 53, dtype=torch.bool)
         if negatives == "other-images":
