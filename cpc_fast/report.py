@@ -168,8 +168,8 @@ def mask_outline(image: np.ndarray, mask: np.ndarray, *, color: tuple[int, int, 
         return out
     width = max(1, round(max(mask.shape) / 256))
     square = np.ones((3, 3), bool)
-    grown = np.asarray(ndimage.binary_dilation(mask, square, iterations=width))
-    shrunk = np.asarray(ndimage.binary_erosion(mask, square, iterations=width))
+    grown = np.asarray(ndimage.binary_dilation(mask, square, iterations=width), bool)
+    shrunk = np.asarray(ndimage.binary_erosion(mask, square, iterations=width), bool)
     out[grown & ~mask] = CASING
     out[mask & ~shrunk] = color
     return out
@@ -189,7 +189,7 @@ def contact_sheet(
     Arguments:
         scored: the images, drawn in the order given; each picture is fitted into a square.
         columns: images side by side.
-        pixel_threshold: outlines the predicted mask in cyan; None draws ground truth (white) alone.
+        pixel_threshold: outlines the predicted mask in cyan, below the white of ground truth; None draws truth alone.
         low, high: map values at the two ends of the colours; None takes those the report would take for these images.
         size: side of one picture in pixels.
 
@@ -225,10 +225,10 @@ def contact_sheet(
                 draw.text((margin - gap - 2, y), label, (70, 75, 85), font, anchor="rm")
         small = _fit(item, size)
         outlined = _rgb(small.image)
-        if small.truth is not None:
-            outlined = mask_outline(outlined, small.truth, color=TRUTH)
         if pixel_threshold is not None:
             outlined = mask_outline(outlined, small.map > pixel_threshold)
+        if small.truth is not None:
+            outlined = mask_outline(outlined, small.truth, color=TRUTH)
         for k, picture in enumerate((_rgb(small.image), overlay(small.image, small.map, low, high), outlined)):
             h, w = picture.shape[:2]
             at = (left + (size - w) // 2, top + k * (size + gap) + (size - h) // 2)
@@ -321,6 +321,11 @@ def _pixel_rates(scored: Sequence[Scored], threshold: float) -> tuple[float, flo
 def _points(curve: Curve, x_max: float = 1.0) -> str:
     """A curve as the points of an SVG polyline in the unit square, y downwards; empty for an empty curve."""
     return " ".join(f"{x / x_max:.4g},{1 - y:.4g}" for x, y in zip(*curve, strict=True))
+
+
+def _digits(span: float) -> int:
+    """Decimals that tell about a thousand values of a range apart."""
+    return min(8, max(0, 3 - math.floor(math.log10(span))))
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -428,7 +433,7 @@ def _section(section: Section, budget: int) -> dict[str, Any]:
     low, high = low - pad, high + pad
     undecided = not math.isfinite(threshold)
     threshold = high if undecided else threshold
-    digits = min(8, max(0, 3 - math.floor(math.log10(high - low))))
+    digits = _digits(high - low)
     groups = sorted({s.defect for s in scored}, key=lambda d: (d != "good", d))
 
     def across(value: float) -> float:
@@ -445,6 +450,7 @@ def _section(section: Section, budget: int) -> dict[str, Any]:
         rows.append({"defect": defect, "count": len(mine), "bars": bars, "flagged": flagged})
 
     map_low, map_high = _map_limits(scored, section.pixel_threshold)
+    map_digits = max(0, _digits(map_high - map_low) - 1)
     cards = []
     for s in scored:
         kind, badge = OUTCOMES[not s.good, s.score > threshold]
@@ -476,7 +482,8 @@ def _section(section: Section, budget: int) -> dict[str, Any]:
         "roc": _points(roc_curve(scores, ~good)),
         "roc_at": (false / max(1, good.sum()), 1 - true / max(1, (~good).sum())),
         "pro": pro, "pro_at": pro_at,
-        "map_low": f"{map_low:.3g}", "map_high": f"{map_high:.3g}", "map_threshold": f"{section.pixel_threshold:.3g}",
+        "map_low": f"{map_low:.{map_digits}f}", "map_high": f"{map_high:.{map_digits}f}",
+        "map_threshold": f"{section.pixel_threshold:.{map_digits}f}",
         "map_across": round(100 * (section.pixel_threshold - map_low) / (map_high - map_low), 2)
         if math.isfinite(section.pixel_threshold) else None,
     }  # fmt: skip
@@ -498,10 +505,12 @@ def write_report(path: str | os.PathLike[str], sections: Sequence[Section]) -> N
         finite, or a file that cannot be written.
 
     Example:
+        >>> import tempfile
         >>> item = Scored("0.png", "good", np.zeros((8, 8, 1), np.uint8), 0.5, np.zeros((8, 8), np.float32), None)
-        >>> write_report("/dev/null/report.html", [Section("tiles", {}, [item], 1.0, 1.0, {"images": "120"})])
-        Traceback (most recent call last):
-        cpc_fast.report.ReportError: report: cannot write /dev/null/report.html (Not a directory). ...
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_report(f"{folder}/report.html", [Section("tiles", {}, [item], 1.0, 1.0, {"images": "120"})])
+        ...     os.listdir(folder)
+        ['report.html']
     """
     if not sections:
         raise ReportError("report: there is no section to write. Evaluate at least one data set first.")
