@@ -172,11 +172,14 @@ def _scratch(window: np.ndarray, rng: Generator, band: np.ndarray, others: list)
     taper = np.minimum(1, 0.45 + 4 * np.minimum(half, half[::-1]) / half.max())
     half = half.max() * taper * (0.9 + 0.2 * rng.random() + 0.1 * np.sin(np.linspace(0, 25, len(curve))))
 
-    offset = np.moveaxis(np.mgrid[:size, :size], 0, -1)[:, :, None] - curve  # (H, W, 400, 2)
-    distance = np.hypot(offset[..., 0], offset[..., 1]) - half
-    nearest = distance.argmin(-1)
-    depth = -np.take_along_axis(distance, nearest[..., None], -1)[..., 0]  # > 0 inside of the groove
-    side = np.einsum("hwc,c->hw", np.take_along_axis(offset, nearest[..., None, None], 2)[:, :, 0], across)
+    depth, side = np.empty(window.shape), np.empty(window.shape)
+    x = np.arange(size)[:, None]
+    for y in range(size):  # by rows: all at once is 100 MB
+        dy, dx = y - curve[:, 0], x - curve[:, 1]  # (400,), (W, 400)
+        distance = np.hypot(dy, dx) - half
+        nearest = distance.argmin(-1)
+        depth[y] = -distance[x[:, 0], nearest]  # > 0 inside of the groove
+        side[y] = dy[nearest] * across[0] + dx[x[:, 0], nearest] * across[1]
     weight = np.clip(depth + 0.5, 0, 1)
     dark, bright = rng.uniform(15, 35), rng.uniform(200, 235)
     grain = ndimage.gaussian_filter(rng.standard_normal(window.shape), 1) * 40

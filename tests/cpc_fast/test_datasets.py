@@ -105,7 +105,7 @@ def test_more_images_keep_the_first_ones_and_another_seed_keeps_none(textures, t
 
 def test_larger_and_smaller_windows(tmp_path):
     for window in (64, 160):
-        write_textures(tmp_path / "x", window=window, textures=("brick",), train=1, good=1, per_defect=4)
+        write_textures(tmp_path / "x", window=window, textures=("brick",), train=1, good=1, per_defect=2)
         for test in find_test(tmp_path / "x/brick"):
             shape = read_image(test.path).shape[:2]
             assert shape == (window, window)
