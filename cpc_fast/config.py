@@ -11,7 +11,7 @@ from .errors import UsageError
 NORMS = ("group", "layer", "none")
 CONTEXTS = ("none", "masked-conv")
 NEGATIVES = ("batch", "other-images", "sampled")
-SHIFTS = ("quarter-turn", "zoom", "noise", "blur", "intensity", "sharpen", "shuffle")
+SHIFTS = ("quarter-turn", "zoom", "noise", "blur", "intensity", "sharpen", "shuffle", "invert", "warp")
 
 
 @dataclass(frozen=True)
@@ -143,3 +143,33 @@ def preset(name: str) -> Config:
     if name not in PRESETS:
         raise UsageError(f"There is no preset called {name!r}. There are: {', '.join(PRESETS)}.")
     return PRESETS[name]
+
+
+def read_settings(settings: list[str]) -> dict[str, Any]:
+    """`name=value` texts as fields of a Config; a list is written with commas, nothing as `none`.
+
+    Raises UsageError for a text without `=`, an unknown name, or a value of another type.
+
+    >>> read_settings(["crop=96", "shifts=noise,zoom", "image_size=none"])
+    {'crop': 96, 'shifts': ('noise', 'zoom'), 'image_size': None}
+    """
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(Config)}
+    read = {"int": int, "float": float, "str": str, "bool": {"true": True, "false": False}.__getitem__}
+    found: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        name, text = name.strip().replace("-", "_"), text.strip()
+        if not equals or name not in kinds:
+            raise UsageError(f"{setting!r} is not NAME=VALUE with one of these names: {', '.join(kinds)}.")
+        kind, _, optional = kinds[name].partition(" | ")
+        try:
+            if kind.startswith("tuple"):
+                found[name] = tuple(part.strip() for part in text.split(",") if part.strip() and text != "none")
+            elif optional and text == "none":
+                found[name] = None
+            else:
+                found[name] = read[kind](text)
+        except (ValueError, KeyError):
+            takes = {"int": "a whole number", "float": "a number", "bool": "true or false"}[kind]
+            raise UsageError(f"config: {name} is {text!r}; it must be {takes}{' or none' if optional else ''}.") from None
+    return found

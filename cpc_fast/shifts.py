@@ -68,6 +68,21 @@ def _shuffle(images: Images, generator: torch.Generator) -> Images:
     return images.flatten(2).gather(2, flat).view_as(images)
 
 
+def _invert(images: Images, generator: torch.Generator) -> Images:
+    return images.mean((2, 3), keepdim=True) * 2 - images
+
+
+def _warp(images: Images, generator: torch.Generator) -> Images:
+    """Bend the image like soft rubber: smooth random displacements of a few pixels."""
+    b, _, h, w = images.shape
+    coarse = torch.rand(b, 2, max(2, h // 12), max(2, w // 12), generator=generator).to(images.device) * 2 - 1
+    bend = F.interpolate(coarse, size=(h, w), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+    straight = F.affine_grid(torch.eye(2, 3, device=images.device).expand(b, 2, 3), [b, 1, h, w], align_corners=False)
+    reach = torch.tensor([16 / w, 16 / h], device=images.device)  # 8 pixels, where 2 spans the image
+    reach = reach * _pick(images, 0.3, 1.0, generator)
+    return F.grid_sample(images, straight + bend * reach, padding_mode="reflection", align_corners=False)
+
+
 FAMILIES: dict[str, Callable[[Images, torch.Generator], Images]] = {
     "quarter-turn": _quarter_turn,
     "zoom": _zoom,
@@ -76,6 +91,8 @@ FAMILIES: dict[str, Callable[[Images, torch.Generator], Images]] = {
     "intensity": _intensity,
     "sharpen": _sharpen,
     "shuffle": _shuffle,
+    "invert": _invert,
+    "warp": _warp,
 }
 
 
