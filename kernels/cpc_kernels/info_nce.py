@@ -420,30 +420,33 @@ def _(anchors, candidates, positives, scale, anchor_ids, candidate_ids, need_sca
 
 
 @torch.library.custom_op("cpc_kernels::info_nce_sum_backward", mutates_args=())
-def info_nce_sum_backward(grad: Tensor, unit: list[Tensor]) -> list[Tensor]:
-    return [(each * grad.to(each.dtype)) for each in unit]
+def info_nce_sum_backward(
+    grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dscale: Tensor, of: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`of`: what they are gradients of. Nothing is computed from it; through it a second derivative meets a refusal."""
+    return tuple(each * grad.to(each.dtype) for each in (dq, dk, dv, dscale))
 
 
 @info_nce_sum_backward.register_fake
-def _(grad, unit):
-    return [torch.empty_like(each) for each in unit]
+def _(grad, dq, dk, dv, dscale, of):
+    return tuple(torch.empty_like(each) for each in (dq, dk, dv, dscale))
 
 
 def _save_sum(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[1:], *inputs[:4])
 
 
 def _backward_sum(ctx, grad, *_):
     if grad is None:
         return (None,) * 7
-    needed = [n for n, need in enumerate(ctx.needs_input_grad[:4]) if need]
-    grads: list[Tensor | None] = [None] * 7
-    units = ctx.saved_tensors
-    for n, value in zip(needed, info_nce_sum_backward(grad, [units[n] for n in needed]), strict=True):
-        grads[n] = value
-    return tuple(grads)
+    units, of = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    needs = ctx.needs_input_grad[:4]
+    # what nobody asked for is not multiplied
+    units = [unit if need else unit.new_empty(0) for unit, need in zip(units, needs, strict=True)]
+    grads = info_nce_sum_backward(grad, *units, list(of))
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
 
 
 info_nce_sum.register_autograd(_backward_sum, setup_context=_save_sum)

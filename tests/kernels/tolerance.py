@@ -24,6 +24,8 @@ def assert_as_good_as_naive(*, actual, naive, truth, name, dtype=None):
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     rounding = torch.finfo(dtype or actual.dtype).eps / 2
     ours, theirs = error(actual, truth), error(naive, truth)
+    if (dtype or actual.dtype) == torch.float64:  # its own truth: allow it a hundred roundings
+        theirs = 50 * rounding
     assert ours <= 2 * (theirs + rounding), (
         f"{name}: relative error {ours:.3e} against float64; naive code in the same dtype errs {theirs:.3e}, "
         f"one rounding is {rounding:.1e}, so at most {2 * (theirs + rounding):.3e} is allowed"

@@ -1,0 +1,355 @@
+"""info_nce against the spec in float64, by the measured-tolerance rule, on inputs that are not tame."""
+
+import os
+import sys
+
+import pytest
+import torch
+from tolerance import assert_as_good_as_naive, error
+
+from cpc_kernels import capabilities, info_nce, info_nce_stats, reference
+from cpc_kernels import info_nce as door
+from cpc_kernels.capabilities import FAST_BF16, Capability, find_triton
+
+module = sys.modules["cpc_kernels.info_nce"]  # the function of that name hides it
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Many chunks in small problems, the last one ragged."""
+    monkeypatch.setattr(module, "CHUNK_ROWS", (4, 4))
+
+
+def make(n=11, m=9, d=6, *, dtype=torch.float32, vectors=False, ids=False, spread=1.0, offset=0.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    anchors = (torch.randn(n, d, generator=g) * spread).to(dtype)
+    candidates = (torch.randn(m, d, generator=g) * spread + offset).to(dtype)
+    if vectors:
+        positives = (torch.randn(n, d, generator=g) * spread + offset).to(dtype)
+    else:
+        positives = torch.randint(-1, m, (n,), generator=g) if m else torch.full((n,), -1)
+    tags = {}
+    if ids:
+        tags = {"anchor_ids": torch.arange(n) % 4, "candidate_ids": torch.arange(m) % 4}
+    return anchors, candidates, positives, tags
+
+
+def run(function, anchors, candidates, positives, scale, dtype, upstream, **options):
+    """Loss and gradients of anchors, candidates, scale, and positives if vectors."""
+    leaves = [t.to(dtype).detach().clone().requires_grad_() for t in (anchors, candidates)]
+    factor = torch.tensor(float(scale), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    leaves.append(factor.requires_grad_())
+    own = positives
+    if positives.is_floating_point():
+        own = positives.to(dtype).detach().clone().requires_grad_()
+        leaves.append(own)
+    loss = function(leaves[0], leaves[1], own, scale=leaves[2], **options)
+    if loss.ndim:
+        loss.backward(upstream.to(loss.dtype))
+    else:
+        loss.backward(torch.tensor(0.37, dtype=loss.dtype))
+    return [loss.detach()] + [leaf.grad for leaf in leaves]
+
+
+def judge(problem, scale=0.7, reduction="none", dtype=torch.float32, impl="chunked"):
+    anchors, candidates, positives, tags = problem
+    upstream = torch.linspace(-1, 2, len(anchors), dtype=torch.float64)
+    arguments = (anchors, candidates, positives, scale)
+    ours = run(info_nce, *arguments, dtype, upstream, reduction=reduction, impl=impl, **tags)
+    naive = run(reference.info_nce, *arguments, dtype, upstream, reduction=reduction, **tags)
+    truth = run(reference.info_nce, *arguments, torch.float64, upstream, reduction=reduction, **tags)
+    for name, a, b, c in zip(("loss", "dq", "dk", "dscale", "dv"), ours, naive, truth, strict=False):
+        assert a.dtype == b.dtype
+        assert_as_good_as_naive(actual=a, naive=b, truth=c, name=name, dtype=dtype)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_against_the_spec(dtype, vectors, ids, reduction, small_chunks):
+    judge(make(dtype=dtype, vectors=vectors, ids=ids), reduction=reduction, dtype=dtype)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("scale", [0.01, 100.0, -3.0, 0.0])
+def test_scales(scale, reduction):
+    judge(make(40, 30, 17), scale=scale, reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 5, 2), (5, 1, 3), (0, 4, 3), (4, 0, 3), (0, 0, 2), (67, 129, 300), (3, 2, 2048)]
+)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("vectors", [False, True])
+def test_shapes(shape, reduction, vectors):
+    judge(make(*shape, vectors=vectors), scale=0.3, reduction=reduction)
+
+
+def test_scores_far_from_zero():
+    judge(make(20, 30, 8, spread=0.1, offset=100.0), scale=20.0)  # scores about 1e3..1e4
+    judge(make(20, 30, 8, spread=30.0), scale=3.0, reduction="mean")
+
+
+def test_infinite_and_nan_scores():
+    anchors, candidates, positives, _ = make()
+    anchors = anchors.abs()
+    candidates[3] = -3e38  # every score of it is -inf
+    positives[:] = torch.arange(len(anchors)) % 3
+    stats = info_nce_stats(anchors, candidates, positives, impl="chunked", scale=5.0)
+    truth = info_nce_stats(anchors, candidates, positives, impl="reference", scale=5.0)
+    torch.testing.assert_close(stats.loss, truth.loss)
+    leaf = anchors.clone().requires_grad_()
+    loss = info_nce(leaf, candidates, positives, scale=5.0, reduction="none", impl="chunked")
+    loss[0].backward()
+    assert leaf.grad[0].isfinite().all()
+    candidates[3] = float("nan")
+    assert info_nce(anchors, candidates, positives, reduction="none").isnan().all()
+    assert info_nce(anchors, candidates, positives).isnan()
+    candidates[3], anchors[4] = 0.0, float("nan")
+    bad = info_nce(anchors, candidates, positives, reduction="none").isnan()
+    assert bad.nonzero().flatten().tolist() == [4]
+    positives[4] = -1  # an ignored row may hold anything
+    k = candidates.requires_grad_()
+    loss = info_nce(anchors, k, positives)
+    loss.backward()
+    assert loss.isfinite()
+    assert k.grad.isfinite().all()
+
+
+def test_rows_that_do_not_count():
+    anchors, candidates, _, _ = make(4, 3)
+    q = anchors.requires_grad_()
+    positives = torch.tensor([0, -1, 2, 1])
+    tags = {"anchor_ids": torch.tensor([7, 7, 1, 2]), "candidate_ids": torch.tensor([7, 7, 7])}
+    loss = info_nce(q, candidates, positives, reduction="none", **tags)
+    assert loss[:2].tolist() == [0, 0]
+    assert (loss[2:] > 0).all()
+    mean = info_nce(q, candidates, positives, **tags)
+    torch.testing.assert_close(mean, loss.sum() / 3)
+    mean.backward()
+    assert not q.grad[:2].any()
+    stats = info_nce_stats(q, candidates, positives, **tags)
+    assert stats.lse[:2].tolist() == [-torch.inf, -torch.inf]
+    assert stats.positive[1] == 0
+    assert stats.positive[0] != 0
+    assert stats.rank[:2].tolist() == [0, 0]
+    assert info_nce(anchors, candidates, torch.full((4,), -1)).item() == 0
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("ids", [False, True])
+def test_stats(vectors, ids, small_chunks):
+    anchors, candidates, positives, tags = make(vectors=vectors, ids=ids)
+    stats = info_nce_stats(anchors, candidates, positives, scale=0.7, **tags)
+    truth = info_nce_stats(anchors, candidates, positives, scale=0.7, impl="reference", **tags)
+    for field in stats._fields:
+        torch.testing.assert_close(getattr(stats, field), getattr(truth, field))
+    equal = torch.ones(3, 4)
+    assert info_nce_stats(equal, torch.ones(5, 4), torch.arange(3)).rank.tolist() == [0, 0, 0]
+    assert not info_nce_stats(anchors.requires_grad_(), candidates, positives).loss.requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("margin", [2.0, 8.0, 16.0, 30.0])
+def test_small_losses_keep_their_gradient(margin, reduction):
+    """bf16 inputs, losses down to 1e-13: dq within 2e-3 of float64."""
+    g = torch.Generator().manual_seed(1)
+    n, d = 64, 128
+    candidates = torch.nn.functional.normalize(torch.randn(n, d, generator=g), dim=1)
+    anchors = candidates + 0.02 * torch.randn(n, d, generator=g)
+    problem = anchors.bfloat16(), candidates.bfloat16(), torch.arange(n)
+    upstream = torch.linspace(0.5, 2, n, dtype=torch.float64)
+    scale = margin + 5.0
+    loss, dq, *_ = run(info_nce, *problem, scale, torch.float32, upstream, reduction=reduction, impl="chunked")
+    truth, dq_truth, *_ = run(reference.info_nce, *problem, scale, torch.float64, upstream, reduction=reduction)
+    row_error = (dq.double() - dq_truth).norm(dim=1) / dq_truth.norm(dim=1)
+    assert float(row_error.max()) <= 2e-3, f"dq errs by {float(row_error.max()):.1e} at loss {float(truth.mean()):.1e}"
+    assert error(loss, truth) < 1e-4
+    if margin == 30.0:
+        assert float(truth.mean()) < 1e-10
+    q = problem[0].clone().requires_grad_()  # and with bf16 itself, the gradient is rounded once
+    info_nce(q, problem[1], problem[2], scale=scale, reduction="sum").backward()
+    exact = run(reference.info_nce, *problem, scale, torch.float64, torch.ones(n), reduction="none")[1]
+    assert float(((q.grad.double() - exact).norm(dim=1) / exact.norm(dim=1)).max()) <= 4e-3
+
+
+def test_strides_do_not_matter_and_inputs_are_left_alone():
+    anchors, candidates, positives, tags = make(12, 10, 8, ids=True)
+    truth = info_nce(anchors, candidates, positives, **tags)
+    wide = torch.full((12, 16), float("nan"))
+    wide[:, ::2] = anchors
+    tall = candidates.T.contiguous().T
+    before = wide.clone(), tall.clone()
+    q, k = wide[:, ::2].requires_grad_(), tall.requires_grad_()
+    loss = info_nce(q, k, positives.int(), **tags)
+    torch.testing.assert_close(loss, truth)
+    for _ in range(2):  # saved tensors survive a backward
+        gradients = torch.autograd.grad(loss, (q, k), retain_graph=True)
+    again = torch.autograd.grad(loss, (q, k))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+    assert torch.equal(wide, before[0]) or wide.isnan().any()
+    assert torch.equal(tall, before[1])
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("who", ["anchors", "candidates", "scale", "positives"])
+def test_only_one_learns(who, reduction):
+    anchors, candidates, positives, _ = make(vectors=True)
+    leaves = {"anchors": anchors, "candidates": candidates, "positives": positives, "scale": torch.tensor(0.5)}
+    truth = {name: leaf.double().requires_grad_(name == who) for name, leaf in leaves.items()}
+    leaves[who].requires_grad_()
+    info_nce(**leaves, reduction=reduction).sum().backward()
+    info_nce(**truth, reduction=reduction, impl="reference").sum().backward()
+    torch.testing.assert_close(leaves[who].grad.double(), truth[who].grad, rtol=1e-4, atol=1e-6)
+    assert all(leaf.grad is None for name, leaf in leaves.items() if name != who)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+@pytest.mark.parametrize("vectors", [False, True])
+def test_gradcheck(impl, reduction, vectors, small_chunks):
+    anchors, candidates, positives, tags = make(6, 5, 3, dtype=torch.float64, vectors=vectors, ids=True)
+    leaves = [
+        anchors.requires_grad_(),
+        candidates.requires_grad_(),
+        torch.tensor(0.7, dtype=torch.float64, requires_grad=True),
+    ]
+    if vectors:
+        leaves.append(positives.requires_grad_())
+
+    def loss(q, k, scale, own=positives):
+        return info_nce(q, k, own, scale=scale, reduction=reduction, impl=impl, **tags)
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+def test_second_derivatives_are_refused():
+    anchors, candidates, positives, _ = make()
+    q, k = anchors.requires_grad_(), candidates.requires_grad_()
+    for reduction in ("none", "mean"):
+        loss = info_nce(q, k, positives, reduction=reduction).sum()
+        (dq,) = torch.autograd.grad(loss, q, create_graph=True)
+        with pytest.raises(RuntimeError, match=r'second derivatives are not implemented.*impl="reference" has them'):
+            dq.sum().backward()
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+def test_opcheck(vectors, unpoisoned):
+    anchors, candidates, positives, tags = make(vectors=vectors, ids=True)
+    q, k = anchors.requires_grad_(), candidates.requires_grad_()
+    scale = torch.tensor([0.5], requires_grad=True)
+    ids = tuple(tags.values())
+    torch.library.opcheck(module.info_nce_op, (q, k, positives, scale, *ids, "chunked", True, True))
+    torch.library.opcheck(module.info_nce_op, (q, k, positives, scale, None, None, "chunked", True, False))
+    torch.library.opcheck(module.info_nce_sum, (q, k, positives, scale, *ids, True))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
+def test_compile_fullgraph(unpoisoned):
+    anchors, candidates, positives, _ = make(vectors=False)
+    q, k = anchors.requires_grad_(), candidates.requires_grad_()
+
+    def loss(q, k, scale):
+        return (
+            info_nce(q * 2, k, positives, scale=scale) + info_nce(q, k, positives, scale=scale, reduction="none").sum()
+        )
+
+    scale = torch.tensor(0.7, requires_grad=True)
+    truth = torch.autograd.grad(loss(q, k, scale), (q, k, scale))
+    ours = torch.autograd.grad(torch.compile(loss, fullgraph=True)(q, k, scale), (q, k, scale))
+    torch.testing.assert_close(ours, truth)
+
+
+def test_autocast():
+    """Under autocast the anchors and candidates take one path, in float32 where this CPU is slow at bf16."""
+    anchors, candidates, positives, _ = make(20, 30, 16)
+    truth = info_nce(anchors, candidates, positives, scale=100.0, impl="reference")
+    q = anchors.bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = info_nce(q, candidates, positives, scale=100.0)  # a bf16 layer's output against a float32 bank
+    assert mixed.dtype == torch.float32
+    exact = anchors.bfloat16().double(), candidates.double()
+    if FAST_BF16.available:
+        exact = anchors.bfloat16().double(), candidates.bfloat16().double()
+    torch.testing.assert_close(mixed.double(), reference.info_nce(*exact, positives, scale=100.0), rtol=1e-5, atol=1e-5)
+    mixed.backward()
+    assert q.grad.dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.float16):
+        torch.testing.assert_close(info_nce(anchors, candidates, positives, scale=100.0), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_checkpoint():
+    from torch.utils.checkpoint import checkpoint
+
+    anchors, candidates, positives, _ = make()
+    q, k = anchors.requires_grad_(), candidates.requires_grad_()
+    truth = torch.autograd.grad(info_nce(q, k, positives), (q, k))
+    ours = torch.autograd.grad(checkpoint(info_nce, q, k, positives, use_reentrant=False), (q, k))
+    assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
+
+
+def test_fast_bf16_path_is_the_same_function(monkeypatch):
+    """What an AMX machine runs, run here (slowly): float32 products with internal bf16 lose nothing of bf16 inputs."""
+    fast = Capability("bf16", True, "for the test")
+    monkeypatch.setattr(module, "FAST_BF16", fast)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    judge(make(dtype=torch.bfloat16), dtype=torch.bfloat16)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+BAD = [
+    (
+        {"candidates": torch.zeros(48, 64)},
+        ValueError,
+        r"info_nce: anchors have 128 features, candidates 64; they must match. "
+        r"Got anchors \(32, 128\), candidates \(48, 64\).",
+    ),
+    (
+        {"positives": torch.zeros(31, dtype=torch.long)},
+        ValueError,
+        r"positives given as indices \(N,\) must be \(32,\). Got anchors \(32, 128\), positives \(31,\).",
+    ),
+    ({"positives": torch.zeros(32, 12)}, ValueError, r"vectors \(N, D\) must be \(32, 128\)"),
+    ({"positives": torch.full((32,), 48)}, IndexError, r"must lie between -1 and 47 .* Got values from 48 to 48"),
+    ({"positives": torch.full((32,), -2)}, IndexError, r"Got values from -2 to -2"),
+    (
+        {"candidates": torch.zeros(48, 128, dtype=torch.float64)},
+        TypeError,
+        r"anchors torch.float32, candidates torch.float64",
+    ),
+    ({"anchors": torch.zeros(32, 128, dtype=torch.long)}, TypeError, r"must be floating point. Got torch.int64"),
+    ({"scale": torch.ones(2)}, ValueError, r"a number or a tensor of one element. Got shape \(2,\)"),
+    ({"anchor_ids": torch.zeros(32, dtype=torch.int)}, ValueError, r"anchor_ids was given without candidate_ids"),
+    (
+        {"anchor_ids": torch.zeros(3, dtype=torch.int), "candidate_ids": torch.zeros(48)},
+        ValueError,
+        r"must be \(32,\) integers",
+    ),
+    ({"reduction": "avg"}, ValueError, r"must be none, sum or mean. Got 'avg'"),
+    ({"impl": "cuda"}, ValueError, r"must be one of auto, reference, chunked, triton. Got 'cuda'"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), BAD)
+def test_errors_repeat_the_question(change, kind, message):
+    arguments = {
+        "anchors": torch.zeros(32, 128),
+        "candidates": torch.zeros(48, 128),
+        "positives": torch.zeros(32, dtype=torch.long),
+    }
+    with pytest.raises(kind, match=message):
+        door(**(arguments | change))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs it")
+def test_triton_never_falls_back():
+    with pytest.raises(RuntimeError, match=r'needs tensors on a GPU.*Got tensors on cpu; impl="chunked" would run'):
+        info_nce(torch.ones(2, 2), torch.ones(2, 2), torch.arange(2), impl="triton")
+
+
+def test_capabilities_give_reasons():
+    for each in capabilities():
+        assert each.reason
+        assert bool(each.cost) != each.available
+    assert find_triton().name == "Triton"
