@@ -31,7 +31,10 @@ from scipy import ndimage
 from cpc_fast.errors import CpcFastError, UsageError
 
 TEXTURES = ("brick", "grass", "gravel")
-TEST_ROWS = (168, 344)  # the photographs are 512 x 512; train windows lie above or below this band, test windows inside
+# (top, bottom, left, right) of the part of each 512 x 512 photograph that is kept for testing: on brick a band, since
+# the perspective changes from left to right; on the others a part that looks like the rest, by the statistics of its
+# normal patches (a band across the clover and dead leaves of the lawn would be full of natural anomalies).
+TEST_PARTS = {"brick": (168, 344, 0, 512), "grass": (256, 432, 0, 256), "gravel": (256, 432, 0, 256)}
 MARKER = "dataset.json"
 
 TEXTURES_LICENSE = """\
@@ -40,7 +43,7 @@ Creative Commons CC0 1.0 public domain dedication: https://creativecommons.org/p
 The originals: Bricks25 and Gravel04 of CC0Textures, and https://www.deviantart.com/linolafett/art/Grass-01-434853879
 
 The defects in test/ (scratch, stain, foreign, blur, cut_paste) are painted by cpc_fast; the masks in ground_truth/ are
-exact. Train windows lie above or below rows 168 to 344 of the photograph, test windows between them.
+exact. Test windows lie in one part of a photograph (see dataset.json), train windows outside of it.
 """
 
 ELPV_LICENSE = """\
@@ -75,11 +78,10 @@ def write_textures(
     Raises UsageError for an impossible size or an unknown texture, CpcFastError where `out` holds anything else.
     Source: scikit-image (CC0). Example: `write_textures("data/textures")` -> 3 x (300 + 40 + 60) images and 180 masks.
     """
-    first, last = TEST_ROWS
-    limit = min(first, last - first)
+    limit = 168  # what fits every part and what is left of each photograph
     if not 64 <= window <= limit:
         raise UsageError(
-            f"write_textures: window must be from 64 to {limit} px, so that it fits its band. Got {window}."
+            f"write_textures: window must be from 64 to {limit} px, so that it fits every part. Got {window}."
         )
     if unknown := [name for name in textures if name not in TEXTURES]:
         raise UsageError(f"write_textures: unknown texture {unknown[0]!r}; choose from {', '.join(TEXTURES)}.")
@@ -89,11 +91,15 @@ def write_textures(
         )
 
     photographs = {name: _photograph(name) for name in TEXTURES}
-    made_from = {"seed": seed, "train": train, "good": good, "per_defect": per_defect, "window": window}
+    made_from: dict = {"seed": seed, "train": train, "good": good, "per_defect": per_defect, "window": window}
+    made_from["test_parts"] = {name: TEST_PARTS[name] for name in textures}
     with _new_folder(out, "textures", made_from, TEXTURES_LICENSE) as folder:
         for name in textures:
             photograph, root = photographs[name], folder / name
-            band = photograph[first:last]  # (176, 512), never seen in training
+            top, bottom, left, right = TEST_PARTS[name]
+            band = photograph[top:bottom, left:right]  # never seen in training
+            rest = [photograph[:top], photograph[bottom:], photograph[:, :left], photograph[:, right:]]
+            rest = [part for part in rest if min(part.shape) >= limit]
             others = [other for key, other in photographs.items() if key != name]
 
             def rng(*where: int, name: str = name) -> Generator:
@@ -101,8 +107,7 @@ def write_textures(
                 return np.random.default_rng([seed, TEXTURES.index(name), *where])
 
             for i in range(train):
-                source = photograph[:first] if i % 2 == 0 else photograph[last:]
-                _save(root / "train" / "good" / f"{i:03d}.png", _window(source, window, rng(0, i)))
+                _save(root / "train" / "good" / f"{i:03d}.png", _window(rest[i % len(rest)], window, rng(0, i)))
             for i in range(good):
                 _save(root / "test" / "good" / f"{i:03d}.png", _window(band, window, rng(1, i)))
             for i_defect, (defect, paint) in enumerate(DEFECTS.items()):

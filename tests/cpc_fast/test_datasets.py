@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cpc_fast import datasets
-from cpc_fast.datasets import DEFECTS, TEST_ROWS, TEXTURES, write_elpv, write_textures
+from cpc_fast.datasets import DEFECTS, TEST_PARTS, TEXTURES, write_elpv, write_textures
 from cpc_fast.errors import CpcFastError, UsageError
 from cpc_fast.images import find_test, find_train, read_image, read_mask
 
@@ -62,17 +62,18 @@ def test_layout(textures):
 
 @pytest.mark.parametrize("name", TEXTURES)
 def test_windows_are_the_photograph_and_masks_are_exact(textures, name):
-    """Train and test windows share no row; outside of its mask, a window is the photograph to the last pixel."""
+    """Train and test windows share no pixel; outside of its mask, a window is the photograph to the last pixel."""
     photograph, everywhere = datasets._photograph(name), np.ones((128, 128), bool)
-    first, last = TEST_ROWS
+    first, last, west, east = TEST_PARTS[name]
     for path in find_train(textures / name):
-        ((top, _),) = places(read_image(path)[..., 0], photograph, everywhere)
-        assert top + 128 <= first or top >= last
+        ((top, left),) = places(read_image(path)[..., 0], photograph, everywhere)
+        assert top + 128 <= first or top >= last or left + 128 <= west or left >= east
     for test in find_test(textures / name):
         window = read_image(test.path)[..., 0]
         mask = read_mask(test.mask_path, window.shape) if test.mask_path else ~everywhere
         ((top, left),) = places(window, photograph, ~mask)
         assert first <= top <= last - 128
+        assert west <= left <= east - 128
         if test.mask_path:
             original = photograph[top : top + 128, left : left + 128]
             assert 0.02 <= mask.mean() <= 0.11
