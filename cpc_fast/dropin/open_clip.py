@@ -1,0 +1,104 @@
+"""open_clip 3: `ClipLoss`, images against texts and texts against images, across processes.
+
+    loss = ( mean_i -log softmax_j(scale <x_i, y_j>)[i]  +  mean_j -log softmax_i(scale <x_i, y_j>)[j] ) / 2
+
+local_loss: each process scores its own rows against everybody's; else every process scores all rows. gather_with_grad:
+gradients go back to the processes that the rows came from; else only to this one's.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from cpc_kernels import info_nce
+from cpc_kernels.info_nce import spell
+
+from .gather import gather_rows, gather_rows_with_grad
+
+
+class ClipLoss(nn.Module):
+    """The symmetric contrastive loss of CLIP, as open_clip computes it.
+
+    local_loss, gather_with_grad: see above. rank, world_size: of this process, as open_clip takes them (every process
+    must hold as many rows). cache_labels: accepted and not needed. use_horovod: not supported.
+    Call it with image_features, text_features (N, D), normalised as the model made them, and logit_scale, a number or
+    one-element tensor. logit_bias, one number for all pairs, does not change the loss; its gradient is 0.
+    Returns a scalar, float32 for 16-bit inputs, or {"contrastive_loss": it} with output_dict. Raises ValueError for
+    arguments that do not fit. Source: Radford et al. 2021 (arXiv 2103.00020).
+
+    >>> ClipLoss()(torch.randn(8, 16), torch.randn(8, 16), logit_scale=torch.tensor(14.3)).shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__()
+        if use_horovod:
+            raise ValueError("ClipLoss: Horovod is not supported. Use torch.distributed, with use_horovod=False.")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"ClipLoss: rank must lie in 0..world_size - 1. Got rank {rank}, world_size {world_size}.")
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+
+    def gather(self, features: Tensor) -> Tensor:
+        """(N, D) -> (world N, D), with the gradients that the options ask for."""
+        if self.gather_with_grad:
+            return gather_rows_with_grad(features)
+        everyone = gather_rows(features)
+        if self.local_loss:
+            return everyone
+        before, after = self.rank * len(features), (self.rank + 1) * len(features)
+        return torch.cat([everyone[:before], features, everyone[after:]])
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        images, texts = image_features, text_features
+        if images.ndim != 2 or images.shape != texts.shape:
+            raise ValueError(
+                "ClipLoss: image and text features must both be (N, D). "
+                + spell(image_features=images, text_features=texts)
+            )
+        if isinstance(logit_bias, Tensor) and logit_bias.numel() != 1:
+            raise ValueError(
+                f"ClipLoss: logit_bias must be one number, the same for all pairs. Got shape {tuple(logit_bias.shape)}."
+            )
+        all_images, all_texts, first = images, texts, 0
+        if self.world_size > 1:
+            if not dist.is_available() or not dist.is_initialized():
+                raise RuntimeError(
+                    f"ClipLoss: world_size is {self.world_size}, but torch.distributed has not been started. "
+                    "Call torch.distributed.init_process_group first, or leave world_size at 1."
+                )
+            all_images, all_texts = self.gather(images), self.gather(texts)
+            if self.local_loss:
+                first = self.rank * len(images)
+            else:
+                images, texts = all_images, all_texts
+        own = torch.arange(len(images), device=images.device) + first
+        loss = info_nce(images, all_texts, own, scale=logit_scale) + info_nce(texts, all_images, own, scale=logit_scale)
+        loss = loss / 2
+        if isinstance(logit_bias, Tensor):  # a softmax does not see it; its gradient is 0 rather than missing
+            loss = loss + 0 * logit_bias.sum()
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def extra_repr(self) -> str:
+        return (
+            f"local_loss={self.local_loss}, gather_with_grad={self.gather_with_grad}, "
+            f"rank={self.rank}, world_size={self.world_size}"
+        )

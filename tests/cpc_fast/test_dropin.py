@@ -1,0 +1,557 @@
+"""Each drop-in against the package it replaces: values, gradients, refusals, and two processes."""
+
+import copy
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import originals
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cpc_fast import dropin
+from cpc_fast.dropin import lightly, pytorch_metric_learning
+from cpc_kernels import reference
+
+GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "greedy_infomax_infonce.npz"
+DTYPES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-2}
+
+
+def original(name):
+    try:
+        return getattr(originals, name)()
+    except originals.Missing as missing:
+        pytest.skip(str(missing))
+
+
+def leaves(*shapes, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def both(ours, theirs, *tensors, weights=None):
+    """Values and gradients of two functions of the same tensors, (value, gradients) each."""
+    results = []
+    for loss in (ours, theirs):
+        inputs = [t.detach().clone().requires_grad_() for t in tensors]
+        value = loss(*inputs)
+        upstream = torch.ones_like(value) if weights is None else weights.to(value.dtype)
+        (value * upstream).sum().backward()
+        zero = [torch.zeros_like(t) if t.grad is None else t.grad for t in inputs]
+        results.append((value.detach(), zero))
+    return results
+
+
+def assert_same(ours, theirs, *tensors, tolerance=1e-11, weights=None):
+    (value, grads), (expected, expected_grads) = both(ours, theirs, *tensors, weights=weights)
+    assert value.shape == expected.shape
+    torch.testing.assert_close(value.double(), expected.double(), rtol=tolerance, atol=tolerance)
+    for n, (grad, wanted) in enumerate(zip(grads, expected_grads, strict=True)):
+        assert grad.dtype == wanted.dtype
+        size = max(float(wanted.double().abs().max()), 1e-3 * tolerance)
+        torch.testing.assert_close(
+            grad.double() / size,
+            wanted.double() / size,
+            rtol=0,
+            atol=5 * tolerance,
+            msg=lambda m, n=n: f"input {n}: {m}",
+        )
+
+
+# --- info-nce-pytorch -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["in-batch", "unpaired", "paired"])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_info_nce_is_info_nce_pytorch(dtype, mode, reduction):
+    theirs = original("info_nce")
+    for n, m, d, temperature in [(7, 11, 5, 0.1), (1, 3, 1, 1.0), (33, 2, 17, 0.02), (12, 40, 64, 7.0)]:
+        shapes = [(n, d), (n, d)] + {"in-batch": [], "unpaired": [(m, d)], "paired": [(n, m, d)]}[mode]
+        options = {"temperature": temperature, "reduction": reduction}
+        options["negative_mode"] = "unpaired" if mode == "in-batch" else mode
+        weights = torch.linspace(0.5, 2, n) if reduction == "none" else None
+        tensors = leaves(*shapes, dtype=dtype)
+        tolerance = DTYPES[dtype] * max(1, (0.1 / temperature if dtype == torch.bfloat16 else 1))
+        tolerance *= n if reduction == "sum" and dtype == torch.bfloat16 else 1
+        with torch.autograd.set_detect_anomaly(False):
+            ours = dropin.InfoNCE(**options)
+            assert_same(ours, theirs.InfoNCE(**options), *tensors, tolerance=tolerance, weights=weights)
+            assert_same(lambda *t, o=options: dropin.info_nce(*t, **o), ours, *tensors)
+
+
+def test_a_learnable_temperature_learns_the_same():
+    theirs = original("info_nce")
+    query, key = leaves((9, 6), (9, 6))
+    temperature = torch.tensor(0.2, dtype=torch.float64)
+    for name in ("in-batch", "unpaired"):
+        extra = () if name == "in-batch" else leaves((20, 6), seed=1)
+        assert_same(
+            lambda q, k, t, e=extra: dropin.info_nce(q, k, *e, temperature=t),
+            lambda q, k, t, e=extra: theirs.info_nce(q, k, *e, temperature=t),
+            query,
+            key,
+            temperature,
+        )
+
+
+def test_zero_vectors_and_strides():
+    theirs = original("info_nce")
+    query, key, negatives = leaves((6, 8), (6, 8), (6, 5, 8))
+    query[1], negatives[2, 3] = 0, 0
+    for mode, negs in (("paired", negatives), ("unpaired", negatives[:, 0])):
+        assert_same(
+            lambda q, k, n, m=mode: dropin.info_nce(q[:, ::2], k[:, ::2], n[..., ::2], negative_mode=m),
+            lambda q, k, n, m=mode: theirs.info_nce(q[:, ::2], k[:, ::2], n[..., ::2], negative_mode=m),
+            query,
+            key,
+            negs,
+            tolerance=1e-9,
+        )
+
+
+def test_tiny_losses_keep_their_gradients():
+    key = F.normalize(torch.eye(64)[:8] + 0.001, dim=1)
+    query = key.clone().requires_grad_()
+    exact = key.double().requires_grad_()
+    for q, k in ((query, key), (exact, key.double())):
+        dropin.info_nce(q * 2, k, temperature=0.02).backward()
+    assert 0 < exact.grad.abs().max() < 1e-17
+    torch.testing.assert_close(query.grad.double(), exact.grad, rtol=1e-3, atol=1e-3 * float(exact.grad.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "message"),
+    [
+        ([(4, 3, 2), (4, 2)], {}, r"query and positive_key must both be \(N, D\). Got query \(4, 3, 2\)"),
+        ([(4, 2), (5, 2)], {}, r"as many rows. Got query \(4, 2\), positive_key \(5, 2\)"),
+        ([(4, 2), (4, 3)], {}, r"as many features. Got query \(4, 2\), positive_key \(4, 3\)"),
+        ([(4, 2), (4, 2), (4, 3, 2)], {}, r"negative_keys must be \(M, D\) when they are unpaired"),
+        ([(4, 2), (4, 2), (4, 2)], {"negative_mode": "paired"}, r"\(N, M, D\) when they are paired"),
+        ([(4, 2), (4, 2), (5, 3, 2)], {"negative_mode": "paired"}, r"paired negative_keys must have as many rows"),
+        ([(4, 2), (4, 2), (5, 3)], {}, r"features. Got query \(4, 2\), positive_key \(4, 2\), negative_keys \(5, 3\)"),
+        ([(4, 2), (4, 2)], {"reduction": "average"}, r"reduction must be none, sum or mean. Got 'average'"),
+        ([(4, 2), (4, 2)], {"negative_mode": "in-batch"}, r"negative_mode must be unpaired or paired. Got 'in-batch'"),
+    ],
+)
+def test_info_nce_refuses_as_the_original_does_and_says_more(shapes, options, message):
+    tensors = leaves(*shapes)
+    with pytest.raises(ValueError, match=message):
+        dropin.InfoNCE(**options)(*tensors)
+
+
+# --- lightly ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 4), (2, 1), (9, 17), (40, 64)])
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 3.0])
+def test_nt_xent_of_two_views_is_lightlys(dtype, shape, temperature):
+    theirs = original("lightly")
+    tolerance = DTYPES[dtype] * max(1, (0.1 / temperature if dtype == torch.bfloat16 else 1))
+    tensors = leaves(shape, shape, dtype=dtype)
+    assert_same(lightly.NTXentLoss(temperature), theirs.NTXentLoss(temperature), *tensors, tolerance=tolerance)
+
+
+def test_nt_xent_with_a_memory_bank_is_lightlys_step_by_step():
+    theirs = original("lightly")
+    criteria = []
+    for make in (lightly.NTXentLoss, theirs.NTXentLoss):
+        torch.manual_seed(5)
+        criteria.append(make(temperature=0.2, memory_bank_size=(20, 6)))
+    ours, expected = criteria
+    assert torch.equal(ours.memory_bank.bank, expected.memory_bank.bank)
+    assert ours.state_dict().keys() == expected.state_dict().keys()
+    for step, n in enumerate([8, 8, 8, 3, 20, 1, 30, 7]):
+        tensors = leaves((n, 6), (n, 6), dtype=torch.float32, seed=step)
+        assert_same(ours, expected, *tensors, tolerance=2e-5)
+        assert torch.equal(ours.memory_bank.bank, expected.memory_bank.bank)
+        assert torch.equal(ours.memory_bank.bank_ptr, expected.memory_bank.bank_ptr)
+    with torch.no_grad():  # a validation batch leaves the bank as it is
+        bank = ours.memory_bank.bank.clone()
+        assert torch.allclose(ours(*tensors), expected(*tensors), rtol=1e-5)
+    assert torch.equal(ours.memory_bank.bank, bank)
+    assert ours(*leaves((4, 6), (4, 6))).dtype == torch.float64  # the original refuses float64 with a bank
+
+
+def test_lightly_refusals():
+    for size, message in ((8, r"say \(8, 128\)"), ((-1, 4), "cannot be negative"), ((2, 3, 4), r"\(rows, features\)")):
+        with pytest.raises(ValueError, match=message):
+            lightly.NTXentLoss(memory_bank_size=size)
+    with pytest.raises(ValueError, match=r"at least 1e-8; it divides. Got 0"):
+        lightly.NTXentLoss(temperature=0)
+    with pytest.raises(ValueError, match=r"Got out0 \(4, 2\), out1 \(3, 2\)"):
+        lightly.NTXentLoss()(torch.zeros(4, 2), torch.zeros(3, 2))
+    with pytest.raises(
+        ValueError, match=r"holds 6 features, the views have 5. Build it with memory_bank_size=\(8, 5\)"
+    ):
+        lightly.NTXentLoss(memory_bank_size=(8, 6))(torch.zeros(4, 5), torch.zeros(4, 5))
+
+
+# --- open_clip --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 4), (5, 1), (9, 17), (40, 64)])
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+def test_clip_loss_is_open_clips(dtype, shape, scale):
+    theirs = original("open_clip")
+    images, texts = (F.normalize(t, dim=1) for t in leaves(shape, shape, dtype=dtype))
+    scale = torch.tensor(scale, dtype=dtype)
+    tolerance = DTYPES[dtype] * max(1, (float(scale) / 10 if dtype == torch.bfloat16 else 1))
+    (value, grads), (expected, wanted) = both(dropin.ClipLoss(), theirs.ClipLoss(), images, texts, scale)
+    torch.testing.assert_close(value.double(), expected.double(), rtol=tolerance, atol=tolerance)
+    if dtype == torch.bfloat16:  # the original rounds its scores; the gradients are judged in the other dtypes
+        return
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want, rtol=tolerance, atol=5 * tolerance * float(want.abs().max() + 1e-3))
+
+
+def test_clip_loss_takes_what_open_clip_takes():
+    theirs = original("open_clip")
+    images, texts = leaves((6, 4), (6, 4))
+    scale, bias = torch.tensor(5.0, dtype=torch.float64), torch.tensor(-10.0, dtype=torch.float64)
+    assert_same(dropin.ClipLoss(cache_labels=True), theirs.ClipLoss(cache_labels=True), images, texts, scale, bias)
+    ours = dropin.ClipLoss()(images, texts, scale, output_dict=True)
+    assert ours.keys() == theirs.ClipLoss()(images, texts, scale, output_dict=True).keys()
+    assert dropin.ClipLoss()(images, texts, 5.0) == ours["contrastive_loss"]
+
+
+def test_clip_loss_refusals():
+    x = torch.zeros(4, 2)
+    with pytest.raises(ValueError, match=r"Use torch.distributed, with use_horovod=False"):
+        dropin.ClipLoss(use_horovod=True)
+    with pytest.raises(ValueError, match="Got rank 2, world_size 2"):
+        dropin.ClipLoss(rank=2, world_size=2)
+    with pytest.raises(ValueError, match=r"Got image_features \(4, 2\), text_features \(3, 2\)"):
+        dropin.ClipLoss()(x, x[:3], 1.0)
+    with pytest.raises(ValueError, match=r"one number, the same for all pairs. Got shape \(4,\)"):
+        dropin.ClipLoss()(x, x, 1.0, torch.zeros(4))
+    with pytest.raises(RuntimeError, match=r"world_size is 2, but torch.distributed has not been started"):
+        dropin.ClipLoss(world_size=2)(x, x, 1.0)
+
+
+# --- Greedy InfoMax ---------------------------------------------------------------------------------------------------
+
+
+def gim_options(samples, steps, **more):
+    return SimpleNamespace(negative_samples=samples, prediction_step=steps, **more)
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason="shared/golden is not beside the checkout")
+@pytest.mark.parametrize("case", ["a", "b", "c"])
+@pytest.mark.parametrize("eps", [1e-11, 0.0])
+def test_greedy_infomax_reproduces_the_published_loss(case, eps):
+    golden = np.load(GOLDEN)
+    get = {key.split(".")[1]: torch.from_numpy(golden[key]) for key in golden if key.startswith(case)}
+    _b, channels, _h, _w, steps, samples, skip = get["meta"].tolist()
+    loss = dropin.GreedyInfoMaxLoss(gim_options(samples, steps), channels, channels, eps=eps).double()
+    loss.load_state_dict({f"W_k.{k}.weight": w[:, :, None, None] for k, w in enumerate(get["W"])})
+    z, c = get["z"].requires_grad_(), get["c"].requires_grad_()
+    value = loss(z, c, skip, negatives=[get[f"idx{k + 1}"] for k in range(steps)])
+    value.backward()
+    got = {"loss": value.detach(), "dz": z.grad, "dc": c.grad, "dW": torch.stack([w.weight.grad for w in loss.W_k])}
+    for name, tensor in got.items():
+        expected = get[name].view_as(tensor)
+        torch.testing.assert_close(tensor, expected, rtol=1e-9 if eps else 1e-6, atol=1e-11 if eps else 1e-6)
+
+
+@pytest.mark.parametrize("skip", [0, 1, 2])
+def test_greedy_infomax_draws_what_the_published_code_draws(skip):
+    z, c = leaves((2, 6, 7, 5), (2, 9, 7, 5))
+    loss = dropin.GreedyInfoMaxLoss(gim_options(4, 3, weight_init=True), 6, 9).double()
+    eye = torch.eye(6, dtype=torch.float64)
+    assert torch.allclose(loss.W_k[0].weight[:, :, 0, 0].T @ loss.W_k[0].weight[:, :, 0, 0], eye)
+    torch.manual_seed(3)
+    value = loss(z, c, skip)
+    torch.manual_seed(3)
+    drawn = []
+    for k in range(1, 4):  # as the published code: one index per negative, over the step's targets
+        count = (7 - k - skip) * 5 * 2
+        drawn.append(torch.randint(count, (count * 4, 1), dtype=torch.long))
+    assert value == loss(z, c, skip, negatives=drawn)
+    if skip == 1:
+        weights = torch.stack([w.weight[:, :, 0, 0] for w in loss.W_k])
+        torch.testing.assert_close(value, reference_greedy(z, c, weights, drawn), rtol=1e-12, atol=0)
+
+
+def reference_greedy(z, c, weights, drawn):
+    """The loss spelled out: gather, softmax, log."""
+    total = 0.0
+    for k, (weight, index) in enumerate(zip(weights, drawn, strict=True)):
+        targets = (z[:, :, k + 2 :].permute(2, 3, 0, 1) @ weight.T).flatten(0, 2)
+        anchors = c[:, :, : -(k + 2)].permute(2, 3, 0, 1).flatten(0, 2)
+        others = targets[index.view(len(targets), -1)]  # (n, S, C)
+        scores = (torch.cat([targets[:, None], others], 1) @ anchors[..., None])[..., 0]
+        total = total - scores.log_softmax(1)[:, 0].mean()
+    return total / len(weights)
+
+
+def test_greedy_infomax_refusals():
+    with pytest.raises(ValueError, match=r"opt.negative_samples must be 1 or more. Got None"):
+        dropin.GreedyInfoMaxLoss(SimpleNamespace(prediction_step=2), 4, 4)
+    loss = dropin.GreedyInfoMaxLoss(gim_options(4, 5), 4, 4)
+    z = torch.zeros(2, 4, 6, 6)
+    with pytest.raises(ValueError, match=r"5 steps after skipping 1 need at least 7 rows of patches. Got 6"):
+        loss(z, z)
+    with pytest.raises(ValueError, match=r"Got z \(2, 4, 6, 6\), c \(2, 4, 6, 5\)"):
+        loss(z, z[..., :5])
+    with pytest.raises(ValueError, match=r"one tensor for each of the 5 steps. Got 1"):
+        loss(z, z, 0, negatives=[torch.zeros(1)])
+    with pytest.raises(ValueError, match=r"step 1 needs 60 x 4 negatives. Got \(3,\)"):
+        loss(z, z, 0, negatives=[torch.zeros(3, dtype=torch.long)] * 5)
+
+
+# --- pytorch-metric-learning ------------------------------------------------------------------------------------------
+
+LABELS = {
+    "two views": [0, 1, 2, 3, 0, 1, 2, 3],
+    "some alone": [0, 1, 1, 2, 5, 1, 0, 9],
+    "unsorted, one large": [3, 1, 3, 3, 0, 3, 3, 1],
+    "all the same": [4, 4, 4],
+    "all different": [0, 1, 2, 3],
+    "one pair": [0, 0],
+    "one pair and one other": [0, 0, 1],
+    "one": [7],
+}
+REFERENCES = {
+    "none": None,
+    "some of each": [1, 0, 3, 3, 7, 2, 1, 9, 4, 4],
+    "one each": [0, 1, 2, 3],
+    "two": [0, 1],
+    "one": [0],
+}
+
+
+def label_losses():
+    theirs = original("pytorch_metric_learning")
+    reducers = importlib.import_module("pytorch_metric_learning.reducers")
+    distances = importlib.import_module("pytorch_metric_learning.distances")
+    return theirs, reducers, distances
+
+
+def quiet(*messages):
+    return pytest.mark.filterwarnings(*[f"ignore:{m}" for m in messages])
+
+
+@pytest.mark.parametrize("name", ["SupConLoss", "NTXentLoss"])
+@pytest.mark.parametrize("references", REFERENCES)
+@pytest.mark.parametrize("labels", LABELS)
+def test_label_losses_are_pytorch_metric_learnings(name, references, labels):
+    theirs, _, _ = label_losses()
+    tags = torch.tensor(LABELS[labels])
+    others = None if references == "none" else torch.tensor(REFERENCES[references])
+    for d, temperature in ((5, 0.1), (16, 1.0), (3, 0.02)):
+        tensors = leaves((len(tags), d), *([] if others is None else [(len(others), d)]), seed=d)
+        ours, expected = (getattr(m, name)(temperature=temperature) for m in (pytorch_metric_learning, theirs))
+        call = lambda loss: lambda e, r=None: loss(e, tags, ref_emb=r, ref_labels=others)  # noqa: E731
+        assert_same(call(ours), call(expected), *tensors, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("name", ["SupConLoss", "NTXentLoss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_label_losses_in_other_dtypes(name, dtype):
+    theirs, _, _ = label_losses()
+    generator = torch.Generator().manual_seed(1)
+    for classes, n in ((3, 700), (40, 80), (64, 128)):
+        tags = torch.randint(classes, (n,), generator=generator)
+        (embeddings,) = leaves((n, 32), dtype=dtype)
+        ours, expected = (getattr(m, name)(temperature=0.2) for m in (pytorch_metric_learning, theirs))
+        truth = both(lambda e, f=expected, t=tags: f(e, t), lambda e, f=expected, t=tags: f(e, t), embeddings.double())
+        (value, (grad,)), _ = both(lambda e, f=ours, t=tags: f(e, t), lambda e: e.sum(), embeddings)
+        tolerance = DTYPES[dtype]
+        torch.testing.assert_close(value.double(), truth[0][0], rtol=tolerance, atol=tolerance)
+        want = truth[0][1][0]
+        torch.testing.assert_close(grad.double(), want, rtol=0, atol=tolerance * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["SupConLoss", "NTXentLoss"])
+def test_the_same_labels_object_for_references_means_the_same_rows(name):
+    theirs, _, _ = label_losses()
+    tags = torch.tensor([0, 0, 1, 1, 2, 0])
+    tensors = leaves((6, 4), (6, 4))
+    for ref in (tags, tags.clone()):
+        ours, expected = (getattr(m, name)() for m in (pytorch_metric_learning, theirs))
+        assert_same(
+            lambda e, r, t=ref, f=ours: f(e, tags, ref_emb=r, ref_labels=t),
+            lambda e, r, t=ref, f=expected: f(e, tags, ref_emb=r, ref_labels=t),
+            *tensors,
+            tolerance=1e-10,
+        )
+
+
+def test_reducers_and_distances_of_the_original_work():
+    theirs, reducers, distances = label_losses()
+    tags = torch.tensor([0, 1, 1, 2, 5, 1, 0, 9])
+    (embeddings,) = leaves((8, 6))
+    cases = [("SupConLoss", r) for r in ("MeanReducer", "SumReducer", "AvgNonZeroReducer", "PerAnchorReducer")]
+    cases += [("NTXentLoss", r) for r in ("MeanReducer", "SumReducer")]
+    for name, reducer in cases:
+        for distance in ("CosineSimilarity", "DotProductSimilarity"):
+            ours, expected = (
+                getattr(m, name)(reducer=getattr(reducers, reducer)(), distance=getattr(distances, distance)())
+                for m in (pytorch_metric_learning, theirs)
+            )
+            assert_same(
+                lambda e, f=ours: f(e, tags), lambda e, f=expected: f(e, tags), embeddings * 0.3, tolerance=1e-10
+            )
+    alone = torch.arange(8)
+    assert pytorch_metric_learning.SupConLoss(reducer=reducers.MeanReducer())(embeddings, alone) == 0
+
+
+def test_the_self_supervised_wrapper_takes_a_drop_in():
+    theirs, _, _ = label_losses()
+    tensors = leaves((6, 4), (6, 4))
+    for name in ("SupConLoss", "NTXentLoss"):
+        ours, expected = (theirs.SelfSupervisedLoss(getattr(m, name)()) for m in (pytorch_metric_learning, theirs))
+        assert_same(ours, expected, *tensors, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("name", ["SupConLoss", "NTXentLoss"])
+def test_the_temperature_of_label_losses_may_learn(name):
+    theirs, _, _ = label_losses()
+    temperature = torch.tensor([0.3], dtype=torch.float64)
+    for labels in ("two views", "unsorted, one large"):
+        tags = torch.tensor(LABELS[labels])
+
+        def call(module, tags=tags):
+            def loss(embeddings, temperature):
+                criterion = getattr(module, name)()
+                criterion.temperature = temperature
+                return criterion(embeddings, tags)
+
+            return loss
+
+        (embeddings,) = leaves((len(tags), 5))
+        assert_same(call(pytorch_metric_learning), call(theirs), embeddings, temperature, tolerance=1e-10)
+
+
+def test_positives_far_apart_keep_their_gradient():
+    """At temperature 0.005 one positive scores 200, another 20: the second is the one to learn from."""
+    embeddings = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.1, 1.0, 0.0], [0.08, 0.0, 1.0]])
+    tags = torch.tensor([0, 0, 0, 1])
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        e = embeddings.to(dtype).requires_grad_()
+        loss = pytorch_metric_learning.NTXentLoss(temperature=0.005)(e, tags)
+        loss.backward()
+        results.append((float(loss), e.grad.double()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
+    assert float(results[1][1].abs().max()) > 0.1
+    torch.testing.assert_close(*(grad for _, grad in results), rtol=1e-3, atol=1e-4)
+
+
+def test_label_loss_refusals():
+    _, _, distances = label_losses()
+    x, tags = torch.zeros(4, 2), torch.tensor([0, 0, 1, 1])
+    for name in ("SupConLoss", "NTXentLoss"):
+        make = getattr(pytorch_metric_learning, name)
+        with pytest.raises(ValueError, match=f"{name}: distance must be CosineSimilarity"):
+            make(distance=distances.LpDistance())
+        with pytest.raises(ValueError, match=f"{name}: indices_tuple is not supported"):
+            make()(x, tags, indices_tuple=(tags,) * 4)
+        with pytest.raises(ValueError, match=f"{name}: labels are needed"):
+            make()(x)
+        with pytest.raises(ValueError, match="given together"):
+            make()(x, tags, ref_emb=x)
+        with pytest.raises(ValueError, match=r"labels \(N,\). Got embeddings \(4, 2\), labels \(3,\)"):
+            make()(x, tags[:3])
+        with pytest.raises(ValueError, match=r"as many features as embeddings. .* ref_emb \(4, 3\)"):
+            make()(x, tags, ref_emb=torch.zeros(4, 3), ref_labels=tags)
+    with pytest.raises(ValueError, match=r"reducer must be None, MeanReducer\(\) or SumReducer\(\)"):
+        pytorch_metric_learning.NTXentLoss(reducer=object())
+
+
+# --- all --------------------------------------------------------------------------------------------------------------
+
+
+def test_two_losses_share_a_name_and_none_is_guessed():
+    with pytest.raises(
+        ImportError, match=r"cpc_fast.dropin.lightly \(two views\) or .*pytorch_metric_learning \(labels"
+    ):
+        from cpc_fast.dropin import NTXentLoss  # noqa: F401
+    assert lightly.NTXentLoss().temperature == 0.5
+    assert pytorch_metric_learning.NTXentLoss().temperature == 0.07
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        dropin.Nothing  # noqa: B018
+
+
+def test_losses_are_modules_that_copy_and_print():
+    losses = [
+        dropin.InfoNCE(),
+        lightly.NTXentLoss(memory_bank_size=(4, 2)),
+        dropin.ClipLoss(),
+        dropin.GreedyInfoMaxLoss(gim_options(2, 2), 4, 4),
+        dropin.SupConLoss(),
+        pytorch_metric_learning.NTXentLoss(),
+    ]
+    for loss in losses:
+        again = copy.deepcopy(loss)
+        again.load_state_dict(loss.state_dict())
+        assert type(loss).__name__ in repr(again)
+
+
+def test_importing_the_drop_ins_imports_none_of_the_originals():
+    code = (
+        "import sys, cpc_fast.dropin; "
+        "print([m for m in ('lightly', 'open_clip', 'info_nce', 'pytorch_metric_learning') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_clip_reference_agrees():
+    """Against the kernels' own reference, so that something is compared where no original is installed."""
+    images, texts = leaves((6, 4), (6, 4))
+    own = torch.arange(6)
+    expected = (reference.info_nce(images, texts, own) + reference.info_nce(texts, images, own)) / 2
+    assert torch.allclose(dropin.ClipLoss()(images, texts, 1.0), expected, rtol=1e-12)
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+
+def worker(rank, path, failures):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    try:
+        everyone = leaves((2, 5, 8), (2, 5, 8), seed=4)
+        tensors = [F.normalize(t[rank], dim=1) for t in everyone]
+        ours = lightly.NTXentLoss(0.3, gather_distributed=True)
+        assert_same(ours, originals.lightly().NTXentLoss(0.3, gather_distributed=True), *tensors)
+        banks = []
+        for make in (lightly.NTXentLoss, originals.lightly().NTXentLoss):
+            torch.manual_seed(1)
+            banks.append(make(0.3, memory_bank_size=(24, 8), gather_distributed=True))
+        for _ in range(3):
+            assert_same(*banks, *(t.float() for t in tensors), tolerance=2e-5)
+            assert torch.equal(banks[0].memory_bank.bank, banks[1].memory_bank.bank)
+        scale = torch.tensor(7.0, dtype=torch.float64)
+        for local in (False, True):
+            for with_grad in (False, True):
+                options = {"local_loss": local, "gather_with_grad": with_grad, "rank": rank, "world_size": 2}
+                assert_same(dropin.ClipLoss(**options), originals.open_clip().ClipLoss(**options), *tensors, scale)
+    except BaseException as failure:  # told to the parent, with which rank it was
+        failures[rank] = repr(failure)
+        raise
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes_get_the_losses_and_gradients_of_the_originals(tmp_path):
+    original("lightly")
+    original("open_clip")
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        failures = manager.dict()
+        processes = [context.Process(target=worker, args=(rank, tmp_path / "meet", failures)) for rank in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(100)
+        assert not dict(failures)
+        assert [process.exitcode for process in processes] == [0, 0]
