@@ -171,5 +171,6 @@ def read_settings(settings: list[str]) -> dict[str, Any]:
                 found[name] = read[kind](text)
         except (ValueError, KeyError):
             takes = {"int": "a whole number", "float": "a number", "bool": "true or false"}[kind]
-            raise UsageError(f"config: {name} is {text!r}; it must be {takes}{' or none' if optional else ''}.") from None
+            none = " or none" if optional else ""
+            raise UsageError(f"config: {name} is {text!r}; it must be {takes}{none}.") from None
     return found

@@ -27,7 +27,7 @@ from .version import __version__
 FORMAT = 1  # of the run folder; raised when an older reader would misread it
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file aside, bring it to the disk, and rename it into place, so that the old one stays until then.
 
     Raises CpcFastError when the disk is full or the folder cannot be written; what was there before is untouched.
@@ -58,7 +58,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all."""
-    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8") and None)
+    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -118,6 +118,18 @@ def _config(run: Path, about: dict[str, Any]) -> Config:
         raise CpcFastError(f"The config in {quoted(run)} cannot be read ({error}); fit again.") from None
 
 
+def checkpoint_config(run: Path) -> tuple[Config, int]:
+    """The config of an interrupted run, and how many epochs of it are saved.
+
+    Raises UsageError where there is no checkpoint.
+    """
+    path = run / "checkpoint.safetensors"
+    if not path.is_file():
+        raise UsageError(f"There is no checkpoint in {quoted(run)} to resume from; fit without resume.")
+    _, about = read_tensors(path, "checkpoint")
+    return _config(run, about), int(about["epoch"])
+
+
 class Checkpoint:
     """The training state of a run, saved after every epoch."""
 
@@ -128,6 +140,12 @@ class Checkpoint:
     def begin(self, resume: bool) -> int:
         """How many epochs are done. Without `resume`, a run that exists is not touched."""
         run = self.path.parent
+        try:  # before an epoch is spent on it
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CpcFastError(
+                f"Could not make the run folder {quoted(run)}: {error.strerror}; choose another one."
+            ) from None
         if not resume:
             for name in ("model.safetensors", "checkpoint.safetensors"):
                 if (run / name).exists():

@@ -49,6 +49,8 @@ class Scorer(nn.Module):
     An image is always scored alone, so its score is the same to the last bit whatever it is handed in with.
     """
 
+    bank: Tensor  # (m, d)
+
     def __init__(self, model: CPC, bank: Tensor, calibration: Calibration | None = None) -> None:
         super().__init__()
         self.model, self.config = model.eval(), model.config
