@@ -441,7 +441,8 @@ def _save_sum(ctx, inputs, output):
 def _backward_sum(ctx, grad, *_):
     if grad is None:
         return (None,) * 7
-    units, of = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    saved = ctx.saved_tensors  # read once: checkpointing allows no more
+    units, of = saved[:4], saved[4:]
     needs = ctx.needs_input_grad[:4]
     # what nobody asked for is not multiplied
     units = [unit if need else unit.new_empty(0) for unit, need in zip(units, needs, strict=True)]

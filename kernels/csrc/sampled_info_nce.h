@@ -6,6 +6,7 @@ typedef SCALAR vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef INTEGER ivec __attribute__((vector_size(VECTOR_BYTES)));
 constexpr int W = VECTOR_BYTES / sizeof(SCALAR), TILE = 8;
 constexpr int UNROLL = 8;  // vectors summed in registers
+constexpr int CHAIN = 32;  // terms added in a row, before the sum joins a larger one: keeps long sums accurate
 
 static INLINE vec load(const SCALAR* from) {
   vec v;
@@ -285,7 +286,8 @@ static void forward_rows(const Problem<SCALAR>& p, const Outputs<SCALAR>& out, i
   const int64_t group = p.per_step ? 1 : steps, lists = p.per_step ? steps : 1;  // anchors per list, lists per row
   const int64_t padded = (p.s + PAD - 1) / PAD * PAD;
   const int64_t fitting = SLICE_BYTES / std::max<int64_t>(p.m * sizeof(SCALAR), 1) / 64 * 64;
-  const int64_t slice = fitting >= 64 && fitting < d ? fitting : d;
+  const int64_t longest = 512;  // also keeps the chains of additions short, for accuracy
+  const int64_t slice = std::min({fitting >= 64 ? fitting : longest, longest, d});
   const int64_t narrow = UNROLL * W < d ? UNROLL * W : d;  // features of O summed at a time
   const int64_t block = std::max<int64_t>(1, std::min(end - begin, BLOCK_SCORES / std::max<int64_t>(padded * steps, 1)));
   std::vector<int32_t> index(block * lists * padded);
@@ -343,9 +345,13 @@ static void backward_anchors(const Problem<SCALAR>& p, const SCALAR* weight, con
     const SCALAR* z = p.positives ? p.pool + (own < 0 ? 0 : own) * d : p.vectors + a * d;
     const SCALAR* o = expectation + a * d;
     if (dscale_rows) {
-      SCALAR sum = 0;
-      for (int64_t i = 0; i < d; i++) sum += q[i] * (o[i] - z[i]);
-      dscale_rows[a] = weight[a] * sum;
+      vec sums = {};
+      int64_t i = 0;
+      for (; i + W <= d; i += W) sums += load(q + i) * (load(o + i) - load(z + i));
+      SCALAR out[4];
+      sum_lanes(sums, sums, sums, sums, out);
+      for (; i < d; i++) out[0] += q[i] * (o[i] - z[i]);
+      dscale_rows[a] = weight[a] * out[0];
     }
     if (dq)
       for (int64_t i = 0; i < d; i++) dq[a * d + i] = w * (o[i] - z[i]);
@@ -397,25 +403,24 @@ static void add_pairs(const Problem<SCALAR>& p, const SCALAR* q, const int32_t* 
     SCALAR* row = dz + j * d;
     int64_t i = 0;
     for (; i + UNROLL * W <= d; i += UNROLL * W) {
-      vec v[UNROLL];
-      for (int u = 0; u < UNROLL; u++) v[u] = load(row + i + u * W);
-      for (const Pair<SCALAR>* it = from; it != to; it++) {
-        const vec c = splat(it->coefficient);
-        const SCALAR* x = q + it->anchor * d + i;
-        for (int u = 0; u < UNROLL; u++) v[u] += c * load(x + u * W);
+      for (const Pair<SCALAR>* it = from; it != to;) {
+        const Pair<SCALAR>* stop = to - it > CHAIN ? it + CHAIN : to;
+        vec v[UNROLL] = {};
+        for (; it != stop; it++) {
+          const vec c = splat(it->coefficient);
+          const SCALAR* x = q + it->anchor * d + i;
+          for (int u = 0; u < UNROLL; u++) v[u] += c * load(x + u * W);
+        }
+        for (int u = 0; u < UNROLL; u++) store(row + i + u * W, load(row + i + u * W) + v[u]);
       }
-      for (int u = 0; u < UNROLL; u++) store(row + i + u * W, v[u]);
     }
-    for (; i + W <= d; i += W) {
-      vec v = load(row + i);
-      for (const Pair<SCALAR>* it = from; it != to; it++) v += splat(it->coefficient) * load(q + it->anchor * d + i);
-      store(row + i, v);
-    }
-    for (; i < d; i++) {
-      SCALAR v = row[i];
-      for (const Pair<SCALAR>* it = from; it != to; it++) v += it->coefficient * q[it->anchor * d + i];
-      row[i] = v;
-    }
+    for (; i < d; i++)
+      for (const Pair<SCALAR>* it = from; it != to;) {
+        const Pair<SCALAR>* stop = to - it > CHAIN ? it + CHAIN : to;
+        SCALAR v = 0;
+        for (; it != stop; it++) v += it->coefficient * q[it->anchor * d + i];
+        row[i] += v;
+      }
   }
 }
 
