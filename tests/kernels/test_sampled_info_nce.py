@@ -108,7 +108,7 @@ def test_every_instruction_set(shape, dtype, level):
 
 @both
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 3, 2, 1), (0, 2, 3, 4, 5), (3, 2, 0, 4, 5), (3, 2, 4, 0, 5), (4, 1, 3, 9, 2), (2, 3, 5, 4, 2048)]
+    "shape", [(1, 1, 3, 2, 1), (0, 2, 3, 4, 5), (3, 2, 0, 4, 5), (3, 2, 4, 0, 5), (4, 1, 3, 9, 2), (12, 3, 9, 4, 2048)]
 )
 @pytest.mark.parametrize("vectors", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
