@@ -120,16 +120,71 @@ def _row(op: str, arch: str, element: str, *by_bucket: Tile) -> dict[tuple[str, 
 
 
 T = Tile
-_TABLE: dict[tuple[str, str, str, int], Tile] = {
-    **_row("combine", "any", "any", T(16, 64, 4, 2)),
-    **_row("exponentials", "any", "any", T(1, 2048, 8, 2)),
-    **_row("coefficients", "any", "any", T(1, 1024, 4, 2)),
-    **_row("positive", "any", "any", T(64, 64, 4, 3, features=64)),
-    # small enough that small tests see several tiles
-    **_row("forward", "interpreter", "any", T(32, 16, 4, 2, descriptors=True)),
-    **_row("scores", "interpreter", "any", T(32, 16, 4, 2, descriptors=True)),
-    **_row("backward", "interpreter", "any", T(32, 16, 4, 2, descriptors=True)),
-    **_row("streamed", "interpreter", "any", T(32, 16, 4, 2, features=64)),
-    **_row("positive", "interpreter", "any", T(16, 16, 4, 2, features=64)),
-    **_row("combine", "interpreter", "any", T(16, 64, 4, 2)),
+
+
+def _hopper(*rows: Tile) -> tuple[Tile, ...]:
+    return tuple(t._replace(descriptors=True) for t in rows)
+
+
+# buckets:                   64                 128                256                512
+_HOPPER = {
+    "forward": _hopper(      T(128, 128, 8, 3), T(128, 128, 8, 2), T(128, 64, 8, 3),  T(64, 64, 8, 2)),
+    "forward+rank": _hopper( T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(64, 64, 8, 2)),
+    "forward+ids": _hopper(  T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 2)),
+    "scores": _hopper(       T(128, 128, 8, 3), T(256, 64, 8, 3),  T(256, 64, 8, 3),  T(128, 32, 8, 3)),
+    "backward": _hopper(     T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 2)),
+    "streamed": (            T(128, 128, 8, 3, features=64),),
 }
+_HOPPER_FP32 = {
+    "forward": (             T(64, 32, 4, 2),   T(64, 32, 4, 2),   T(64, 32, 8, 2),   T(64, 16, 8, 1)),
+    "scores": (              T(64, 64, 4, 2),   T(64, 64, 4, 2),   T(64, 32, 4, 2),   T(64, 16, 4, 1)),
+    "backward": (            T(64, 32, 4, 2),   T(64, 32, 4, 2),   T(64, 32, 8, 2),   T(64, 16, 8, 1)),
+    "streamed": (            T(64, 64, 4, 2, features=32),),
+}
+_AMPERE = {
+    "forward": (             T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 3),   T(32, 32, 8, 2)),
+    "scores": (              T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 2)),
+    "backward": (            T(128, 32, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 3),   T(32, 32, 8, 2)),
+    "streamed": (            T(128, 64, 8, 3, features=64),),
+}
+_SMALL = {  # 99 KB of shared memory; and AMD's 64 KB, with one stage
+    "forward": (             T(64, 64, 4, 2),   T(64, 32, 4, 2),   T(64, 32, 8, 2),   T(32, 16, 8, 2)),
+    "scores": (              T(64, 64, 4, 2),   T(64, 64, 4, 2),   T(64, 32, 8, 2),   T(32, 32, 8, 2)),
+    "backward": (            T(64, 32, 4, 2),   T(64, 32, 4, 2),   T(64, 32, 8, 2),   T(32, 16, 8, 2)),
+    "streamed": (            T(64, 64, 4, 2, features=64),),
+}
+_FP32 = {
+    "forward": (             T(64, 32, 4, 2),   T(64, 32, 8, 2),   T(32, 32, 8, 2),   T(16, 16, 8, 1)),
+    "scores": (              T(64, 32, 4, 2),   T(64, 32, 4, 2),   T(32, 32, 4, 2),   T(16, 32, 4, 1)),
+    "backward": (            T(64, 32, 4, 2),   T(64, 32, 8, 2),   T(32, 32, 8, 2),   T(16, 16, 8, 1)),
+    "streamed": (            T(64, 64, 4, 2, features=32),),
+}  # fmt: skip
+_SMALL_FP32 = {
+    "forward": (             T(32, 32, 4, 2),   T(32, 32, 4, 2),   T(16, 16, 4, 1),   T(16, 16, 8, 1)),
+    "scores": (              T(32, 32, 4, 2),   T(32, 32, 4, 2),   T(16, 16, 4, 1),   T(16, 16, 4, 1)),
+    "backward": (            T(32, 32, 4, 2),   T(32, 32, 4, 2),   T(16, 16, 4, 1),   T(16, 16, 8, 1)),
+    "streamed": (            T(32, 32, 4, 2, features=32),),
+}  # fmt: skip
+# small enough that small tests see several tiles
+_INTERPRETER = {
+    **dict.fromkeys(("forward", "scores", "backward"), (T(32, 16, 4, 2, descriptors=True),)),
+    "streamed": (T(32, 16, 4, 2, features=64),),
+    "positive": (T(16, 16, 4, 2, features=64),),
+}
+_ANY = {
+    "positive": (T(64, 64, 4, 2, features=64),),
+    "combine": (T(16, 64, 4, 2),),
+    "exponentials": (T(1, 2048, 8, 2),),
+    "coefficients": (T(1, 1024, 4, 2),),
+}
+
+_TABLE: dict[tuple[str, str, str, int], Tile] = {
+    (op, arch, element, size): t
+    for arch, element, ops in (
+        ("sm_90", "16", _HOPPER), ("sm_90", "any", _HOPPER_FP32), ("sm_100", "16", _HOPPER), ("sm_100", "any", _HOPPER_FP32),
+        ("sm_80", "16", _AMPERE), ("sm_80", "any", _FP32), ("sm_86", "16", _SMALL), ("sm_86", "any", _SMALL_FP32),
+        ("gfx942", "16", _SMALL), ("gfx942", "any", _SMALL_FP32), ("interpreter", "any", _INTERPRETER), ("any", "any", _ANY),
+    )
+    for op, row in ops.items()
+    for size, t in zip(BUCKETS if len(row) > 1 else (0,), row, strict=True)
+}  # fmt: skip

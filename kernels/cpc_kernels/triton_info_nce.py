@@ -25,6 +25,7 @@ combine, and the two elementwise kernels of the chunked schedule, with their lau
 """
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 import triton
@@ -315,25 +316,26 @@ def backward_candidates_kernel(
     for i_n in range(start, stop, BN):
         o_n = i_n + tl.arange(0, BN)
         m_n = o_n < stop
-        b_w = tl.load(p_weights + o_n, mask=m_n, other=0.0)
-        b_lse2 = tl.load(p_lse + o_n, mask=m_n, other=float("-inf")) * log2_e
-        # no negatives, ignored or beyond the end: P = exp(r - inf) = 0
-        b_lse2 = tl.where(b_lse2 == float("-inf"), float("inf"), b_lse2)
         m_q = m_n
-        if INDEXED:
-            b_p = tl.load(p_index + o_n, mask=m_n, other=-1).to(tl.int32)
-            m_q = b_p >= 0
-        if HAS_IDS:
-            b_aid = tl.load(p_anchor_ids + o_n, mask=m_n, other=0)
+        if INDEXED:  # whatever an ignored row holds reaches nobody
+            m_q = tl.load(p_index + o_n, mask=m_n, other=-1) >= 0
         b_q = _load_tile(anchors, o_n.to(tl.int64), m_q, o_d, stride_an, stride_ad, d, i_n, DESCRIPTORS, EVEN_D)
-        # [BM, BN] w P for negatives, -w where the positive sits, 0 elsewhere
         b_raw = _dot(b_k, tl.trans(b_q), tl.zeros([BM, BN], dtype=ACC), PRECISION, UPCAST)
-        b_c = tl.exp2(b_raw * scale2 - b_lse2[None, :]) * b_w[None, :]
-        if HAS_IDS:
-            b_c = tl.where(b_cid[:, None] != b_aid[None, :], b_c, 0.0)
-        if INDEXED:
-            b_c = tl.where(o_m[:, None] != b_p[None, :], b_c, -b_w[None, :])
-        b_grad = _dot(b_c.to(b_q.dtype), b_q, b_grad, PRECISION, UPCAST)
+        # [BM, BN] P for negatives, -1 where the positive sits, 0 elsewhere; then times w. Each (BN,) vector is loaded
+        # where it is used: it takes BN / 4 registers there.
+        if d > 0:  # always; the branch keeps Triton from computing the scores in both warpgroups
+            b_lse2 = tl.load(p_lse + o_n, mask=m_n, other=float("-inf")) * log2_e
+            # no negatives, ignored or beyond the end: P = exp(r - inf) = 0
+            b_lse2 = tl.where(b_lse2 == float("-inf"), float("inf"), b_lse2)
+            b_raw = tl.exp2(b_raw * scale2 - b_lse2[None, :])
+            if HAS_IDS:
+                b_aid = tl.load(p_anchor_ids + o_n, mask=m_n, other=0)
+                b_raw = tl.where(b_cid[:, None] != b_aid[None, :], b_raw, 0.0)
+            if INDEXED:
+                b_p = tl.load(p_index + o_n, mask=m_n, other=-1).to(tl.int32)
+                b_raw = tl.where(o_m[:, None] != b_p[None, :], b_raw, -1.0)
+            b_raw *= tl.load(p_weights + o_n, mask=m_n, other=0.0)[None, :]
+        b_grad = _dot(b_raw.to(b_q.dtype), b_q, b_grad, PRECISION, UPCAST)
 
     if NORMALISED:
         b_grad *= tl.load(p_norm)
@@ -643,19 +645,20 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
         return tiles.Entry(name, kernel, signature, constexprs, tile.options(), ours, matrix, tile)
 
     unit = {"stride_ad": 1, "stride_cd": 1, "stride_vd": 1}
-    for width, element, precisions in ((16, "bf16", ("ieee",)), (32, "fp32", ("tf32", "tf32x3", "ieee"))):
+    for width, element, precisions in ((16, "bf16", ("ieee",)), (32, "fp32", ("tf32x3", "ieee"))):
         for precision in precisions:
-            if width == 32 and not tiles.compiles(arch, precision):
-                continue
+            if width == 32 and (precision == "tf32x3") != tiles.compiles(arch, "tf32x3"):
+                continue  # one way to multiply float32 is enough: the default of that chip
             common = unit | {"ACC": tl.float32, "PRECISION": precision, "UPCAST": False, "EVEN_D": True}
             label = element if width == 16 else precision
             matrix = precision != "ieee" or width == 16
             for bucket in tiles.BUCKETS:
-                for variant, flags in tiles.VARIANTS.items():
-                    for op in ("forward", "scores", "backward"):
-                        if op == "backward" and variant == "+rank":
-                            continue
-                        tile = tiles.tile(op + variant, bucket, width, arch, precision)
+                for op, variant in product(("forward", "scores", "backward"), tiles.VARIANTS):
+                    flags = tiles.VARIANTS[variant]
+                    tile = tiles.tile(op + variant, bucket, width, arch, precision)
+                    worst = tiles.tile(op + "+ids", bucket, width, arch, precision)
+                    # ids and rank ask for the most; another form counts where its tile is another, or it is the hot one
+                    if variant == "+ids" or tile != worst or (variant == "" and op == "forward" and width == 16):
                         for descriptors in (False, True) if tile.descriptors else (False,):
                             source = dict.fromkeys(("anchors", "candidates"), f"*{element}")
                             if descriptors:

@@ -1,0 +1,319 @@
+"""Compiles every Triton tile with no GPU at hand, reads what came out, and refuses what would run badly.
+
+    python -m benchmarks.aot [--arch sm_90 ...] [--only D=256] [--module cpc_kernels.triton_info_nce ...] [--json FILE]
+
+For each entry of the tile table: registers, stack, shared and tensor memory, matrix instructions, blocks per
+multiprocessor; then, for named cases, the time that each unit alone would need (a PREDICTION, no measurement).
+Exits 1 past a gate: stack 0, no spills, registers <= 255, shared and tensor memory within the chip's, matrix
+instructions of the chip's own kind, no float64 arithmetic. gfx942 must compile. A compiled entry is remembered until
+its source, its constants or Triton change.
+
+A kernel module takes part by offering `aot_entries(arch) -> Iterator[cpc_kernels.tiles.Entry]`.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+MODULES = ("cpc_kernels.triton_info_nce", "cpc_kernels.triton_sampled_info_nce")
+CACHE = Path(__file__).parents[1] / ".cache" / "aot"
+
+
+class Chip(NamedTuple):
+    """One target: what its compiler is called, its limits, and the rates behind the predictions (data sheets)."""
+
+    backend: str
+    arch: int | str
+    warp: int
+    shared: int  # bytes a block may have
+    shared_total: int  # bytes a multiprocessor has
+    matrix: str  # the instruction that must be there, as a regular expression
+    units: int = 0  # multiprocessors
+    ghz: float = 0.0
+    tflops: float = 0.0  # dense bf16
+    l2: float = 0.0  # TB/s
+    hbm: float = 0.0  # TB/s
+
+
+CHIPS = {
+    "sm_80": Chip("cuda", 80, 32, 166_912, 167_936, r"HMMA", 108, 1.41, 312, 4.0, 1.9),
+    "sm_86": Chip("cuda", 86, 32, 101_376, 102_400, r"HMMA"),
+    "sm_90": Chip("cuda", 90, 32, 232_448, 233_472, r"HGMMA", 132, 1.755, 989, 5.5, 3.35),
+    "sm_100": Chip("cuda", 100, 32, 232_448, 233_472, r"UTC\w*MMA", 148, 1.85, 2250, 9.0, 8.0),
+    "gfx942": Chip("hip", "gfx942", 64, 65_536, 65_536, r"v_mfma"),
+}
+
+
+class Case(NamedTuple):
+    name: str
+    n: int
+    m: int
+    d: int
+
+
+CASES = (
+    Case("grid 7x7, batch 256", 10_752, 12_544, 256),
+    Case("SimCLR 8k, D 128", 8_192, 8_192, 128),
+    Case("CLIP 32k, D 256", 32_768, 32_768, 256),
+    Case("CLIP 32k, D 512", 32_768, 32_768, 512),
+    Case("bank, 4k queries", 4_096, 1_000_000, 256),
+)
+
+
+@dataclass
+class Report:
+    """What one compiled entry is made of."""
+
+    arch: str
+    name: str
+    op: str
+    warps: int
+    tile: tuple[int, int]
+    needs_matrix: bool
+    error: str = ""
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0  # loads and stores of local memory
+    shared: int = 0
+    tensor_memory: int = 0
+    matrix: dict[str, int] = field(default_factory=dict)
+    doubles: int = 0
+    instructions: int = 0
+    blocks: int = 0  # per multiprocessor
+
+    def failures(self) -> list[str]:
+        """The gates this entry does not pass."""
+        chip = CHIPS[self.arch]
+        if self.error:
+            return [f"does not compile: {self.error}"]
+        if chip.backend == "hip":
+            return []
+        found = []
+        if self.stack or self.spills:
+            found.append(f"spills (stack {self.stack} bytes, {self.spills} local loads and stores)")
+        if self.registers > 255:
+            found.append(f"{self.registers} registers, 255 allowed")
+        if self.shared > chip.shared:
+            found.append(f"{self.shared} bytes of shared memory, {chip.shared} allowed")
+        if self.tensor_memory > 512:
+            found.append(f"{self.tensor_memory} columns of tensor memory, 512 allowed")
+        if self.needs_matrix and not any(re.fullmatch(chip.matrix, name) for name in self.matrix):
+            found.append(f"no {chip.matrix} instruction, only {self.matrix or 'none'}")
+        if self.doubles:
+            found.append(f"{self.doubles} float64 instructions")
+        return found
+
+
+@functools.cache
+def entries(module: str, arch: str) -> dict:
+    found = {}
+    for entry in importlib.import_module(module).aot_entries(arch):
+        if entry.name in found:
+            raise ValueError(f"{module}.aot_entries({arch!r}) names {entry.name!r} twice.")
+        found[entry.name] = entry
+    return found
+
+
+def fingerprint(entry, arch: str) -> str:
+    import triton
+
+    told = (triton.__version__, entry.kernel.cache_key, arch, *map(str, entry[:1] + entry[2:]))
+    return hashlib.sha256(repr(told + (Path(__file__).read_text(),)).encode()).hexdigest()[:32]
+
+
+def compile_entry(module: str, arch: str, name: str) -> Report:
+    """Compiles one entry and reads its machine code."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    entry, chip = entries(module, arch)[name], CHIPS[arch]
+    tile = (entry.tile.rows, entry.tile.columns) if entry.tile else (0, 0)
+    report = Report(arch, name, name.split()[0], entry.options["num_warps"], tile, entry.matrix)
+    names = entry.kernel.arg_names
+    signature = {a: "constexpr" if a in entry.constexprs else entry.signature[a] for a in names}
+    attributes = {(names.index(a),): [["tt.divisibility", 16]] for a in entry.divisible}
+    try:
+        source = ASTSource(entry.kernel, signature, dict(entry.constexprs), attributes)
+        target = GPUTarget(chip.backend, chip.arch, chip.warp)
+        built = compile(source, target=target, options=dict(entry.options))
+    except Exception as problem:
+        lines = str(problem).strip().splitlines() or [type(problem).__name__]
+        report.error = lines[-1][:200]
+        return report
+    report.shared = built.metadata.shared
+    report.tensor_memory = getattr(built.metadata, "tmem_size", None) or 0
+    if chip.backend == "hip":
+        _read_amdgcn(report, built.asm["amdgcn"])
+    else:
+        _read_cubin(report, built.asm["cubin"])
+        threads = 32 * report.warps
+        per_thread = max(8, math.ceil(report.registers / 8) * 8)
+        report.blocks = min(65_536 // (per_thread * threads), chip.shared_total // (report.shared + 1024), 2048 // threads)
+    return report
+
+
+def _read_amdgcn(report: Report, text: str) -> None:
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s*(\d+)", text)
+        return int(found[1]) if found else 0
+
+    report.registers = number("vgpr_count")
+    report.stack = number("private_segment_fixed_size")
+    report.spills = number("vgpr_spill_count")
+    report.matrix = _count(re.findall(r"\b(v_mfma)_", text))
+
+
+def _read_cubin(report: Report, cubin: bytes) -> None:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(flag: str) -> str:
+            return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage, code = dump("-res-usage"), dump("-sass")
+    report.registers = int(re.search(r"REG:(\d+)", usage)[1])
+    report.stack = int(re.search(r"STACK:(\d+)", usage)[1])
+    operations = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
+    plain = [name.split(".")[0] for name in operations]
+    report.instructions = len(plain)
+    report.spills = sum(name in ("STL", "LDL") for name in plain)
+    report.doubles = sum(name in ("DADD", "DMUL", "DFMA", "DSETP", "DMMA", "DMNMX") for name in plain)
+    report.matrix = _count(name for name in plain if re.fullmatch(r"HMMA|HGMMA|UTC\w*MMA|IMMA|QGMMA", name))
+
+
+def _count(names) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for name in names:
+        total[name] = total.get(name, 0) + 1
+    return total
+
+
+def compile_all(tasks: list[tuple[str, str, str]], jobs: int, cache: Path | None) -> list[Report]:
+    """Reports in the order of the tasks; what the cache knows is not compiled again."""
+    known: dict[int, Report] = {}
+    files: dict[int, Path] = {}
+    for i, (module, arch, name) in enumerate(tasks):
+        if cache is not None:
+            files[i] = cache / f"{fingerprint(entries(module, arch)[name], arch)}.json"
+            if files[i].exists():
+                told = json.loads(files[i].read_text())
+                known[i] = Report(**told | {"tile": tuple(told["tile"])})
+    todo = [i for i in range(len(tasks)) if i not in known]
+    # the slow ones first, so that the last seconds are shared
+    todo.sort(key=lambda i: ("fp32" in tasks[i][2] or "tf32" in tasks[i][2], "512" in tasks[i][2]), reverse=True)
+    if todo:
+        with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            futures = {pool.submit(compile_entry, *tasks[i]): i for i in todo}
+            for done in concurrent.futures.as_completed(futures):
+                i = futures[done]
+                known[i] = done.result()
+                if cache is not None and not known[i].error:
+                    cache.mkdir(parents=True, exist_ok=True)
+                    files[i].write_text(json.dumps(asdict(known[i])))
+    return [known[i] for i in range(len(tasks))]
+
+
+def table(reports: list[Report]) -> str:
+    head = ("target", "entry", "tile", "warps", "regs", "stack", "shared", "tmem", "matrix", "instr", "blocks/SM", "")
+    rows = [head]
+    for r in reports:
+        matrix = " ".join(f"{count} {name}" for name, count in r.matrix.items()) or "-"
+        numbers = (r.warps, r.registers, r.stack, r.shared, r.tensor_memory, matrix, r.instructions, r.blocks or "-")
+        verdict = "; ".join(r.failures()) or "ok"
+        rows.append((r.arch, r.name, f"{r.tile[0]}x{r.tile[1]}", *map(str, numbers), verdict))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
+    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows)
+
+
+def predictions(reports: list[Report]) -> list[dict]:
+    """Milliseconds that each unit alone would need for a case, and which of them bounds it. Data-sheet rates."""
+    found = []
+    for chip_name, chip in CHIPS.items():
+        if not chip.tflops:
+            continue
+        for case in CASES:
+            for op, products in (("scores", 1), ("forward", 2), ("backward", 2)):
+                bucket = next(b for b in (64, 128, 256, 512) if case.d <= b)
+                match = [r for r in reports if r.arch == chip_name and r.name.startswith(f"{op} D={bucket} bf16")]
+                if not match:
+                    continue
+                resident = match[-1].tile[0]
+                rows, streamed = (case.m, case.n) if op == "backward" else (case.n, case.m)
+                scores = case.n * case.m
+                written = rows * case.d * (0 if op == "scores" else 4 if op == "forward" else 2)
+                times = {
+                    "matrix": 2 * products * scores * bucket / (chip.tflops * 1e12),
+                    "exp": scores / (16 * chip.units * chip.ghz * 1e9),
+                    "L2": math.ceil(rows / resident) * streamed * case.d * 2 / (chip.l2 * 1e12),
+                    "HBM": (2 * (case.n + case.m) * case.d + written) / (chip.hbm * 1e12),
+                }
+                bound = max(times, key=times.__getitem__)
+                found.append({"arch": chip_name, "case": case.name, "op": op, "bound": bound}
+                             | {unit: 1e3 * t for unit, t in times.items()})  # fmt: skip
+    return found
+
+
+def prediction_table(rows: list[dict]) -> str:
+    lines = ["PREDICTION, not measured: ms that each unit alone would need (data-sheet rates; real kernels add them up)",
+             f"{'target':8}{'case':22}{'op':10}{'matrix':>8}{'exp':>8}{'L2':>8}{'HBM':>8}  bound"]  # fmt: skip
+    for r in rows:
+        times = "".join(f"{r[unit]:8.3f}" for unit in ("matrix", "exp", "L2", "HBM"))
+        lines.append(f"{r['arch']:8}{r['case']:22}{r['op']:10}{times}  {r['bound']}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", action="append", choices=[*CHIPS], help="targets (default: all)")
+    parser.add_argument("--module", action="append", help="kernel modules (default: those of cpc_kernels)")
+    parser.add_argument("--only", action="append", default=[], help="only entries whose name contains this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--no-cache", action="store_true", help="compile everything again")
+    parser.add_argument("--json", type=Path, help="also write the reports and predictions there")
+    args = parser.parse_args(arguments)
+    # interpreted kernels cannot be compiled; Triton reads this when it is first imported
+    os.environ.pop("TRITON_INTERPRET", None)
+    modules = args.module or [m for m in MODULES if importlib.util.find_spec(m)]
+    tasks = [
+        (module, arch, name)
+        for arch in args.arch or CHIPS
+        for module in modules
+        if hasattr(importlib.import_module(module), "aot_entries")
+        for name in entries(module, arch)
+        if all(part in name for part in args.only)
+    ]
+    reports = compile_all(tasks, args.jobs, None if args.no_cache else CACHE)
+    print(table(reports), end="\n\n")
+    predicted = predictions(reports)
+    if predicted:
+        print(prediction_table(predicted), end="\n\n")
+    if args.json:
+        told = {"reports": [asdict(r) for r in reports], "predictions": predicted}
+        args.json.write_text(json.dumps(told, indent=1) + "\n")
+    failed = [r for r in reports if r.failures()]
+    for r in failed:
+        print(f"aot: {r.arch} {r.name}: {'; '.join(r.failures())}", file=sys.stderr)
+    print(f"{len(reports)} entries compiled, {len(failed)} past a gate.")
+    return 1 if failed or not reports else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

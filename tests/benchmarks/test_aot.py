@@ -1,0 +1,98 @@
+"""The gates that need no GPU: tiles compile within the chip's limits, and a tile that spills is refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from benchmarks import aot
+
+ROOT = Path(__file__).parents[2]
+
+PLANTED = """
+import triton
+import triton.language as tl
+from cpc_kernels import tiles
+
+
+@triton.jit
+def greedy(p_x, p_y, B: tl.constexpr):
+    o = tl.arange(0, B)
+    x = tl.load(p_x + o)
+    y = tl.load(p_x + B + o)
+    for i in range(0, 100):
+        x, y = tl.exp2(x) + tl.sum(y), tl.exp2(y) + tl.max(x)
+    tl.store(p_y + o, x + y)
+
+
+@triton.jit
+def modest(p_x, p_y, B: tl.constexpr):
+    o = tl.arange(0, B)
+    tl.store(p_y + o, tl.load(p_x + o) + 1.0)
+
+
+def aot_entries(arch):
+    for name, kernel, size in (("greedy", greedy, 32768), ("modest", modest, 128)):
+        signature = {"p_x": "*fp32", "p_y": "*fp32"}
+        yield tiles.Entry(name, kernel, signature, {"B": size}, {"num_warps": 4}, tuple(signature), matrix=name == "x")
+"""
+
+
+def run(*arguments, path=()):
+    """In a process of its own: this one may have Triton's interpreter in it."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([*map(str, path), str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-m", "benchmarks.aot", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_every_tile_holds_its_gates(capsys):
+    done = run("--jobs", "2")
+    with capsys.disabled():
+        print("\n" + done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert "0 past a gate" in done.stdout
+
+
+def test_a_tile_that_spills_is_refused(tmp_path):
+    (tmp_path / "planted.py").write_text(PLANTED)
+    options = ("--module", "planted", "--arch", "sm_90", "--no-cache", "--jobs", "1")
+    done = run(*options, path=[tmp_path])
+    assert done.returncode == 1
+    assert "aot: sm_90 greedy: spills" in done.stderr
+    assert "modest" not in done.stderr
+    assert "2 entries compiled, 1 past a gate" in done.stdout
+
+
+def report(**changes):
+    good = {"registers": 255, "shared": 232_448, "tensor_memory": 512, "matrix": {"HGMMA": 4}}
+    return aot.Report("sm_90", "forward", "forward", 8, (128, 64), True, **good | changes)
+
+
+def test_gates():
+    assert report().failures() == []
+    for changes, words in (
+        ({"stack": 8}, "spills"),
+        ({"spills": 1}, "spills"),
+        ({"registers": 256}, "256 registers"),
+        ({"shared": 232_449}, "232449 bytes of shared memory"),
+        ({"tensor_memory": 513}, "513 columns"),
+        ({"matrix": {"HMMA": 4}}, "no HGMMA"),
+        ({"matrix": {}}, "no HGMMA"),
+        ({"doubles": 1}, "1 float64"),
+        ({"error": "no"}, "does not compile: no"),
+    ):
+        [failure] = report(**changes).failures()
+        assert words in failure
+
+
+def test_predictions_name_the_bound():
+    rows = aot.predictions([aot.Report("sm_90", "forward D=256 bf16", "forward", 8, (128, 64), True)])
+    clip = next(r for r in rows if r["case"] == "CLIP 32k, D 256")
+    assert clip["bound"] == "matrix"
+    assert 1.0 < clip["matrix"] < 1.2  # 4 NMD at 989 TFLOP/s
+    assert "not measured" in aot.prediction_table(rows)
