@@ -76,7 +76,7 @@ class Gathered:
         listed = self.listed[i]
         z = self.pool[listed.clamp(min=0)]
         each = listed.shape[1] == q.shape[1]
-        s = ((z @ q[..., None])[..., 0] if each else q @ z[:, 0].mT) * self.scale
+        s = (torch.einsum("rkd,rksd->rks", q, z) if each else q @ z[:, 0].mT) * self.scale
         positive = (q * self.own(i)).sum(-1) * self.scale
         skipped = listed < 0
         if self.indexed:
