@@ -11,7 +11,7 @@ from .errors import UsageError
 NORMS = ("group", "layer", "none")
 CONTEXTS = ("none", "masked-conv")
 NEGATIVES = ("batch", "other-images", "sampled")
-SHIFTS = ("quarter-turn", "zoom", "noise", "blur", "intensity", "sharpen", "shuffle", "invert", "warp")
+SHIFTS = ("quarter-turn", "magnify", "noise", "blur", "intensity", "sharpen", "shuffle", "invert", "warp")
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ class Config:
 
 
 PRESETS: dict[str, Config] = {
-    "cpu-demo": Config(epochs=12, shifts=("quarter-turn", "zoom", "noise")),
-    "quality": Config(epochs=40, shifts=("quarter-turn", "zoom", "noise", "blur", "intensity")),
+    "cpu-demo": Config(epochs=12, shifts=("quarter-turn", "magnify", "noise")),
+    "quality": Config(epochs=40, shifts=("quarter-turn", "magnify", "noise", "blur", "intensity")),
     # Unverified: put together from the paper's abstract and the code of its second author, not from its text.
     "paper": Config(
         image_size=256, channels=1, patch_size=64, patch_stride=32, width=64, stem=2, norm="none", steps=5, skip=1,
