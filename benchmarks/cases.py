@@ -91,8 +91,8 @@ class Case:
         return cls(**told)
 
 
-# A 7 x 7 grid, 5 steps down from every patch: 20 rows of 7 predictions an image. 63 x 63 patches, 3 steps that skip one,
-# 4 directions: 45360 predictions. CPC_audio: 8 sequences of 128 frames, 116 of which predict 12 steps.
+# A 7 x 7 grid, 5 steps down from every patch: 20 rows of 7 predictions an image. 63 x 63 patches, 3 steps that skip
+# one, 4 directions: 45360 predictions. CPC_audio: 8 sequences of 128 frames, 116 of which predict 12 steps.
 CASES = (
     Case("dense 8192, D 256", 8192, 8192, 256, cpu=True, gpu=14),
     Case("dense 8192, D 256, bf16", 8192, 8192, 256, dtype="bfloat16", cpu=True, gpu=1),

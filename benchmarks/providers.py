@@ -1,8 +1,8 @@
 """Who computes it: ours by implementation, plain torch, other people's criteria and packages. One function each.
 
-A provider is built for a case, or says why it cannot be (Unavailable), and is then a function of a Problem that returns
-the scalar loss, ready for backward. Criteria of other projects are the same computation in our own words. `truth` is the
-float64 reference on the same input; `judge` says how far a provider is from it.
+A provider is built for a case, or says why it cannot be (Unavailable), and is then a function of a Problem that
+returns the scalar loss, ready for backward. Criteria of other projects are the same computation in our own words.
+`truth` is the float64 reference on the same input; `judge` says how far a provider is from it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from cpc_kernels.capabilities import CPP, FAST_BF16, interpreting
 
 from .cases import Case
 
-TOLERANCE = {"float64": 1e-9, "float32": 2e-3, "float16": 1e-2, "bfloat16": 2e-2}  # norm of the error over that of truth
+TOLERANCE = {
+    "float64": 1e-9,
+    "float32": 2e-3,
+    "float16": 1e-2,
+    "bfloat16": 2e-2,
+}  # norm of the error over that of truth
 SEED = 5
 
 
@@ -149,8 +154,12 @@ def both_ways(case: Case, one_way: Callable[[Tensor, Tensor, Tensor, float], Ten
     if case.learns != "clip":
         return lambda p: one_way(p.anchors, p.candidates, p.positives, p.scale)
     return lambda p: (
-        one_way(p.anchors, p.candidates, p.positives, p.scale) + one_way(p.candidates, p.anchors, p.positives, p.scale)
-    ) / 2
+        (
+            one_way(p.anchors, p.candidates, p.positives, p.scale)
+            + one_way(p.candidates, p.anchors, p.positives, p.scale)
+        )
+        / 2
+    )
 
 
 def eager_dense(q: Tensor, k: Tensor, positives: Tensor, scale: float) -> Tensor:
@@ -237,7 +246,9 @@ def build_linear_cross_entropy(case: Case, device: torch.device) -> Loss:
     slow = case.dtype == "bfloat16" and device.type == "cpu" and not FAST_BF16.available
     need(not slow, "bf16 products are not fast on this CPU")
     options = torch.nn.LinearCrossEntropyOptions()
-    return both_ways(case, lambda q, k, positives, scale: F.linear_cross_entropy(q * scale, k, positives, options=options))
+    return both_ways(
+        case, lambda q, k, positives, scale: F.linear_cross_entropy(q * scale, k, positives, options=options)
+    )
 
 
 def build_inf_cl(case: Case, device: torch.device) -> Loss:

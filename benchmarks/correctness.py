@@ -1,0 +1,200 @@
+"""Every op against float64 on a device: dtypes, edge cases, upstream gradients of both signs, twice for the same bits.
+
+A probe passes when each result's error is at most twice that of the reference in the probe's own dtype, plus one
+rounding (`tests/kernels/tolerance.py`), and two runs with `torch.use_deterministic_algorithms` agree to the last bit.
+Uninitialised memory is NaN in those two runs: torch fills it. Probes are in order of importance, and run in several
+processes, because most of their time is compilation.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cpc_kernels
+from cpc_kernels import reference
+from tests.kernels.tolerance import error
+
+DTYPES = ("bfloat16", "float32", "float16", "float64")
+NAMES = ("loss", "dq", "dk", "dscale", "dv or dw")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One problem. d is also the contexts' length for bilinear; s 0: all candidates are negatives."""
+
+    op: str  # dense, sampled, bilinear
+    n: int
+    m: int
+    d: int
+    k: int = 1
+    s: int = 0
+    dtype: str = "float32"
+    positives: str = "index"  # or vectors
+    ids: bool = False
+    scale: float = 1.0
+    reduction: str = "none"
+    strided: bool = False
+    seeded: bool = False
+    per_step: bool = False
+
+    @property
+    def name(self) -> str:
+        plain = Probe(self.op, self.n, self.m, self.d)
+        extra = [f"{key} {value}" for key, value in asdict(self).items() if value != getattr(plain, key)]
+        return f"{self.op} {self.n} x {self.m}, D {self.d}" + "".join(f", {what}" for what in extra)
+
+
+def probes(small: bool = False) -> Iterator[Probe]:
+    """The matrix. small: a handful that the interpreter can do."""
+    dense = Probe("dense", 37, 45, 17)
+    sampled = Probe("sampled", 37, 45, 17, s=7)
+    steps = replace(sampled, k=5, s=9)
+    bilinear = Probe("bilinear", 21, 30, 16, k=2)
+    if small:
+        yield replace(dense, dtype="bfloat16", ids=True)
+        yield replace(dense, positives="vectors", reduction="mean")
+        yield replace(sampled, seeded=True)
+        yield steps
+        yield bilinear
+        return
+    # what training uses, at sizes of several tiles with ragged ends
+    for dtype in ("bfloat16", "float32"):
+        for d in (128, 256, 512, 64):
+            yield replace(dense, n=300, m=700, d=d, dtype=dtype)
+        for shape in ({"n": 200, "m": 300, "d": 256, "k": 5, "s": 33}, {"n": 64, "m": 20000, "d": 128, "s": 16}):
+            yield replace(sampled, **shape, dtype=dtype)
+            yield replace(sampled, **shape, dtype=dtype, seeded=True)
+        yield replace(sampled, n=50, m=9000, d=128, k=12, s=32, dtype=dtype)
+        yield replace(bilinear, n=200, m=300, d=128, k=3, dtype=dtype)
+        yield replace(bilinear, n=200, m=300, d=128, k=3, s=16, dtype=dtype)
+    for dtype in DTYPES:
+        yield replace(dense, dtype=dtype)
+        yield replace(dense, dtype=dtype, ids=True, positives="vectors")
+        yield replace(sampled, dtype=dtype, ids=True)
+        yield replace(steps, dtype=dtype, per_step=True)
+        yield replace(sampled, dtype=dtype, positives="vectors", seeded=True)
+        yield replace(bilinear, dtype=dtype)
+    for scale in (-3.0, 100.0, 0.0, 0.01):
+        yield replace(dense, scale=scale)
+        yield replace(steps, scale=scale)
+    for d in (640, 1024, 2048, 300, 1, 2):
+        yield replace(dense, n=130, m=200, d=d, dtype="bfloat16" if d > 2 else "float32")
+        yield replace(sampled, d=d)
+    for n, m in ((1, 1), (1, 5), (5, 1), (0, 4), (4, 0), (0, 0), (1, 5000), (5000, 3)):
+        yield replace(dense, n=n, m=m)
+        yield replace(sampled, n=n, m=m)
+    for base in (dense, sampled, steps):
+        yield replace(base, strided=True)
+        yield replace(base, reduction="mean")
+        yield replace(base, reduction="sum", ids=True)
+
+
+def make(probe: Probe) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(11)
+    dtype = getattr(torch, probe.dtype)
+
+    def random(*shape: int, size: float = 1.0) -> Tensor:
+        wide = torch.randn(*shape[:-1], 2 * shape[-1], generator=g) * size
+        return (wide[..., ::2] if probe.strided else wide[..., : shape[-1]].contiguous()).to(dtype)
+
+    n, m, d, k = probe.n, probe.m, probe.d, probe.k
+    stepped = probe.op == "bilinear" or k > 1
+    rows = (n, k) if stepped else (n,)
+    own = random(*rows, d) if probe.positives == "vectors" else torch.randint(-1, m, rows, generator=g)
+    made: dict[str, Any] = {
+        "anchors": random(n, d, size=d**-0.5) if probe.op == "bilinear" else random(*rows, d, size=d**-0.5),
+        "candidates": random(m, d),
+        "positives": own,
+        "scale": torch.tensor(probe.scale, dtype=torch.float64 if probe.dtype == "float64" else torch.float32),
+        "upstream": torch.randn(rows, generator=g),
+        "ids": (torch.arange(n) % 4, torch.arange(m) % 5) if probe.ids else None,
+        "negatives": None,
+    }
+    if probe.op == "bilinear":
+        made["weights"] = random(k, d, d, size=d**-0.5)
+    if probe.s:
+        made["negatives"] = torch.randint(-1, max(m, 0), (n, *((k,) if probe.per_step else ()), probe.s), generator=g)
+    return made
+
+
+def compute(
+    probe: Probe, made: dict[str, Any], device: torch.device, dtype: torch.dtype | None, impl: str
+) -> list[Tensor]:
+    """Loss and gradients in `dtype` (None: the probe's own), on the CPU. impl "reference" is the spec."""
+
+    def leaf(tensor: Tensor) -> Tensor:
+        moved = tensor.to(device) if dtype is None else tensor.to(device, dtype)
+        return moved.detach().requires_grad_()
+
+    q, z = leaf(made["anchors"]), leaf(made["candidates"])
+    scale = made["scale"].to(device, torch.float64 if dtype == torch.float64 else made["scale"].dtype)
+    scale = scale.detach().clone().requires_grad_()
+    vectors = made["positives"].is_floating_point()
+    own = leaf(made["positives"]) if vectors else made["positives"].to(device)
+    ids: dict[str, Any] = {}
+    if made["ids"] is not None:
+        which = "pool_ids" if probe.op == "sampled" else "candidate_ids"
+        ids = {"anchor_ids": made["ids"][0].to(device), which: made["ids"][1].to(device)}
+    options = {"scale": scale, "reduction": probe.reduction, "impl": impl, **ids}
+    listed = None if made["negatives"] is None else made["negatives"].to(device)
+    if probe.seeded:
+        listed = cpc_kernels.Negatives(probe.s, seed=99, per_step=probe.per_step)
+    leaves = [q, z, scale] + ([own] if vectors else [])
+    if probe.op == "dense":
+        loss = cpc_kernels.info_nce(q, z, own, **options)
+    elif probe.op == "sampled":
+        loss = cpc_kernels.sampled_info_nce(q, z, own, listed, **options)
+    else:
+        weights = leaf(made["weights"])
+        leaves.append(weights)
+        if impl == "reference":
+            options.pop("impl")
+            loss = reference.bilinear_info_nce(q, weights, z, own, listed, **options)
+        else:
+            loss = cpc_kernels.bilinear_info_nce(q, weights, z, own, listed, **options)
+    loss.backward(made["upstream"].to(loss) if loss.ndim else torch.tensor(0.37).to(loss))
+    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+    return [loss.detach().cpu()] + [grad.cpu() for grad in grads]
+
+
+def check(probe: Probe, device: torch.device, impl: str = "triton") -> dict[str, Any]:
+    """One line of the matrix: status passed, failed or raised; the worst error beside what was allowed."""
+    told: dict[str, Any] = {"probe": probe.name}
+    if probe.op == "bilinear" and not hasattr(cpc_kernels, "bilinear_info_nce"):
+        return told | {"status": "absent"}
+    made, cpu = make(probe), torch.device("cpu")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            truth = compute(probe, made, cpu, torch.float64, "reference")
+            naive = compute(probe, made, cpu, None, "reference")
+            ours = compute(probe, made, device, None, impl)
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            try:
+                twice = [compute(probe, made, device, None, impl) for _ in range(2)]
+            finally:
+                torch.use_deterministic_algorithms(False)
+    except Exception as problem:
+        return told | {"status": "raised", "why": f"{type(problem).__name__}: {problem}"[:300]}
+    rounding = torch.finfo(getattr(torch, probe.dtype)).eps / 2
+    worst = (0.0, "", 0.0, 0.0)
+    for run in (ours, twice[0]):
+        for name, a, b, c in zip(NAMES, run, naive, truth, strict=False):
+            theirs = 50 * rounding if probe.dtype == "float64" else error(b, c)
+            allowed = 2 * (theirs + rounding)
+            found = error(a, c)
+            excess = found / allowed if found == found else torch.inf
+            worst = max(worst, (excess, name, found, allowed))
+    same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*twice, strict=True))
+    told |= {"status": "passed" if worst[0] <= 1 and same else "failed", "error": worst[2], "allowed": worst[3]}
+    if not same:
+        told["why"] = "two runs differ in their bits"
+    elif worst[0] > 1:
+        told["why"] = f"{worst[1]} is off"
+    return told
