@@ -44,6 +44,7 @@ class Config:
     negatives: str = "batch"
     negatives_count: int = 16  # per anchor; for "sampled" only
     shifts: tuple[str, ...] = ()  # transformed copies of each batch whose latents are further wrong answers
+    shift_copies: int = 1  # how many such copies of each image
     # training
     epochs: int = 20
     batch_size: int = 16
@@ -62,10 +63,8 @@ class Config:
             if not ok:
                 raise UsageError(f"config: {name} is {getattr(self, name)!r}; it must be {must}.")
 
-        need(
-            self.norm != "batch", "norm", f"one of {', '.join(NORMS)} (batch statistics let patches of one batch cheat)"
-        )
-        need(self.norm in NORMS, "norm", f"one of {', '.join(NORMS)}")
+        why = " (batch statistics would tell patches about each other)" if self.norm == "batch" else ""
+        need(self.norm in NORMS, "norm", f"one of {', '.join(NORMS)}{why}")
         need(self.context in CONTEXTS, "context", f"one of {', '.join(CONTEXTS)}")
         need(self.negatives in NEGATIVES, "negatives", f"one of {', '.join(NEGATIVES)}")
         need(self.directions in (1, 2, 4), "directions", "1, 2 or 4")

@@ -118,7 +118,8 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total, config.learning_rate)
             batch = make_batch(model, [images[j] for j in order[i * size : (i + 1) * size]], generator)
-            shifted = shift(batch, config.shifts, generator) if config.shifts else None
+            copies = batch.repeat(config.shift_copies, 1, 1, 1)
+            shifted = shift(copies, config.shifts, generator) if config.shifts else None
             with autocast(device):
                 result = model(batch, shifted, seed=step)
             loss = float(result.loss.detach())
