@@ -18,7 +18,7 @@ from cpc_fast.dropin import lightly, pytorch_metric_learning
 from cpc_kernels import reference
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "greedy_infomax_infonce.npz"
-DTYPES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-2}
+DTYPES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: None}
 
 
 def original(name):
@@ -46,20 +46,24 @@ def both(ours, theirs, *tensors, weights=None):
     return results
 
 
-def assert_same(ours, theirs, *tensors, tolerance=1e-11, weights=None):
-    (value, grads), (expected, expected_grads) = both(ours, theirs, *tensors, weights=weights)
+def assert_same(ours, theirs, *tensors, weights=None):
+    """Equal to rounding of the largest entry (1e-11 in float64, 2e-5 in float32). In 16 bits the originals err
+    themselves: ours may err twice as much as they do, plus one rounding, against the original in float64."""
+    dtype = tensors[0].dtype
+    (value, grads), (expected, wanted) = both(ours, theirs, *tensors, weights=weights)
     assert value.shape == expected.shape
-    torch.testing.assert_close(value.double(), expected.double(), rtol=tolerance, atol=tolerance)
-    for n, (grad, wanted) in enumerate(zip(grads, expected_grads, strict=True)):
-        assert grad.dtype == wanted.dtype
-        size = max(float(wanted.double().abs().max()), 1e-3 * tolerance)
-        torch.testing.assert_close(
-            grad.double() / size,
-            wanted.double() / size,
-            rtol=0,
-            atol=5 * tolerance,
-            msg=lambda m, n=n: f"input {n}: {m}",
-        )
+    assert [g.dtype for g in grads] == [g.dtype for g in wanted]
+    got, expected = [value, *grads], [expected, *wanted]
+    if dtype == torch.bfloat16:
+        double = [t.double() for t in tensors]
+        _, (value, grads) = both(ours, theirs, *double, weights=weights)
+        truth, rounding = [value, *grads], torch.finfo(dtype).eps
+    else:
+        truth, rounding = expected, DTYPES[dtype]
+    for name, mine, other, true in zip(("value", *range(len(grads))), got, expected, truth, strict=True):
+        size = float(true.abs().max()) + 1e-3
+        error, allowed = (float((t.double() - true.double()).abs().max()) / size for t in (mine, other))
+        assert error <= 2 * (allowed + rounding), f"{name}: off by {error:.2e}; the original is off by {allowed:.2e}"
 
 
 # --- info-nce-pytorch -------------------------------------------------------------------------------------------------
@@ -76,12 +80,9 @@ def test_info_nce_is_info_nce_pytorch(dtype, mode, reduction):
         options["negative_mode"] = "unpaired" if mode == "in-batch" else mode
         weights = torch.linspace(0.5, 2, n) if reduction == "none" else None
         tensors = leaves(*shapes, dtype=dtype)
-        tolerance = DTYPES[dtype] * max(1, (0.1 / temperature if dtype == torch.bfloat16 else 1))
-        tolerance *= n if reduction == "sum" and dtype == torch.bfloat16 else 1
-        with torch.autograd.set_detect_anomaly(False):
-            ours = dropin.InfoNCE(**options)
-            assert_same(ours, theirs.InfoNCE(**options), *tensors, tolerance=tolerance, weights=weights)
-            assert_same(lambda *t, o=options: dropin.info_nce(*t, **o), ours, *tensors)
+        ours = dropin.InfoNCE(**options)
+        assert_same(ours, theirs.InfoNCE(**options), *tensors, weights=weights)
+        assert_same(lambda *t, o=options: dropin.info_nce(*t, **o), ours, *tensors)
 
 
 def test_a_learnable_temperature_learns_the_same():
@@ -110,7 +111,6 @@ def test_zero_vectors_and_strides():
             query,
             key,
             negs,
-            tolerance=1e-9,
         )
 
 
@@ -152,9 +152,8 @@ def test_info_nce_refuses_as_the_original_does_and_says_more(shapes, options, me
 @pytest.mark.parametrize("temperature", [0.05, 0.5, 3.0])
 def test_nt_xent_of_two_views_is_lightlys(dtype, shape, temperature):
     theirs = original("lightly")
-    tolerance = DTYPES[dtype] * max(1, (0.1 / temperature if dtype == torch.bfloat16 else 1))
     tensors = leaves(shape, shape, dtype=dtype)
-    assert_same(lightly.NTXentLoss(temperature), theirs.NTXentLoss(temperature), *tensors, tolerance=tolerance)
+    assert_same(lightly.NTXentLoss(temperature), theirs.NTXentLoss(temperature), *tensors)
 
 
 def test_nt_xent_with_a_memory_bank_is_lightlys_step_by_step():
@@ -168,7 +167,7 @@ def test_nt_xent_with_a_memory_bank_is_lightlys_step_by_step():
     assert ours.state_dict().keys() == expected.state_dict().keys()
     for step, n in enumerate([8, 8, 8, 3, 20, 1, 30, 7]):
         tensors = leaves((n, 6), (n, 6), dtype=torch.float32, seed=step)
-        assert_same(ours, expected, *tensors, tolerance=2e-5)
+        assert_same(ours, expected, *tensors)
         assert torch.equal(ours.memory_bank.bank, expected.memory_bank.bank)
         assert torch.equal(ours.memory_bank.bank_ptr, expected.memory_bank.bank_ptr)
     with torch.no_grad():  # a validation batch leaves the bank as it is
@@ -202,13 +201,7 @@ def test_clip_loss_is_open_clips(dtype, shape, scale):
     theirs = original("open_clip")
     images, texts = (F.normalize(t, dim=1) for t in leaves(shape, shape, dtype=dtype))
     scale = torch.tensor(scale, dtype=dtype)
-    tolerance = DTYPES[dtype] * max(1, (float(scale) / 10 if dtype == torch.bfloat16 else 1))
-    (value, grads), (expected, wanted) = both(dropin.ClipLoss(), theirs.ClipLoss(), images, texts, scale)
-    torch.testing.assert_close(value.double(), expected.double(), rtol=tolerance, atol=tolerance)
-    if dtype == torch.bfloat16:  # the original rounds its scores; the gradients are judged in the other dtypes
-        return
-    for grad, want in zip(grads, wanted, strict=True):
-        torch.testing.assert_close(grad, want, rtol=tolerance, atol=5 * tolerance * float(want.abs().max() + 1e-3))
+    assert_same(dropin.ClipLoss(), theirs.ClipLoss(), images, texts, scale)
 
 
 def test_clip_loss_takes_what_open_clip_takes():
@@ -334,10 +327,6 @@ def label_losses():
     return theirs, reducers, distances
 
 
-def quiet(*messages):
-    return pytest.mark.filterwarnings(*[f"ignore:{m}" for m in messages])
-
-
 @pytest.mark.parametrize("name", ["SupConLoss", "NTXentLoss"])
 @pytest.mark.parametrize("references", REFERENCES)
 @pytest.mark.parametrize("labels", LABELS)
@@ -349,7 +338,7 @@ def test_label_losses_are_pytorch_metric_learnings(name, references, labels):
         tensors = leaves((len(tags), d), *([] if others is None else [(len(others), d)]), seed=d)
         ours, expected = (getattr(m, name)(temperature=temperature) for m in (pytorch_metric_learning, theirs))
         call = lambda loss: lambda e, r=None: loss(e, tags, ref_emb=r, ref_labels=others)  # noqa: E731
-        assert_same(call(ours), call(expected), *tensors, tolerance=1e-10)
+        assert_same(call(ours), call(expected), *tensors)
 
 
 @pytest.mark.parametrize("name", ["SupConLoss", "NTXentLoss"])
@@ -361,12 +350,7 @@ def test_label_losses_in_other_dtypes(name, dtype):
         tags = torch.randint(classes, (n,), generator=generator)
         (embeddings,) = leaves((n, 32), dtype=dtype)
         ours, expected = (getattr(m, name)(temperature=0.2) for m in (pytorch_metric_learning, theirs))
-        truth = both(lambda e, f=expected, t=tags: f(e, t), lambda e, f=expected, t=tags: f(e, t), embeddings.double())
-        (value, (grad,)), _ = both(lambda e, f=ours, t=tags: f(e, t), lambda e: e.sum(), embeddings)
-        tolerance = DTYPES[dtype]
-        torch.testing.assert_close(value.double(), truth[0][0], rtol=tolerance, atol=tolerance)
-        want = truth[0][1][0]
-        torch.testing.assert_close(grad.double(), want, rtol=0, atol=tolerance * float(want.abs().max()))
+        assert_same(lambda e, f=ours, t=tags: f(e, t), lambda e, f=expected, t=tags: f(e, t), embeddings)
 
 
 @pytest.mark.parametrize("name", ["SupConLoss", "NTXentLoss"])
@@ -380,7 +364,6 @@ def test_the_same_labels_object_for_references_means_the_same_rows(name):
             lambda e, r, t=ref, f=ours: f(e, tags, ref_emb=r, ref_labels=t),
             lambda e, r, t=ref, f=expected: f(e, tags, ref_emb=r, ref_labels=t),
             *tensors,
-            tolerance=1e-10,
         )
 
 
@@ -396,9 +379,7 @@ def test_reducers_and_distances_of_the_original_work():
                 getattr(m, name)(reducer=getattr(reducers, reducer)(), distance=getattr(distances, distance)())
                 for m in (pytorch_metric_learning, theirs)
             )
-            assert_same(
-                lambda e, f=ours: f(e, tags), lambda e, f=expected: f(e, tags), embeddings * 0.3, tolerance=1e-10
-            )
+            assert_same(lambda e, f=ours: f(e, tags), lambda e, f=expected: f(e, tags), embeddings * 0.3)
     alone = torch.arange(8)
     assert pytorch_metric_learning.SupConLoss(reducer=reducers.MeanReducer())(embeddings, alone) == 0
 
@@ -408,7 +389,7 @@ def test_the_self_supervised_wrapper_takes_a_drop_in():
     tensors = leaves((6, 4), (6, 4))
     for name in ("SupConLoss", "NTXentLoss"):
         ours, expected = (theirs.SelfSupervisedLoss(getattr(m, name)()) for m in (pytorch_metric_learning, theirs))
-        assert_same(ours, expected, *tensors, tolerance=1e-10)
+        assert_same(ours, expected, *tensors)
 
 
 @pytest.mark.parametrize("name", ["SupConLoss", "NTXentLoss"])
@@ -419,15 +400,15 @@ def test_the_temperature_of_label_losses_may_learn(name):
         tags = torch.tensor(LABELS[labels])
 
         def call(module, tags=tags):
-            def loss(embeddings, temperature):
+            def loss(vectors, temperature):
                 criterion = getattr(module, name)()
                 criterion.temperature = temperature
-                return criterion(embeddings, tags)
+                return criterion(vectors, tags)
 
             return loss
 
         (embeddings,) = leaves((len(tags), 5))
-        assert_same(call(pytorch_metric_learning), call(theirs), embeddings, temperature, tolerance=1e-10)
+        assert_same(call(pytorch_metric_learning), call(theirs), embeddings, temperature)
 
 
 def test_positives_far_apart_keep_their_gradient():
@@ -527,7 +508,7 @@ def worker(rank, path, failures):
             torch.manual_seed(1)
             banks.append(make(0.3, memory_bank_size=(24, 8), gather_distributed=True))
         for _ in range(3):
-            assert_same(*banks, *(t.float() for t in tensors), tolerance=2e-5)
+            assert_same(*banks, *(t.float() for t in tensors))
             assert torch.equal(banks[0].memory_bank.bank, banks[1].memory_bank.bank)
         scale = torch.tensor(7.0, dtype=torch.float64)
         for local in (False, True):
