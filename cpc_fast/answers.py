@@ -92,7 +92,9 @@ def _walk(folder: Path) -> list[Path]:
 
 def _harmless(part: str) -> str:
     """A file name for any system: what does not print, and what some file system or shell minds, becomes `_`."""
-    clean = "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in part).lstrip(".-~ ").rstrip(". ")
+    clean = (
+        "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in part).lstrip(".-~ =+@").rstrip(". ")
+    )
     return clean.encode()[:150].decode(errors="ignore") or "image"
 
 

@@ -301,7 +301,7 @@ def _choose_config(
 
         base = checkpoint_config(resume)[0]
     changes = configs.read_settings(settings or [])
-    return base.replace(**changes, **{k: v for k, v in options.items() if v is not None and k not in changes})
+    return base.replace(**{**changes, **{name: value for name, value in options.items() if value is not None}})
 
 
 def _fit(

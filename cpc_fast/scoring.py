@@ -60,7 +60,7 @@ class Scorer(nn.Module):
     def losses(self, image: np.ndarray) -> tuple[Tensor, Tensor, Tensor, list[int], tuple[int, int]]:
         device = self.bank.device
         pixels = self.model.standardise(image)
-        gy, gx = grid_shape(*pixels.shape[1:], self.config.patch_size, self.config.patch_stride)
+        gy, gx = grid_shape(pixels.shape[1], pixels.shape[2], self.config.patch_size, self.config.patch_stride)
         with torch.inference_mode(), autocast(device):
             losses, sources, targets, counts = self.model.surprise(pixels, self.bank)
         return losses.float(), sources, targets, counts, (gy, gx)

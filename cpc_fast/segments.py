@@ -34,7 +34,7 @@ def find_segments(scores: np.ndarray, threshold: float, min_area: int = 1) -> tu
         min_area: regions of fewer pixels are dropped from both results.
 
     >>> mask, segments = find_segments(np.pad(np.ones((2, 3)), 4), 0.5)
-    >>> mask.sum(), segments[0].box
+    >>> int(mask.sum()), segments[0].box
     (6, (4, 4, 6, 7))
     """
     regions = np.asarray(label(scores > threshold, connectivity=2))

@@ -1,0 +1,224 @@
+"""The detector: the same score in any company, the same after a save, the same after an interruption."""
+
+import numpy as np
+import pytest
+import torch
+from beartype.roar import BeartypeCallHintViolation
+from jaxtyping import TypeCheckError
+from safetensors.torch import load_file
+from samples import TINY_CONFIG, holed, make_set, texture
+from torch import nn
+
+from cpc_fast.config import Config
+from cpc_fast.detector import Detector, Threshold
+from cpc_fast.errors import CpcFastError, UsageError
+from cpc_fast.patches import extract_patches
+from cpc_fast.train import Progress
+
+IMAGES = [texture(i) for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return Detector.fit(IMAGES, TINY_CONFIG)
+
+
+def test_the_shapes_of_the_signatures_are_checked_here():
+    with pytest.raises((TypeCheckError, BeartypeCallHintViolation)):
+        extract_patches(torch.zeros(3, 48, 48), 16, 8)  # no batch axis
+
+
+def test_a_score_is_the_same_to_the_last_bit_whatever_the_company(detector):
+    images = [texture(50), holed(51)[0], texture(52), texture(53, 40, 64)]
+    alone = [detector.predict([image]) for image in images]
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 0, 3]):
+        together = detector.predict([images[i] for i in order])
+        for i, score, map in zip(order, together.scores, together.maps, strict=True):
+            assert score == alone[i].scores[0]
+            assert map.tobytes() == alone[i].maps[0].tobytes()
+
+
+def test_a_prediction_agrees_with_itself(detector):
+    image, _ = holed(60)
+    answer = detector.inspect(image)
+    assert answer.map.shape == answer.mask.shape == (48, 48)
+    assert answer.map.dtype == np.float32
+    assert answer.score == answer.map.max()
+    assert answer.flagged == bool(answer.mask.any()) == (answer.score > detector.threshold.value)
+    assert sum(segment.area for segment in answer.segments) == answer.mask.sum()
+
+
+def test_maps_have_the_resolution_of_the_image():
+    detector = Detector.fit(IMAGES, TINY_CONFIG.replace(image_size=32, epochs=1))
+    for shape in ((48, 48), (50, 75), (33, 32)):
+        assert detector.inspect(texture(0, *shape)).map.shape == shape
+
+
+def test_arrays_paths_colours_and_two_axes_are_all_images(detector, tmp_path):
+    root = make_set(tmp_path, train=1)
+    path, array = root / "train" / "good" / "000.png", texture(0)
+    scores = detector.predict([path, str(path), array, array[..., 0], array.repeat(3, axis=2)]).scores
+    assert len(set(scores)) == 1
+    with pytest.raises(UsageError, match=r"uint8 array .* Got float64 \(4, 4\)"):
+        detector.inspect(np.zeros((4, 4)))
+
+
+@pytest.mark.parametrize("image_size", [None, 32])
+def test_saved_and_loaded_it_says_the_same(tmp_path, image_size):
+    detector = Detector.fit(IMAGES, TINY_CONFIG.replace(image_size=image_size, epochs=1))
+    detector.save(tmp_path / "run")
+    loaded = Detector.load(tmp_path / "run")
+    assert loaded.config == detector.config
+    assert loaded.threshold == detector.threshold
+    assert loaded.trained_on == detector.trained_on
+    assert loaded.train_images_per_s == detector.train_images_per_s > 0
+    image = texture(70)
+    assert loaded.inspect(image).map.tobytes() == detector.inspect(image).map.tobytes()
+
+
+def test_the_same_twice(detector):
+    again = Detector.fit(IMAGES, TINY_CONFIG)
+    assert again.threshold == detector.threshold
+    weights = detector.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in again.model.state_dict().items())
+
+
+class Interruption(Exception):
+    pass
+
+
+@pytest.mark.parametrize("changes", [{}, {"negatives": "sampled"}, {"shifts": ("noise",), "flips": True}])
+def test_resumed_it_ends_where_it_would_have_ended(tmp_path, changes):
+    config = TINY_CONFIG.replace(epochs=4, **changes)
+    Detector.fit(IMAGES, config, out=tmp_path / "whole")
+
+    def stop(progress: Progress) -> None:
+        if (progress.epoch, progress.step) == (3, 1):
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        Detector.fit(IMAGES, config, out=tmp_path / "cut", on_step=stop)
+    Detector.fit(IMAGES, config, out=tmp_path / "cut", resume=True)
+    for name in ("model.safetensors", "checkpoint.safetensors"):
+        whole, cut = (load_file(tmp_path / run / name) for run in ("whole", "cut"))
+        assert whole.keys() == cut.keys()
+        assert all(torch.equal(whole[key], cut[key]) for key in whole), name
+
+
+def test_resuming_wants_the_same_config_and_fitting_a_free_folder(tmp_path):
+    Detector.fit(IMAGES, TINY_CONFIG, out=tmp_path)
+    with pytest.raises(UsageError, match=r"begun with another config \(width: 8 there, 16 now\)"):
+        Detector.fit(IMAGES, TINY_CONFIG, out=tmp_path, resume=True, width=16)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="holds a run already"):
+        Detector.fit(IMAGES, TINY_CONFIG, out=tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_an_explanation_points_at_the_patch(detector):
+    image, _ = holed(80)
+    found = detector.explain(image)
+    directions, offsets = ("down", "up", "right", "left"), TINY_CONFIG.offsets
+    assert set(found.losses) == {f"{d} {k}" for d in directions for k in offsets}
+    assert found.worst in found.losses
+    top, left, bottom, right = found.box
+    assert (top, left) == (found.patch[0] * 8, found.patch[1] * 8)
+    assert (bottom - top, right - left) == (16, 16)
+
+
+def test_a_threshold_is_the_conformal_quantile():
+    scores = list(np.random.default_rng(0).permutation(np.arange(1.0, 200.0)))  # 199 of them
+    threshold = Threshold.from_scores(scores, 0.05)
+    assert threshold.value == 190  # the ceil(200 * 0.95)-th smallest
+    assert threshold.note == ""
+    assert Threshold.from_scores(scores[:99], 0.01).note == ""
+
+
+def test_a_threshold_from_too_few_images_says_so():
+    threshold = Threshold.from_scores([1.0, 3.0, 2.0], 0.01)
+    assert threshold.value == 3.0
+    assert threshold.guaranteed_fpr == 0.25
+    assert threshold.note == (
+        "3 held-out normal images can vouch for a false-positive rate of 25.0%, not 1.0%: that takes 99. "
+        "The threshold is their highest score."
+    )
+
+
+def test_the_threshold_keeps_its_promise_on_average():
+    """Over many draws, at most target_fpr of new normal scores exceed it."""
+    random = np.random.default_rng(1)
+    exceed = []
+    for _ in range(2000):
+        value = Threshold.from_scores(list(random.standard_normal(39)), 0.05).value
+        exceed.append((random.standard_normal(50) > value).mean())
+    assert abs(np.mean(exceed) - 0.05) < 0.005
+
+
+class Flat(nn.Module):
+    """An encoder of one's own: a linear map of the pixels."""
+
+    def __init__(self, features: int = 12) -> None:
+        super().__init__()
+        self.map = nn.Linear(16 * 16, features)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.map(patches.flatten(1))
+
+
+def test_an_encoder_of_ones_own_is_kept_and_asked_for(tmp_path):
+    detector = Detector.fit(IMAGES, TINY_CONFIG, out=tmp_path, encoder=Flat())
+    assert detector.bank.shape[1] == 12
+    loaded = Detector.load(tmp_path, encoder=Flat())
+    image = texture(90)
+    assert loaded.inspect(image).score == detector.inspect(image).score
+    with pytest.raises(CpcFastError, match="hand the same one to load"):
+        Detector.load(tmp_path)
+
+
+def test_a_frozen_encoder_stays_as_it_is():
+    encoder = Flat().requires_grad_(False)
+    before = encoder.map.weight.clone()
+    Detector.fit(IMAGES, TINY_CONFIG, encoder=encoder)
+    assert torch.equal(encoder.map.weight, before)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"norm": norm} for norm in ("group", "layer", "none")),
+        {"context": "masked-conv"},
+        *({"directions": directions} for directions in (1, 2, 4)),
+        *({"negatives": negatives} for negatives in ("batch", "other-images", "sampled")),
+        {"negatives": "sampled", "negatives_count": 3},
+        {"negatives": "other-images", "shifts": ("noise",)},
+        {"shifts": ("quarter-turn", "magnify", "noise", "blur", "intensity", "sharpen", "shuffle")},
+        {"standardise": "image"},
+        {"channels": 3},
+        {"crop": 32, "flips": True, "jitter": 0.0},
+        {"skip": 0, "steps": 1},
+        {"stem": 1},
+    ],
+    ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()),
+)  # fmt: skip
+def test_every_choice_fits_and_scores(changes):
+    seen: list[Progress] = []
+    detector = Detector.fit(IMAGES[:6], TINY_CONFIG, epochs=1, on_step=seen.append, **changes)
+    assert np.isfinite(seen[-1].loss)
+    assert 0 <= seen[-1].accuracy <= 1
+    answer = detector.inspect(texture(99))
+    assert answer.map.shape == (48, 48)
+    assert np.isfinite(answer.map).all()
+
+
+def test_it_learns_to_see_a_hole():
+    detector = Detector.fit([texture(i) for i in range(24)], TINY_CONFIG, epochs=12, learning_rate=3e-3)
+    good = [detector.inspect(texture(300 + i)).score for i in range(6)]
+    bad = [detector.inspect(holed(400 + i)[0]) for i in range(6)]
+    assert min(answer.score for answer in bad) > max(good)
+    mask = holed(400)[1]
+    assert bad[0].map[mask].mean() > bad[0].map[~mask].mean()
+
+
+def test_a_crop_smaller_than_a_patch_is_no_config():
+    with pytest.raises(UsageError, match="crop is 8; it must be at least patch_size"):
+        Config(crop=8)

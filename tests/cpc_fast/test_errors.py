@@ -1,0 +1,328 @@
+"""Whatever is handed in: one sentence (what, where, what to do), the right exit code, and nothing good is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from samples import SET_TINY, make_set, save, texture
+
+from cpc_fast import cli, saving
+from cpc_fast.errors import CpcFastError
+
+CLI = [sys.executable, "-m", "cpc_fast.cli"]
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("fitted")
+    assert cli.run(["fit", str(make_set(folder / "data")), "--out", str(folder / "run"), *SET_TINY]) == 0
+    return folder
+
+
+def fails(capsys, arguments: list, code: int, *words: str) -> str:
+    """The command fails with this code, and says these words in one line on standard error."""
+    capsys.readouterr()
+    assert cli.run([str(argument) for argument in arguments]) == code
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("fit: ")]
+    assert len(said) == 1, said
+    assert said[0].startswith("Error: ")
+    assert "Traceback" not in said[0]
+    for word in words:
+        assert word in said[0], said[0]
+    return said[0]
+
+
+# Data that cannot serve
+
+
+def test_no_folder_an_empty_one_and_one_without_train_good(tmp_path, capsys):
+    fit = ["fit", tmp_path / "data", "--out", tmp_path / "run"]
+    fails(capsys, fit, 2, "There is no folder", str(tmp_path / "data"))
+    (tmp_path / "data").mkdir()
+    fails(capsys, fit, 2, "holds no images", "no train/good", "name a folder")
+    (tmp_path / "data" / "train").mkdir()
+    fails(capsys, fit, 2, "has no folder good", "put the normal images into")
+    (tmp_path / "data" / "train" / "good").mkdir()
+    fails(capsys, fit, 2, "train/good", "holds no images", "put normal images there")
+    assert not (tmp_path / "run").exists()
+
+
+def spoil(path: Path, kind: str) -> None:
+    """Put something that is no good image at `path`."""
+    if kind == "corrupt":
+        data = bytearray(path.read_bytes())
+        data[60:90] = bytes(30)
+        path.write_bytes(data)
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif kind == "text":
+        path.write_text("I am not an image.\n")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "1x1":
+        save(path, np.zeros((1, 1), np.uint8))
+    elif kind == "smaller than a patch":
+        save(path, texture(0, 12, 60))
+
+
+BAD = {
+    "corrupt": "damaged or cut short", "truncated": "damaged or cut short", "text": "not an image",
+    "empty": "is empty (0 bytes)", "1x1": "is 1 x 1 px", "smaller than a patch": "12 x 60 pixels",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_training_image_is_named(tmp_path, capsys, kind):
+    data = make_set(tmp_path / "data")
+    spoil(data / "train" / "good" / "004.png", kind)
+    said = fails(capsys, ["fit", data, "--out", tmp_path / "run", *SET_TINY], 1, "004.png", BAD[kind])
+    assert any(word in said for word in ("remove it", "Remove it", "remove it.", "convert"))
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_test_image_is_named(fitted, tmp_path, capsys, kind):
+    data = make_set(tmp_path / "data", train=0)
+    spoil(data / "test" / "hole" / "001.png", kind)
+    if kind in ("1x1", "smaller than a patch"):
+        shutil.rmtree(data / "ground_truth")
+    fails(capsys, ["evaluate", fitted / "run", data, "--out", tmp_path], 1, "001.png", BAD[kind])
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_predict_skips_bad_images_and_goes_on(fitted, tmp_path, capsys):
+    for i, kind in enumerate(BAD):
+        spoil(save(tmp_path / "in" / f"{i}.png", texture(i)), kind)
+    save(tmp_path / "in" / "z.png", texture(9))
+    missing = tmp_path / "missing.png"
+    assert cli.run(["predict", str(fitted / "run"), str(tmp_path / "in"), str(missing), "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    for i, words in enumerate(BAD.values()):
+        assert any(f"{i}.png" in line and words in line for line in said.splitlines()), (i, words, said)
+    assert "missing.png" in said
+    record = json.loads((tmp_path / "predictions.json").read_text())
+    assert [entry["name"] for entry in record["images"]] == ["z"]
+    assert len(record["skipped"]) == len(BAD) + 1
+
+
+def test_predict_wants_images(fitted, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    fails(capsys, ["predict", fitted / "run", tmp_path / "in", "--out", tmp_path], 2, "holds no images")
+
+
+def test_a_mask_of_another_size(fitted, tmp_path, capsys):
+    data = make_set(tmp_path / "data", train=0)
+    save(data / "ground_truth" / "hole" / "000_mask.png", np.zeros((24, 24), np.uint8))
+    fails(
+        capsys, ["evaluate", fitted / "run", data], 1, "000_mask.png", "24 x 24 px, but its image is 48 x 48 px", "save"
+    )
+
+
+# Options that cannot work
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--set", "norm=batch"], "let patches of one batch cheat"),
+        (["--set", "epochs=many"], "epochs is 'many'; it must be a whole number"),
+        (["--set", "colour=3"], "NAME=VALUE with one of these names"),
+        (["--set", "image_size=4"], "image_size is 4; it must be at least patch_size"),
+        (["--preset", "fastest"], "There are: cpu-demo, quality, paper"),
+        (["--epochs", "0"], "epochs is 0; it must be at least 1"),
+        (["--epochs", "x"], "--epochs"),
+        (["--device", "abacus"], "no such device"),
+        (["--device", "cuda:99"], "torch sees"),
+        (["--resume"], "no checkpoint"),
+        (["--nonsense"], "--help"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_work(fitted, tmp_path, capsys, options, words):
+    fails(capsys, ["fit", fitted / "data", "--out", tmp_path / "run", *options], 2, words)
+
+
+def test_a_run_is_not_fitted_over(fitted, capsys):
+    before = (fitted / "run" / "model.safetensors").read_bytes()
+    fails(capsys, ["fit", fitted / "data", "--out", fitted / "run", *SET_TINY], 2, "holds a run already", "resume it")
+    assert (fitted / "run" / "model.safetensors").read_bytes() == before
+
+
+# Runs that cannot be read
+
+
+def rewrite(run: Path, change) -> None:
+    """Change the tensors or the record of a detector's file."""
+    path = run / "model.safetensors"
+    tensors, about = saving.read_tensors(path, "detector")
+    change(tensors, about)
+    save_file(tensors, path, {"about": json.dumps(about)})
+
+
+def copy_of(fitted: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(fitted / "run", tmp_path / "run"))
+
+
+def test_weights_that_are_not_finite(fitted, tmp_path, capsys):
+    run = copy_of(fitted, tmp_path)
+    rewrite(run, lambda tensors, about: tensors["model.predictor.weight"].view(-1)[7].fill_(float("nan")))
+    words = ("model.safetensors", "not finite", "model.predictor.weight", "fit again")
+    fails(capsys, ["evaluate", run, fitted / "data"], 1, *words)
+    fails(capsys, ["predict", run, fitted / "data", "--out", tmp_path], 1, *words)
+
+
+def test_a_checkpoint_that_is_not_finite(fitted, tmp_path, capsys):
+    run = copy_of(fitted, tmp_path)
+    path = run / "checkpoint.safetensors"
+    tensors, about = saving.read_tensors(path, "checkpoint")
+    tensors["model.predictor.weight"][:] = float("inf")
+    save_file(tensors, path, {"about": json.dumps(about)})
+    fails(capsys, ["fit", fitted / "data", "--out", run, "--resume"], 1, "checkpoint.safetensors", "not finite")
+
+
+def test_a_run_of_another_version(fitted, tmp_path, capsys):
+    run = copy_of(fitted, tmp_path)
+    rewrite(run, lambda tensors, about: about.update(format=99, versions={"cpc_fast": "7.0"}))
+    fails(capsys, ["evaluate", run, fitted / "data"], 1, "another version of cpc_fast (7.0, format 99", "or fit again")
+
+
+def test_a_damaged_run_and_one_that_is_none(fitted, tmp_path, capsys):
+    fails(capsys, ["evaluate", tmp_path / "none", fitted / "data"], 2, "no run folder", "fit makes one")
+    (tmp_path / "none").mkdir()
+    fails(capsys, ["evaluate", tmp_path / "none", fitted / "data"], 1, "model.safetensors is missing", "run fit first")
+    run = copy_of(fitted, tmp_path)
+    data = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes(data[: len(data) // 2])
+    fails(capsys, ["evaluate", run, fitted / "data"], 1, "is damaged", "fit again")
+
+
+# A disk that is full
+
+
+def command(fitted: Path, run: Path, *options: str) -> list[str]:
+    return [*CLI, "fit", str(fitted / "data"), "--out", str(run), *SET_TINY, *options]
+
+
+def test_a_file_that_cannot_grow_leaves_the_good_one(fitted, tmp_path):
+    """Every write above half a checkpoint fails, as on a full disk: the checkpoint of before stays whole."""
+    run = tmp_path / "run"
+    run.mkdir()
+    good = run / "checkpoint.safetensors"
+    first = subprocess.Popen(command(fitted, run, "--epochs", "400"), stderr=subprocess.PIPE, text=True)
+    assert first.stderr is not None
+    for line in first.stderr:
+        if "epoch 1 of 400" in line:
+            break
+    time.sleep(0.2)
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=120)
+    before = good.read_bytes()
+    limited = ["bash", "-c", f'ulimit -f {len(before) // 2048}; exec "$@"', "bash"]  # in KiB
+    go_on = command(fitted, run, "--epochs", "400", "--resume")
+    done = subprocess.run([*limited, *go_on], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("Error: Could not write")
+    assert "The file that was there before is untouched." in error
+    assert "Free some space or choose another folder" in error
+    assert "Traceback" not in done.stderr
+    assert good.read_bytes() == before
+    assert [path.name for path in run.iterdir()] == ["checkpoint.safetensors"]
+    saving.read_tensors(good, "checkpoint")
+
+
+def test_a_disk_that_is_really_full(fitted, tmp_path):
+    """A file system with room for one checkpoint and a half."""
+    size = (fitted / "run" / "checkpoint.safetensors").stat().st_size * 3 // 2
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode
+    ):
+        pytest.skip("mounting a small file system needs root")
+    try:
+        done = subprocess.run(command(fitted, disk / "run"), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1, done.stderr
+        assert "No space left on device" in done.stderr
+        assert "untouched" in done.stderr
+        assert "Traceback" not in done.stderr
+        _, epoch = saving.checkpoint_config(disk / "run")
+        assert epoch == 1
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_write_that_fails_anywhere_leaves_no_litter(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    saving.write_text(path, "good")
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, step, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(CpcFastError, match=r"x\.json.*No space left on device.*untouched"):
+                saving.write_text(path, "bad")
+        assert path.read_text() == "good"
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_folder_that_cannot_be_made(fitted, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    fails(
+        capsys,
+        ["fit", fitted / "data", "--out", tmp_path / "file" / "run", *SET_TINY],
+        1,
+        "Could not make the run folder",
+    )
+
+
+# Ctrl-C
+
+
+def test_stopped_in_mid_epoch_it_says_how_to_go_on_and_ends_at_the_same_weights(fitted, tmp_path):
+    options = ("--epochs", "60")
+    stopped = subprocess.Popen(command(fitted, tmp_path / "cut", *options), stderr=subprocess.PIPE, text=True)
+    assert stopped.stderr is not None
+    for line in stopped.stderr:
+        if "epoch 3 of 60" in line:
+            break
+    stopped.send_signal(signal.SIGINT)
+    said = stopped.stderr.read()
+    assert stopped.wait(timeout=120) == 130
+    assert "Traceback" not in said
+    last = said.splitlines()[-1]
+    assert last.startswith("Stopped; ")
+    assert "of 60 epochs are saved" in last
+    assert f"cpc-fast fit {fitted / 'data'} --out {tmp_path / 'cut'} --resume" in last
+
+    again = [*CLI, "fit", str(fitted / "data"), "--out", str(tmp_path / "cut"), "--resume"]
+    for arguments in (again, command(fitted, tmp_path / "whole", *options)):
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    whole, cut = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_stopped_before_the_first_epoch(fitted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cpc_fast.detector.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.run(["fit", str(fitted / "data"), "--out", str(tmp_path / "run"), *SET_TINY]) == 130
+    assert "nothing is saved" in capsys.readouterr().err
+
+
+# What nobody thought of
+
+
+def test_the_unexpected_is_one_sentence_and_a_traceback_on_request(fitted, monkeypatch, capsys):
+    monkeypatch.setattr("cpc_fast.doctor.examine", lambda: 1 / 0)
+    fails(capsys, ["doctor"], 1, "unexpected ZeroDivisionError: division by zero", "--debug shows where")
+    for arguments in (["--debug", "doctor"], ["doctor", "--debug"]):
+        with pytest.raises(ZeroDivisionError):
+            cli.run(arguments)
