@@ -73,11 +73,9 @@ def _dot(b_a, b_b, b_acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _finish(p_loss, p_lse, p_positive, b_gap, b_positive, m_kept, o_n, m_n):
+def _finish(p_loss, p_lse, p_positive, b_gap, b_lse, b_positive, m_kept, o_n, m_n):
     """Loss, lse and positive score of a row; an ignored row has 0, -inf and 0."""
     tl.store(p_loss + o_n, tl.where(m_kept, _softplus(b_gap), 0.0), mask=m_n)
-    # gap = -inf stays -inf even where the positive is infinite: a row without negatives has lse -inf
-    b_lse = tl.where(b_gap == float("-inf"), b_gap, b_gap + b_positive)
     tl.store(p_lse + o_n, tl.where(m_kept, b_lse, float("-inf")), mask=m_n)
     tl.store(p_positive + o_n, tl.where(m_kept, b_positive, 0.0), mask=m_n)
 
@@ -121,7 +119,8 @@ def forward_kernel(
     p_scale,  # (1,)
     p_anchor_ids,  # (N,) when HAS_IDS
     p_candidate_ids,  # (M,) when HAS_IDS
-    p_loss, p_lse, p_positive,  # (N,) out, when one split
+    p_loss, p_positive,  # (N,) out, when one split
+    p_lse,  # (SPLITS, N) out
     p_gap,  # (SPLITS, N) out, when several
     p_rank,  # (SPLITS, N) out, when RANK
     p_expectation,  # (SPLITS, N, D) out, when EXPECTATION
@@ -214,11 +213,14 @@ def forward_kernel(
     b_shift = tl.fma(b_raw_p, tl.zeros_like(b_raw_p) + scale2, -b_ref)
     b_gap = (tl.log2(tl.where(m_empty, 1.0, b_sum)) - b_shift) / log2_e
     b_gap = tl.where(m_empty, float("-inf"), b_gap)
+    # not gap + positive: that would carry the positive's rounding into lse
+    b_lse = tl.where(m_empty, float("-inf"), (tl.log2(tl.where(m_empty, 1.0, b_sum)) + b_ref) / log2_e)
     o_out = i_split.to(tl.int64) * n + o_n
     if SPLIT:
         tl.store(p_gap + o_out, b_gap, mask=m_n)
+        tl.store(p_lse + o_out, b_lse, mask=m_n)
     else:
-        _finish(p_loss, p_lse, p_positive, b_gap, b_raw_p * sign * signed_scale, m_kept, o_n, m_n)
+        _finish(p_loss, p_lse, p_positive, b_gap, b_lse, b_raw_p * sign * signed_scale, m_kept, o_n, m_n)
     if RANK:
         tl.store(p_rank + o_out, tl.where(m_kept, b_rank, 0), mask=m_n)
     if EXPECTATION:
@@ -230,7 +232,7 @@ def forward_kernel(
 
 @triton.jit
 def combine_kernel(
-    p_gaps,  # (SPLITS, N)
+    p_gaps, p_lses,  # (SPLITS, N)
     p_ranks,  # (SPLITS, N) when RANK
     p_expectations,  # (SPLITS, N, D) when EXPECTATION
     p_index,  # (N,) when INDEXED
@@ -261,8 +263,17 @@ def combine_kernel(
 
     if tl.program_id(1) == 0:
         b_gap = tl.where(m_empty, float("-inf"), b_top + tl.log(b_sum))
+        # the same sum once more, around lse
+        b_ref = tl.full([BN], float("-inf"), dtype=ACC)
+        for i_s in range(0, splits):
+            b_ref = tl.maximum(b_ref, tl.load(p_lses + i_s * size + o_n, mask=m_n, other=float("-inf")))
+        b_ref = tl.where(tl.abs(b_ref) == float("inf"), 0.0, b_ref)
+        b_total = tl.zeros([BN], dtype=ACC)
+        for i_s in range(0, splits):
+            b_total += tl.exp(tl.load(p_lses + i_s * size + o_n, mask=m_n, other=float("-inf")) - b_ref)
+        b_lse = tl.where(m_empty, float("-inf"), b_ref + tl.log(tl.where(m_empty, 1.0, b_total)))
         b_positive = tl.load(p_raw + o_n, mask=m_n, other=0.0) * tl.load(p_scale).to(ACC)
-        _finish(p_loss, p_lse, p_positive, b_gap, b_positive, m_kept, o_n, m_n)
+        _finish(p_loss, p_lse, p_positive, b_gap, b_lse, b_positive, m_kept, o_n, m_n)
         if RANK:
             b_rank = tl.zeros([BN], dtype=tl.int32)
             for i_s in range(0, splits):
@@ -331,6 +342,11 @@ def backward_candidates_kernel(
             if HAS_IDS:
                 b_aid = tl.load(p_anchor_ids + o_n, mask=m_n, other=0)
                 b_raw = tl.where(b_cid[:, None] != b_aid[None, :], b_raw, 0.0)
+            # what rounding lse log2(e) lost, put back row by row (loaded again: registers)
+            b_lse = tl.load(p_lse + o_n, mask=m_n, other=float("-inf"))
+            b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse)
+            b_lost = tl.fma(b_lse, tl.zeros_like(b_lse) + log2_e, -(b_lse * log2_e))
+            b_raw *= tl.exp2(-b_lost)[None, :]
             if INDEXED:
                 b_p = tl.load(p_index + o_n, mask=m_n, other=-1).to(tl.int32)
                 b_raw = tl.where(o_m[:, None] != b_p[None, :], b_raw, -1.0)
@@ -399,7 +415,8 @@ def exponentials_kernel(
     total = tl.where(empty, 1.0, total)
     gap = (tl.log2(total) - tl.fma(raw_p * sign, scale2, -ref)) / log2_e
     gap = tl.where(empty, float("-inf"), gap)
-    _finish(p_loss, p_lse, p_positive, gap, raw_p * scale, kept, i_r, True)
+    lse = tl.where(empty, float("-inf"), (tl.log2(total) + ref) / log2_e)
+    _finish(p_loss, p_lse, p_positive, gap, lse, raw_p * scale, kept, i_r, True)
     if RANK:
         tl.store(p_rank + i_r, tl.where(kept, rank, 0))
     for i_m in range(0, m, BM):
@@ -518,9 +535,9 @@ def forward(
     tile = launch.tile(op, d, ids=has_ids, rank=need_rank)
     row_tiles = triton.cdiv(n, tile.rows)
     split_size, splits = launch.split(row_tiles, m, tile.columns, splits)
-    gap, ranks, expectations = loss, rank, expectation  # written by the kernel itself when there is one split
+    gap, lses, ranks, expectations = loss, lse, rank, expectation  # written by the kernel itself when there is one split
     if splits > 1:
-        gap = anchors.new_empty((splits, n), dtype=acc)
+        gap, lses = (anchors.new_empty((splits, n), dtype=acc) for _ in range(2))
         ranks = anchors.new_empty((splits, n) if need_rank else (0,), dtype=torch.int32)
         expectations = anchors.new_empty((splits, n, d) if need_expectation else (0,), dtype=acc)
     features = tile.features or max(16, triton.next_power_of_2(d))
@@ -529,7 +546,7 @@ def forward(
         op, forward_kernel, (row_tiles, splits),
         launch.describe(anchors, tile.rows, features) if descriptors else anchors,
         launch.describe(candidates, tile.columns, features) if descriptors else candidates,
-        rows, raw, scale, *ids, loss, lse, positive, gap, ranks, expectations,
+        rows, raw, scale, *ids, loss, positive, lses, gap, ranks, expectations,
         n, m, d, split_size, *anchors.stride(), *candidates.stride(),
         EXPECTATION=need_expectation, STREAMED=tile.features > 0, SPLIT=splits > 1, EVEN_D=d % features == 0,
         DESCRIPTORS=descriptors, PRECISION=launch.precision, UPCAST=launch.upcast,
@@ -540,7 +557,7 @@ def forward(
         columns = triton.cdiv(d, tile.columns) if need_expectation else 1
         launch(
             "combine", combine_kernel, (triton.cdiv(n, tile.rows), columns),
-            gap, ranks, expectations, rows, raw, scale, loss, lse, positive, rank, expectation, n, d, splits,
+            gap, lses, ranks, expectations, rows, raw, scale, loss, lse, positive, rank, expectation, n, d, splits,
             INDEXED=indexed, RANK=need_rank, EXPECTATION=need_expectation, ACC=launch.acc,
             BN=tile.rows, BD=tile.columns, **tile.options(),
         )  # fmt: skip
@@ -634,7 +651,7 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
         "p_expectation": "*fp32", "p_weights": "*fp32", "p_norm": "*fp32",
     }  # fmt: skip
     sizes = dict.fromkeys(("n", "m", "d", "split_size", "stride_an", "stride_cm", "stride_vn"), "i32")
-    divisible = (*pointers, "anchors", "candidates", "p_anchors", "p_vectors", "p_grad", "p_gaps", "p_ranks",
+    divisible = (*pointers, "anchors", "candidates", "p_anchors", "p_vectors", "p_grad", "p_gaps", "p_lses", "p_ranks",
                  "p_expectations", "d", "split_size", "stride_an", "stride_cm", "stride_vn")  # fmt: skip
 
     def entry(name, kernel, tile, extra, matrix=True, **constexprs):
@@ -690,7 +707,7 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
             )  # fmt: skip
     plain = {"ACC": tl.float32, "INDEXED": True, "HAS_IDS": True, "RANK": True, "EXPECTATION": True}
     tile = tiles.tile("combine", 256, 32, arch)
-    partial = {"p_gaps": "*fp32", "p_ranks": "*i32", "p_expectations": "*fp32", "splits": "i32"}
+    partial = {"p_gaps": "*fp32", "p_lses": "*fp32", "p_ranks": "*i32", "p_expectations": "*fp32", "splits": "i32"}
     yield entry("combine", combine_kernel, tile, partial, False, **plain, BN=tile.rows, BD=tile.columns)
     tile = tiles.tile("exponentials", 1024, 16, arch)
     chunk = {"p_scores": "*fp32", "p_probabilities": "*bf16", "p_coefficients": "*bf16", "first": "i32"}

@@ -6,7 +6,7 @@ conftest), so that an element nobody wrote shows.
 
 import pytest
 import torch
-from tolerance import assert_as_good_as_naive
+from tolerance import assert_as_good_as_naive, error
 
 pytest.importorskip("triton")
 from cpc_kernels import info_nce, info_nce_stats, launching, reference, tiles, triton_info_nce
@@ -98,9 +98,12 @@ def check(inputs, splits=None):
     w = upstream * -torch.expm1(-truth["loss"].to(compute)) * inputs[3].to(compute)
     dk = triton_info_nce.backward_candidates(w, out[1], *inputs, splits=splits)
     assert dk.dtype == q.dtype
-    assert_as_good_as_naive(
-        actual=dk, naive=naive_dk(w).to(q.dtype), truth=truth_dk(w.double()), name="candidates' gradient"
-    )
+    # lse reaches backward as one number of the compute dtype: half an ulp of it is a relative error of every P
+    lse = truth["lse"][truth["lse"].isfinite()].abs()
+    handed_over = torch.finfo(compute).eps / 2 * (float(lse.max()) if lse.numel() else 0.0)
+    ours, theirs = error(dk, truth_dk(w.double())), error(naive_dk(w).to(q.dtype), truth_dk(w.double()))
+    limit = 2 * (theirs + torch.finfo(q.dtype).eps / 2 + handed_over)
+    assert ours <= limit, f"candidates' gradient: relative error {ours:.3e}, naive {theirs:.3e}, allowed {limit:.3e}"
     assert out[4].isfinite().all()
     return out, dk
 
@@ -265,8 +268,8 @@ def test_small_losses_stay_accurate():
     torch.testing.assert_close(loss.double(), truth["loss"], rtol=2e-4, atol=0)
     w = -torch.expm1(-loss) * s
     dk = triton_info_nce.backward_candidates(w, lse, *inputs)
-    error = (dk.double() - truth_dk((-torch.expm1(-truth["loss"])) * 30.0)).norm() / truth_dk(w.double()).norm()
-    assert error < 8e-3
+    relative = (dk.double() - truth_dk((-torch.expm1(-truth["loss"])) * 30.0)).norm() / truth_dk(w.double()).norm()
+    assert relative < 8e-3
     assert (o - truth_o).norm() / truth_o.norm() < 8e-3
 
 
