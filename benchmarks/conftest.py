@@ -41,7 +41,7 @@ def ledger(request, tiny):
         Path(tempfile.mkdtemp(prefix="cpc_fast_benchmarks")) if tiny else ledgers.RESULTS
     )
     environment = measure.environment(DEVICE)
-    book = ledgers.Ledger(folder / f"{measure.slug(environment['device'])}.json", environment)
+    book = ledgers.Ledger(folder / f"{ledgers.slug(environment['device'])}.json", environment)
     request.config.stash[BOOK] = book
     return book
 

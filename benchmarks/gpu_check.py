@@ -90,7 +90,7 @@ def check(args: argparse.Namespace, device) -> int:
 
     budget = Budget(args.minutes)
     environment = measure.environment(device)
-    name = ("dry-" if args.dry else "") + measure.slug(environment["device"])
+    name = ("dry-" if args.dry else "") + ledger.slug(environment["device"])
     book = ledger.Ledger(args.out / f"{name}.json", environment)
     say("{device}, torch {torch}, triton {triton}, {commit}".format(**environment))
 

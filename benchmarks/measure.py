@@ -57,10 +57,6 @@ def device_name(device: torch.device) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def environment(device: torch.device) -> dict[str, Any]:
     """What a row states about where it comes from."""
 

@@ -1,0 +1,473 @@
+"""Committed results to the tables in README.md and docs/performance.md, and to the plots in docs/plots.
+
+    python -m benchmarks.report                      write them
+    python -m benchmarks.report --check              exit 1 and name what is stale
+    python -m benchmarks.report --predictions FILE   take over what `python -m benchmarks.aot --json FILE` predicted
+
+Text between `<!-- NAME:start -->` and `<!-- NAME:end -->` is ours, the rest is not touched. Measured and predicted stay
+apart; where no figure exists, the table says "not measured".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import plots
+from .cases import CASES, Case
+from .ledger import RESULTS, milliseconds, rounded, slug
+
+ROOT = Path(__file__).parents[1]
+PREDICTIONS = RESULTS / "predictions.json"
+OTHERS = ("eager", "eager, fp32", "eager gather", "torch.compile", "torch.compile of it")
+PLAIN = ("eager", "eager, fp32", "eager gather")
+Told = dict[str, Any]
+
+
+def load() -> list[Told]:
+    """Every committed device, GPUs first."""
+    files = [
+        path for path in sorted(RESULTS.glob("*.json")) if path != PREDICTIONS and not path.name.startswith("dry-")
+    ]
+    return sorted((json.loads(path.read_text()) for path in files), key=lambda told: "cuda" not in told["environment"])
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    right = "|".join("---" if i == 0 else "--:" for i in range(len(head)))
+    lines = ["| " + " | ".join(head) + " |", f"|{right}|", *("| " + " | ".join(row) + " |" for row in rows)]
+    return "\n".join(lines)
+
+
+def origin(environment: Told) -> str:
+    """The device, versions and commit of a row or table."""
+    driver = f", driver {environment['driver']}" if "driver" in environment else ""
+    return (
+        f"{environment['device']}{driver}, torch {environment['torch']}, triton {environment['triton']}, "
+        f"commit {environment['commit']}, {environment['date']}"
+    )
+
+
+def ordered(told: Told) -> list[tuple[str, Told]]:
+    """The measured cases, in the order of the table of cases."""
+    names = [case.name for case in CASES]
+    return [(name, told["cases"][name]) for name in names if name in told.get("cases", {})]
+
+
+def rows_of(record: Told, names: tuple[str, ...]) -> list[Told]:
+    return [row for name in names for row in record["rows"] if row["provider"] == name and "median_ms" in row]
+
+
+def best(rows: list[Told]) -> Told | None:
+    return min((row for row in rows if "median_ms" in row), key=lambda row: row["median_ms"], default=None)
+
+
+def find(record: Told, *names: str) -> Told | None:
+    return next((row for row in record["rows"] if row["provider"] in names and "median_ms" in row), None)
+
+
+def time(row: Told | None) -> str:
+    return "not measured" if row is None else f"{milliseconds(row['median_ms'])} ms"
+
+
+def memory(row: Told | None) -> str:
+    return "not measured" if row is None or row.get("extra_mb") is None else f"{row['extra_mb']:,.0f} MB"
+
+
+# --- README ---------------------------------------------------------------------------------------------------------
+
+
+def summary(devices: list[Told]) -> str:
+    """One table per device: ours beside the best plain torch, torch.compile and the best of the other packages."""
+    parts = []
+    for told in devices:
+        rows = []
+        for name, record in ordered(told):
+            mine = best([row for row in record["rows"] if row["ours"]])
+            plain = best(rows_of(record, PLAIN))
+            other = best([row for row in record["rows"] if not row["ours"] and row["provider"] not in PLAIN])
+            against = best([row for row in (plain, other) if row])
+            factor = f"{against['median_ms'] / mine['median_ms']:.1f}x" if mine and against else "-"
+            named = f"{time(other)} ({other['provider']})" if other else "none runs here"
+            rows.append((name, time(mine), time(plain), named, f"**{factor}**", f"{memory(mine)} / {memory(plain)}"))
+        for name, record in told.get("end_to_end", {}).items():
+            mine, plain = record["rows"][:2]
+            rows.append((name, time(mine), time(plain), "-", f"**{plain['ratio']:.1f}x**", "-"))
+        head = (
+            "forward and backward",
+            "ours",
+            "plain torch",
+            "best other",
+            "ours is faster by",
+            "memory, ours / plain",
+        )
+        parts.append(table(head, rows) + f"\n\n{origin(told['environment'])}. {slower(told)}")
+    if not any("cuda" in told["environment"] for told in devices):
+        parts.append("GPU: not measured. `python3 -m benchmarks.gpu_check --out results` measures it in nine minutes.")
+    parts.append(
+        "Medians of runs in turns; every row was checked against float64 first. Factors are against the faster of the "
+        "two columns before them, below 1 where ours is slower. Spreads, all providers and the method: "
+        "[docs/performance.md](docs/performance.md)."
+    )
+    return "\n\n".join(parts)
+
+
+def slower(told: Told) -> str:
+    """Where somebody else wins."""
+    lost = []
+    for name, record in ordered(told):
+        mine = best([row for row in record["rows"] if row["ours"]])
+        first = best(record["rows"])
+        if mine and first and not first["ours"]:
+            lost.append(f"{name} ({first['provider']}, {mine['median_ms'] / first['median_ms']:.2f}x)")
+    return f"Another is faster on: {'; '.join(lost)}." if lost else "Ours is the fastest in every case measured."
+
+
+# --- docs/performance.md --------------------------------------------------------------------------------------------
+
+
+def peak(told: Told, dtype: str) -> float:
+    rates = told["ceilings"]["matmul_tflop_s"]
+    return max(rates["float32"], rates.get("tf32", 0.0)) if dtype == "float32" else rates.get(dtype, rates["float32"])
+
+
+def measured(devices: list[Told]) -> str:
+    parts = []
+    for told in devices:
+        parts.append(f"### {told['device']}\n\n{origin(told['environment'])}.")
+        found = told["ceilings"]
+        rates = ", ".join(f"{kind} {tera(rate)}" for kind, rate in found["matmul_tflop_s"].items())
+        copy = f"copy {found['copy_gb_s']:,.3g} GB/s (read plus written)"
+        parts.append(f"Ceilings, measured in the same runs: {copy}; matrix products {rates}.")
+        rows = []
+        for name, record in ordered(told):
+            case, first = Case.from_json(record["case"]), True
+            for row in record["rows"]:
+                if row["status"] == "unavailable":
+                    continue
+                rows.append((name if first else "", *detail(told, case, record, row)))
+                first = False
+        head = (
+            "case",
+            "provider",
+            "median",
+            "quartiles",
+            "ratio to ours",
+            "extra memory",
+            "rate",
+            "share of peak",
+            "answer",
+        )
+        parts.append(table(head, rows))
+        commits = {record["environment"]["commit"] for _, record in ordered(told)}
+        if len(commits) > 1:
+            parts.append("Measured at several commits: " + ", ".join(
+                f"{name} at {record['environment']['commit']}" for name, record in ordered(told)) + ".")  # fmt: skip
+        parts += [
+            section for section in (ends(told), growth(told), matrix(told), targets(told), pictures(told)) if section
+        ]
+    if not any("cuda" in told["environment"] for told in devices):
+        parts.append("### GPU\n\nNot measured.")
+    return "\n\n".join(parts) if parts else "Not measured."
+
+
+def tera(rate: float) -> str:
+    return f"{rate:.3g} TFLOP/s" if rate >= 1 else f"{1e3 * rate:.3g} GFLOP/s"
+
+
+def detail(told: Told, case: Case, record: Told, row: Told) -> tuple[str, ...]:
+    if "median_ms" not in row:
+        return row["provider"], "-", "-", "-", "-", "-", "-", f"{row['status']}: {row.get('why', '')}".replace("|", "/")
+    rate = case.flops / row["median_ms"] / 1e9
+    low, high = row["quartiles_ms"]
+    spread = f"{milliseconds(low)} - {milliseconds(high)}"
+    graph = f" (graph: {milliseconds(row['graph_ms'])} ms)" if "graph_ms" in row else ""
+    error = max(row["errors"].values())
+    share = f"{rate / peak(told, case.dtype):.0%}"
+    name = f"**{row['provider']}**" if row["ours"] else row["provider"]
+    return (
+        name,
+        time(row) + graph,
+        spread,
+        f"{row['ratio']:.2f}",
+        memory(row),
+        tera(rate),
+        share,
+        f"right ({error:.0e})",
+    )
+
+
+def ends(told: Told) -> str:
+    rows, shares = [], []
+    for name, record in told.get("end_to_end", {}).items():
+        for row in record["rows"]:
+            low, high = row["quartiles_ms"]
+            spread = f"{milliseconds(low)} - {milliseconds(high)}"
+            pace = f"{row['images_per_s']:,.3g}"
+            shown = name if row["ours"] else ""
+            rows.append((shown, row["provider"], time(row), spread, f"{row['ratio']:.2f}", pace))
+        if record["shares"]:
+            shares.append(f"{name}: " + ", ".join(f"{part} {share:.0%}" for part, share in record["shares"].items()))
+    if not rows:
+        return ""
+    head = ("end to end", "", "median", "quartiles", "ratio to ours", "images/s")
+    note = (
+        ("\n\nOf the step, the loss alone (forward and backward) takes: " + "; ".join(shares) + ".") if shares else ""
+    )
+    return table(head, rows) + note
+
+
+def growth(told: Told) -> str:
+    rows = []
+    for name, sweep in told.get("scaling", {}).items():
+        for provider, series in sweep["series"].items():
+            sizes = sweep["sizes"][: len(series["ms"])]
+            times = " -> ".join(milliseconds(ms) for ms in series["ms"])
+            known = None not in series["extra_mb"]
+            sizes_mb = " -> ".join(f"{mb:,.0f}" for mb in series["extra_mb"]) if known else "not measured"
+            slope = f"{series['memory_exponent']:.2f}" if "memory_exponent" in series else "-"
+            rows.append(
+                (
+                    f"{name} = {sizes[0]} .. {sizes[-1]}",
+                    provider,
+                    times,
+                    f"{series['time_exponent']:.2f}",
+                    sizes_mb,
+                    slope,
+                )
+            )
+    if not rows:
+        return ""
+    head = ("grows by factors of two", "provider", "ms", "exponent", "extra MB", "exponent")
+    return table(head, rows) + "\n\nExponents are fitted to the last three doublings: 1 is linear, 2 quadratic."
+
+
+def matrix(told: Told) -> str:
+    found = told.get("correctness")
+    if not found:
+        return ""
+    bad = [
+        f"{row['probe']} ({row.get('why', row['status'])})"
+        for row in found["rows"]
+        if row["status"] in ("failed", "raised")
+    ]
+    tail = f" Failed: {'; '.join(bad)}." if bad else ""
+    return (f"Correctness on this device: {found['passed']} of {found['passed'] + found['failed']} probes passed, "
+            f"{found['not_reached']} not reached.{tail}")  # fmt: skip
+
+
+def targets(told: Told) -> str:
+    """What was promised for the CPU, and what came out."""
+    if "cuda" in told["environment"]:
+        return ""
+    rows: list[tuple[str, ...]] = []
+
+    def ask(what: str, target: str, value: float | None, met: bool | None, unit: str = "x") -> None:
+        rows.append(
+            (
+                what,
+                target,
+                "not measured" if value is None else f"{value:.3g}{unit}",
+                {None: "-", True: "yes", False: "**no**"}[met],
+            )
+        )
+
+    cases = told.get("cases", {})
+    for name in ("CPC, S 16, D 256", "CPC v1, S 64, D 1024", "CPC, 20000 anchors, S 256"):
+        mine = find(cases[name], "ours: cpp") if name in cases else None
+        for other, least in (("eager gather", 30), ("torch.compile of it", 10)):
+            row = find(cases[name], other) if mine else None
+            value = row["ratio"] if row else None
+            ask(f"{name}: faster than {other}", f">= {least}x", value, None if value is None else value >= least)
+    for name, others in (
+        ("dense 8192, D 256", ("torch.compile", 1.0)),
+        ("dense 8192, D 256, bf16", ("eager, fp32", 2.0)),
+    ):
+        mine = find(cases[name], "ours: chunked") if name in cases else None
+        row = find(cases[name], others[0]) if mine else None
+        value = row["ratio"] if row else None
+        ask(
+            f"{name}: faster than {others[0]}",
+            f">= {others[1]:g}x",
+            value,
+            None if value is None else value >= others[1],
+        )
+        share = None
+        if mine and row and row.get("extra_mb") and mine.get("extra_mb") is not None:
+            share = 100 * mine["extra_mb"] / row["extra_mb"]
+        ask(f"{name}: extra memory beside {others[0]}", "<= 5%", share, None if share is None else share <= 5, "%")
+    for name, record in told.get("end_to_end", {}).items():
+        mine, plain = record["rows"][:2]
+        if name.startswith("scoring"):
+            ask(name, "<= 25 ms", mine["median_ms"], mine["median_ms"] <= 25, " ms")
+        else:
+            ask(f"{name}: faster than plain", ">= 3x", plain["ratio"], plain["ratio"] >= 3)
+    return table(("target", "wanted", "measured", "met"), rows)
+
+
+# --- plots ----------------------------------------------------------------------------------------------------------
+
+
+def drawn(told: Told) -> dict[str, str]:
+    """File name -> SVG of one device."""
+    name, found = slug(told["device"]), {}
+    square = told.get("scaling", {}).get("dense, N = M")
+    if square:
+        speed, sizes = {}, square["sizes"]
+        mine = next(series for provider, series in square["series"].items() if provider.startswith("ours"))
+        for provider, series in square["series"].items():
+            if not provider.startswith("ours"):
+                pairs = zip(sizes, series["ms"], mine["ms"], strict=False)
+                speed[f"against {provider}, all candidates"] = [(n, theirs / ours) for n, theirs, ours in pairs]
+        sampled = told["scaling"].get("sampled, N")
+        if sampled and "eager gather" in sampled["series"]:
+            cpp = next(series for provider, series in sampled["series"].items() if provider.startswith("ours"))
+            pairs = zip(sampled["sizes"], sampled["series"]["eager gather"]["ms"], cpp["ms"], strict=False)
+            speed["against eager gather, sampled"] = [(n, theirs / ours) for n, theirs, ours in pairs]
+        speed["as fast"] = [(sizes[0], 1.0), (sizes[-1], 1.0)]
+        found[f"{name}-speedup.svg"] = plots.lines(
+            f"Times faster, {told['device']}", "anchors N", "theirs / ours", speed, dashed=["as fast"]
+        )
+        used = {
+            provider: [(n, mb) for n, mb in zip(sizes, series["extra_mb"], strict=False) if mb]
+            for provider, series in square["series"].items() if None not in series["extra_mb"]
+        }  # fmt: skip
+        line = "one N x M matrix of scores"
+        used[line] = list(zip(sizes, square["scores_mb"], strict=True))
+        found[f"{name}-memory.svg"] = plots.lines(
+            f"Extra memory of a step, {told['device']}", "N = M", "MB", used, dashed=[line]
+        )
+    records = [(name, record) for name, record in ordered(told) if best(record["rows"])]
+    if records:
+        groups = []
+        roof: dict[str, list[tuple[float, float]]] = {"ours": [], "others": []}
+        for case_name, record in records:
+            case = Case.from_json(record["case"])
+            mine = best([row for row in record["rows"] if row["ours"]])
+            other = best([row for row in record["rows"] if not row["ours"]])
+            group = {}
+            for who, row in (("ours", mine), ("others", other)):
+                if row:
+                    rate = case.flops / row["median_ms"] / 1e9
+                    group["ours" if who == "ours" else "best other"] = 100 * rate / peak(told, case.dtype)
+                    roof[who].append((case.flops / case.bytes, rate))
+            groups.append((case_name, group))
+        found[f"{name}-share-of-peak.svg"] = plots.bars(f"Share of the matrix peak, {told['device']}", "%", groups)
+        intensities = [x for shown in roof.values() for x, _ in shown]
+        copy, top = told["ceilings"]["copy_gb_s"] / 1e3, max(told["ceilings"]["matmul_tflop_s"].values())
+        low, high = min([*intensities, top / copy]) / 2, max([*intensities, top / copy]) * 2
+        named = {
+            "roof": [(low, low * copy), (top / copy, top), (high, top)],
+            "ours": roof["ours"],
+            "best other": roof["others"],
+        }
+        found[f"{name}-roofline.svg"] = plots.lines(
+            f"Roofline, {told['device']}", "least flops / least bytes", "TFLOP/s", named, dashed=["roof"],
+            points=["ours", "best other"],
+        )  # fmt: skip
+    return found
+
+
+def pictures(told: Told) -> str:
+    return "\n".join(f"![{name.removesuffix('.svg').replace('-', ' ')}](plots/{name})" for name in drawn(told))
+
+
+# --- predictions ----------------------------------------------------------------------------------------------------
+
+
+def predicted() -> str:
+    """Times that the compiled kernels' units would need, from data sheets; never beside a measurement."""
+    if not PREDICTIONS.exists():
+        steps = "`python -m benchmarks.aot --json FILE`, then `python -m benchmarks.report --predictions FILE`"
+        return f"Not predicted yet: {steps}."
+    told = json.loads(PREDICTIONS.read_text())
+    rows = [
+        (
+            row["arch"],
+            row["case"],
+            row["op"],
+            *(f"{row[unit]:.3f}" for unit in ("matrix", "exp", "L2", "HBM")),
+            row["bound"],
+        )
+        for row in told["predictions"]
+    ]
+    head = ("target", "case", "kernel", "matrix, ms", "exp, ms", "L2, ms", "HBM, ms", "bound by")
+    kernels = [
+        (row["arch"], row["name"], "x".join(map(str, row["tile"])), str(row["warps"]), str(row["registers"]),
+         str(row["stack"]), f"{row['shared']:,}", str(row["blocks"] or "-"))
+        for row in told["kernels"]
+    ]  # fmt: skip
+    built = table(
+        ("target", "kernel", "tile", "warps", "registers", "stack", "shared, bytes", "blocks per SM"), kernels
+    )
+    return f"{table(head, rows)}\n\nThe kernels behind them, as compiled (triton {told['triton']}):\n\n{built}"
+
+
+def take_predictions(file: Path) -> None:
+    """Keep what the document shows of aot's JSON: the predictions, and the bf16 kernels they speak of."""
+    from importlib import metadata
+
+    told = json.loads(file.read_text())
+    targets = {row["arch"] for row in told["predictions"]}
+    wanted = [
+        row for row in told["reports"] if row["arch"] in targets and " bf16" in row["name"] and "+" not in row["name"]
+    ]
+    keys = ("arch", "name", "tile", "warps", "registers", "stack", "shared", "blocks")
+    kept = {
+        "triton": metadata.version("triton"),
+        "predictions": told["predictions"],
+        "kernels": [{key: row[key] for key in keys} for row in wanted],
+    }
+    PREDICTIONS.parent.mkdir(parents=True, exist_ok=True)
+    PREDICTIONS.write_text(json.dumps(rounded(kept), indent=1) + "\n")
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def between(path: Path, name: str, inside: str) -> str:
+    """The file's text with the part between its markers replaced."""
+    whole = path.read_text()
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    if whole.count(start) != 1 or whole.count(end) != 1 or whole.index(start) > whole.index(end):
+        raise SystemExit(f"{path.name} needs a line {start} and, after it, a line {end}, each once.")
+    before, after = whole.split(start)[0], whole.split(end)[1]
+    return f"{before}{start}\n{inside}\n{end}{after}"
+
+
+def render(root: Path = ROOT) -> dict[Path, str]:
+    """Every file this writes, with its text."""
+    devices, made = load(), {}
+    if (root / "README.md").exists():
+        made[root / "README.md"] = between(root / "README.md", "benchmarks", summary(devices))
+    document = root / "docs" / "performance.md"
+    whole = between(document, "measured", measured(devices))
+    start, end = "<!-- predicted:start -->", "<!-- predicted:end -->"
+    if start not in whole or end not in whole:
+        raise SystemExit(f"{document.name} needs the lines {start} and {end}.")
+    made[document] = f"{whole.split(start)[0]}{start}\n{predicted()}\n{end}{whole.split(end)[1]}"
+    for told in devices:
+        made |= {root / "docs" / "plots" / name: picture for name, picture in drawn(told).items()}
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is stale")
+    parser.add_argument("--predictions", type=Path, help="JSON written by benchmarks.aot")
+    args = parser.parse_args(arguments)
+    if args.predictions:
+        take_predictions(args.predictions)
+    stale = [path for path, told in render().items() if not path.exists() or path.read_text() != told]
+    for path in stale:
+        print(f"{'stale' if args.check else 'written'}: {path.relative_to(ROOT)}")
+        if not args.check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(render()[path])
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

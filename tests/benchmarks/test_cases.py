@@ -1,0 +1,88 @@
+"""Cases say what they cost; providers are judged before they are timed; slopes and ratios are counted right."""
+
+import torch
+
+from benchmarks import cases, measure, providers
+from benchmarks.cases import Case
+
+CPU = torch.device("cpu")
+
+
+def test_names_are_unique_and_found():
+    assert len({case.name for case in cases.CASES}) == len(cases.CASES)
+    assert cases.find("CPC v1, S 64, D 1024").s == 64
+    ranks = [case.gpu for case in cases.for_gpu()]
+    assert ranks == sorted(set(ranks))
+
+
+def test_costs():
+    dense = Case("", 8, 16, 4)
+    assert dense.flops == 6 * 8 * 16 * 4
+    assert dense.bytes == 2 * (8 + 16) * 4 * 4 + 8 * 8 + 4 * 8
+    assert dense.scores_bytes == 8 * 16 * 4
+    bank = Case("", 8, 16, 4, learns="anchors")
+    assert bank.flops == 4 * 8 * 16 * 4
+    assert bank.gradient_bytes == 8 * 4 * 4
+    sampled = Case("", 8, 16, 4, k=3, s=5)
+    assert sampled.flops == 6 * 8 * 3 * 6 * 4
+    assert sampled.floor_ms(copy_gb_s=1e9, matmul_tflop_s=1e-9) == sampled.flops
+    assert sampled.bound(copy_gb_s=1e9, matmul_tflop_s=1e-9) == "arithmetic"
+    assert sampled.bound(copy_gb_s=1e-9, matmul_tflop_s=1e9) == "memory"
+    assert Case.from_json(sampled.to_json()) == sampled
+
+
+def test_every_kind_of_case_is_judged_and_timed():
+    for name in (
+        "dense 8192, D 256, bf16",
+        "bank of 64k patches, 1k queries",
+        "CPC, S 16, D 256",
+        "CPC_audio, K 12, S 128",
+    ):
+        race = measure.Race(
+            cases.find(name).tiny(), CPU, 0.05, memory=False, only=lambda provider: not provider.compiles
+        )
+        race.run()
+        rows = {row["provider"]: row for row in race.rows()}
+        assert not [row for row in rows.values() if row["status"] in ("wrong", "failed")], rows
+        timed = [row for row in rows.values() if "median_ms" in row]
+        assert len(timed) >= 3
+        assert timed[0]["ours"]
+        assert timed[0]["ratio"] == 1
+
+
+def test_rows_and_columns():
+    case = Case("", 12, 12, 8, learns="clip")
+    problem = providers.make_problem(case, 0)
+    true = providers.truth(case, problem)
+    for name in ("ours: chunked", "eager"):
+        loss = providers.find("dense", name).build(case, CPU)
+        assert providers.right(case, providers.judge(case, problem, loss, true))
+
+
+def test_a_wrong_provider_is_not_timed(monkeypatch):
+    case = Case("", 12, 20, 8)
+
+    def half(given, device):
+        return lambda p: providers.eager_dense(p.anchors, p.candidates, p.positives, p.scale / 2)
+
+    wrong, broken = providers.Provider("half", half), providers.Provider("broken", lambda case, device: 1 / 0)
+    large = providers.Provider("large", half, memory=lambda case: 1 << 60)
+    ours = providers.find("dense", "ours: chunked")
+    monkeypatch.setitem(providers.PROVIDERS, "dense", (ours, wrong, broken, large))
+    race = measure.Race(case, CPU, 0.01, memory=False)
+    race.run()
+    rows = {row["provider"]: row for row in race.rows()}
+    assert [rows[name]["status"] for name in ("half", "broken", "large")] == ["wrong", "failed", "too big"]
+    assert "median_ms" not in rows["half"]
+    assert "off by" in rows["half"]["why"]
+
+
+def test_seeded_providers_draw_what_the_others_were_given():
+    case = Case("", 12, 20, 8, s=3)
+    problem = providers.make_problem(case, 4)
+    assert providers.find_seed(case, problem).seed.item() == providers.SEED + 4
+
+
+def test_exponents():
+    assert abs(measure.exponent([1, 2, 4], [5, 10, 20]) - 1) < 1e-9
+    assert abs(measure.exponent([1, 2, 4], [1, 4, 16]) - 2) < 1e-9

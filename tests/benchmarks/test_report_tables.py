@@ -1,0 +1,104 @@
+"""The tables and plots in README.md and docs are those that the committed results make."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from benchmarks import plots, report
+from benchmarks.cases import CASES
+
+ROOT = Path(__file__).parents[2]
+ROW = {"status": "ok", "quartiles_ms": [1.0, 3.0], "rounds": 5, "errors": {"loss": 1e-7}, "extra_mb": 12.5}
+ENVIRONMENT = {
+    "device": "A chip, 2 threads",
+    "commit": "0123abcd",
+    "torch": "2.13.0",
+    "triton": "3.9.0",
+    "date": "2026-01-01",
+    "threads": 2,
+}
+
+
+def make_told(**environment):
+    """The results of a device that does not exist."""
+    records = {}
+    for case in CASES[:3]:
+        rows = [
+            ROW | {"provider": "ours: chunked", "ours": True, "median_ms": 2.0, "ratio": 1.0},
+            ROW | {"provider": "eager", "ours": False, "median_ms": 5.0, "ratio": 2.5, "extra_mb": 800.0},
+            ROW | {"provider": "torch.compile", "ours": False, "median_ms": 1.5, "ratio": 0.75},
+            {"provider": "Liger", "ours": False, "status": "wrong", "why": "dq off by 3.0e-01", "errors": {"dq": 0.3}},
+            {"provider": "Inf-CL", "ours": False, "status": "unavailable", "why": "needs a GPU"},
+        ]
+        records[case.name] = {"case": case.to_json(), "environment": ENVIRONMENT | environment, "rows": rows}
+    series = {"ms": [1.0, 2.0, 4.0], "extra_mb": [1.0, 2.0, 4.0], "time_exponent": 1.0, "memory_exponent": 1.0}
+    sweep = {"axis": "N = M", "sizes": [1024, 2048, 4096], "series": {"ours: chunked": series, "eager": series}}
+    return {
+        "device": "A chip, 2 threads",
+        "environment": ENVIRONMENT | environment,
+        "ceilings": {"copy_gb_s": 20.0, "matmul_tflop_s": {"float32": 0.2}},
+        "cases": records,
+        "scaling": {"dense, N = M": sweep | {"scores_mb": [4.0, 16.0, 64.0]}},
+    }
+
+
+def test_nothing_is_stale():
+    """`python -m benchmarks.report` writes what is missing here."""
+    stale = [
+        str(path.relative_to(ROOT))
+        for path, told in report.render().items()
+        if not path.exists() or path.read_text() != told
+    ]
+    assert not stale, f"stale: {', '.join(stale)}; run `python -m benchmarks.report`"
+
+
+def test_no_plot_is_left_over():
+    wanted = {path for path in report.render() if path.suffix == ".svg"}
+    assert set((ROOT / "docs" / "plots").glob("*.svg")) <= wanted
+
+
+def test_a_changed_result_makes_a_file_stale(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (tmp_path / "a-chip.json").write_text(json.dumps(make_told()))
+    before = report.measured(report.load())
+    changed = make_told()
+    changed["cases"][CASES[0].name]["rows"][0]["median_ms"] = 1.9
+    (tmp_path / "a-chip.json").write_text(json.dumps(changed))
+    assert report.measured(report.load()) != before
+
+
+def test_tables_tell_who_wins_and_who_is_wrong():
+    told = make_told()
+    short, long = report.summary([told]), report.measured([told])
+    assert "Another is faster on: dense 8192, D 256 (torch.compile, 1.33x)" in short
+    assert "**0.8x**" in short
+    assert "GPU: not measured" in short
+    assert "wrong: dq off by 3.0e-01" in long
+    assert "needs a GPU" not in long  # what cannot run here is no row
+    assert "commit 0123abcd" in long
+    assert "not measured" in report.targets(told)
+    assert "not measured" not in report.summary([make_told(cuda="13.0")]).split("Medians")[1]
+
+
+@pytest.mark.parametrize("name", ["speedup", "memory", "share-of-peak", "roofline"])
+def test_plots_are_svg(name):
+    picture = report.drawn(make_told())[f"a-chip-2-threads-{name}.svg"]
+    root = ElementTree.fromstring(picture)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    numbers = [float(n) for n in re.findall(r'(?:x|y|cx|cy)="(-?[\d.]+)"', picture)]
+    assert all(0 <= n <= 700 for n in numbers), "something is drawn outside the picture"
+
+
+def test_ticks_are_few():
+    assert plots.ticks(1, 1000, 10) == [1, 10, 100, 1000]
+    assert len(plots.ticks(1, 1e12, 2)) <= 9
+
+
+def test_markers_are_required(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("no markers")
+    with pytest.raises(SystemExit, match=r"page.md needs a line <!-- x:start -->"):
+        report.between(page, "x", "")
