@@ -1,0 +1,61 @@
+"""Sizes of the sampled kernels, in `tiles`' terms: a tile is one anchor's negatives (columns) by all features.
+
+ESTIMATES all, from the registers a gathered tile takes and from L2 bandwidth against the matrix units; no GPU was at hand.
+"""
+
+from . import tiles
+from .tiles import Tile
+
+ELEMENTS = 4096
+"""Gathered elements that the program of one row holds at a time: 1,024 per warp, 32 registers per thread and array."""
+
+STEPS = 4
+"""From so many steps that share their negatives on, scores go through matrix products, padded to 16 rows: a gathered
+pool row is then read once for all steps, and 16 rows of products cost less than reading it from the L2."""
+
+STEPS_MAX_D = 512
+"""Above, the two tiles of [steps, D] no longer fit the registers, and every step gathers for itself."""
+
+DENSE = 128
+"""The whole pool is scored, masked by how often each row drew each candidate, when M K <= DENSE S (K = 1 when every step
+draws its own): a gathered row costs as much L2 traffic as about so many candidates cost matrix products."""
+
+INTERPRETER_COLUMNS = 4  # small tests see several tiles
+
+
+def gathered(d: int, count: int, arch: str) -> Tile:
+    """One row per program: `columns` gathered pool rows by all features, and as many warps as they fill."""
+    features = _features(d)
+    most = INTERPRETER_COLUMNS if arch == "interpreter" else max(4, ELEMENTS // features)
+    columns = max(4, min(most, _power_of_two(count)))
+    return Tile(1, columns, min(max(columns * features // 1024, 1), 8), 2, features)
+
+
+def steps(op: str, d: int, steps: int, width: int, arch: str) -> Tile:
+    """A block of steps by `columns` gathered pool rows; fewer rows when there are fewer steps."""
+    row = _INTERPRETER if arch == "interpreter" else _STEPS[op, width]
+    bucket = next((i for i, size in enumerate(tiles.BUCKETS) if d <= size), -1)
+    found = row[bucket]
+    return found._replace(rows=min(found.rows, max(16, _power_of_two(steps))), features=_features(d))
+
+
+def resolve(arch: str) -> Tile:
+    return Tile(1, 8 if arch == "interpreter" else 128, 1, 2)
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _features(d: int) -> int:
+    return max(16, _power_of_two(d))
+
+
+T = Tile
+_INTERPRETER = (T(16, 16, 4, 2),) * 4
+_STEPS = {  # fmt: skip
+    ("forward", 16): (T(64, 64, 4, 2), T(64, 32, 4, 2), T(32, 32, 4, 2), T(16, 32, 4, 2)),
+    ("forward", 32): (T(32, 32, 4, 2), T(32, 32, 4, 2), T(16, 16, 4, 2), T(16, 16, 4, 1)),
+    ("backward", 16): (T(64, 64, 4, 2), T(64, 32, 4, 2), T(32, 32, 4, 2), T(16, 16, 4, 2)),
+    ("backward", 32): (T(32, 32, 4, 2), T(32, 32, 4, 2), T(16, 16, 4, 2), T(16, 16, 4, 1)),
+}
