@@ -347,11 +347,42 @@ def test_label_losses_are_pytorch_metric_learnings(name, references, labels):
 def test_label_losses_in_other_dtypes(name, dtype):
     theirs, _, _ = label_losses()
     generator = torch.Generator().manual_seed(1)
-    for classes, n in ((3, 700), (40, 80), (64, 128)):
+    for classes, n in ((3, 24), (40, 80), (64, 128)):  # the original holds positive pairs x negative pairs
         tags = torch.randint(classes, (n,), generator=generator)
         (embeddings,) = leaves((n, 32), dtype=dtype)
         ours, expected = (getattr(m, name)(temperature=0.2) for m in (pytorch_metric_learning, theirs))
         assert_same(lambda e, f=ours, t=tags: f(e, t), lambda e, f=expected, t=tags: f(e, t), embeddings)
+
+
+def spelled_out(name, embeddings, tags, others, other_tags, temperature):
+    """The two formulas over the whole matrix."""
+    scores = F.normalize(embeddings, dim=1) @ F.normalize(others, dim=1).T / temperature
+    same = tags[:, None] == other_tags
+    itself = torch.eye(len(tags), dtype=torch.bool) if others is embeddings else torch.zeros_like(same)
+    positive = same & ~itself
+    if name == "NTXentLoss":
+        lse = scores.masked_fill(same, -torch.inf).logsumexp(1)
+        return F.softplus(lse[:, None] - scores)[positive].mean()
+    lse = scores.masked_fill(itself, -torch.inf).logsumexp(1)
+    return (lse - (scores * positive).sum(1) / positive.sum(1)).mean()
+
+
+@pytest.mark.parametrize("name", ["SupConLoss", "NTXentLoss"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("references", [False, True])
+def test_label_losses_over_several_blocks_of_rows(name, dtype, references):
+    loss = getattr(pytorch_metric_learning, name)(temperature=0.1)
+    tags, other_tags = torch.arange(600) % 5 // 2, torch.arange(330) % 3
+    embeddings, others = leaves((600, 16), (330, 16), dtype=dtype)
+    if references:
+        assert_same(
+            lambda e, r: loss(e, tags, ref_emb=r, ref_labels=other_tags),
+            lambda e, r: spelled_out(name, e, tags, r, other_tags, 0.1),
+            embeddings,
+            others,
+        )
+    else:
+        assert_same(lambda e: loss(e, tags), lambda e: spelled_out(name, e, tags, e, tags, 0.1), embeddings)
 
 
 @pytest.mark.parametrize("name", ["SupConLoss", "NTXentLoss"])
@@ -426,7 +457,7 @@ def test_positives_far_apart_keep_their_gradient():
         e = embeddings.to(dtype).requires_grad_()
         loss = pytorch_metric_learning.NTXentLoss(temperature=0.005)(e, tags)
         loss.backward()
-        results.append((float(loss), e.grad.double()))
+        results.append((loss.item(), e.grad.double()))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
     assert float(results[1][1].abs().max()) > 0.1
     torch.testing.assert_close(*(grad for _, grad in results), rtol=1e-3, atol=1e-4)
