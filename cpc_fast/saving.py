@@ -172,6 +172,10 @@ class Checkpoint:
                 _, index, key = name.split(".")
                 state["state"].setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict(state)
+        for parameter, slots in self.optimizer.state.items():  # fused AdamW pairs elements by their place in memory
+            for key, value in slots.items():
+                if value.shape == parameter.shape:
+                    slots[key] = torch.empty_like(parameter).copy_(value)
         return int(about["epoch"])
 
     def save(self, epoch: int) -> None:
