@@ -58,7 +58,7 @@ def _sharpen(images: Images, generator: torch.Generator) -> Images:
 def _shuffle(images: Images, generator: torch.Generator) -> Images:
     """Move every pixel a few places at random: the histogram stays, the texture goes."""
     b, _, h, w = images.shape
-    reach = int(_pick(images[:1], 2, 6, generator))
+    reach = int(_pick(images[:1], 2.0, 6.0, generator))
     dy, dx = torch.randint(-reach, reach + 1, (2, b, h, w), generator=generator)
     y = (torch.arange(h)[:, None] + dy).clamp(0, h - 1)
     x = (torch.arange(w) + dx).clamp(0, w - 1)

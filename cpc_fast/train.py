@@ -45,11 +45,13 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first tenth, then half a cosine down to 0."""
+def learning_rate(step: int, steps: int, peak: float, schedule: str = "cosine") -> float:
+    """Linear warm-up over the first tenth, then half a cosine down to 0, or constant."""
     warm = max(1, steps // 10)
     if step < warm:
         return peak * (step + 1) / warm
+    if schedule == "constant":
+        return peak
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
@@ -83,6 +85,19 @@ def make_optimizer(model: CPC, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(learns, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
+def average_weights(optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
+    """Move the running mean of the weights towards them; it lives in the optimiser's state and is saved with it.
+
+    The mean over the last 1 / (1 - decay) steps, fewer at the start. Single weights wander from step to step, and the
+    scores of unseen images with them; their mean does not.
+    """
+    rate = 1 - min(decay, (1 + step) / (10 + step))
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            mean = optimizer.state[weight].setdefault("average", weight.detach().clone())
+            mean.lerp_(weight.detach(), rate)
+
+
 def train(
     model: CPC,
     images: Sequence[np.ndarray],
@@ -93,7 +108,7 @@ def train(
     on_step: Callable[[Progress], None] | None = None,
     on_epoch: Callable[[int], None] | None = None,
 ) -> None:
-    """Train `model` in place on normal images, each uint8 (h, w, c).
+    """Train `model` in place on normal images, each uint8 (h, w, c); it ends with the running mean of its weights.
 
     Args:
         optimizer: from make_optimizer, with its state restored when resuming.
@@ -116,7 +131,7 @@ def train(
         for i in range(per_epoch):
             step = epoch * per_epoch + i
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, config.learning_rate)
+                group["lr"] = learning_rate(step, total, config.learning_rate, config.schedule)
             batch = make_batch(model, [images[j] for j in order[i * size : (i + 1) * size]], generator)
             copies = batch.repeat(config.shift_copies, 1, 1, 1)
             shifted = shift(copies, config.shifts, generator) if config.shifts else None
@@ -129,6 +144,7 @@ def train(
                 result.loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
+                average_weights(optimizer, config.averaging, step)
             else:
                 bad += 1
                 if bad >= MAX_BAD_STEPS:
@@ -146,4 +162,7 @@ def train(
                 )  # fmt: skip
         if on_epoch:
             on_epoch(epoch + 1)
+    with torch.no_grad():
+        for weight, state in optimizer.state.items():
+            weight.copy_(state["average"])
     model.eval()
