@@ -3,6 +3,7 @@
 Imports torch and the standard library; Triton only when a tensor on a GPU asks for it.
 """
 
+from .bilinear_info_nce import bilinear_info_nce, bilinear_info_nce_stats
 from .capabilities import Capability, capabilities
 from .info_nce import InfoNCEStats, info_nce, info_nce_stats
 from .negatives import Negatives, draw_negatives
@@ -12,6 +13,8 @@ __all__ = [
     "Capability",
     "InfoNCEStats",
     "Negatives",
+    "bilinear_info_nce",
+    "bilinear_info_nce_stats",
     "capabilities",
     "draw_negatives",
     "info_nce",

@@ -1,6 +1,6 @@
 """Sizes of the sampled kernels, in `tiles`' terms: a tile is one anchor's negatives (columns) by all features.
 
-ESTIMATES all, from the registers a gathered tile takes and from L2 bandwidth against the matrix units; no GPU was at hand.
+ESTIMATES all, from the registers a gathered tile takes and from L2 bandwidth against matrix units; no GPU was at hand.
 """
 
 from . import tiles
@@ -17,8 +17,8 @@ STEPS_MAX_D = 512
 """Above, the two tiles of [steps, D] no longer fit the registers, and every step gathers for itself."""
 
 DENSE = 128
-"""The whole pool is scored, masked by how often each row drew each candidate, when M K <= DENSE S (K = 1 when every step
-draws its own): a gathered row costs as much L2 traffic as about so many candidates cost matrix products."""
+"""The whole pool is scored, masked by how often each row drew each candidate, when M K <= DENSE S (K = 1 when every
+step draws its own): a gathered row costs as much L2 traffic as about so many candidates cost matrix products."""
 
 INTERPRETER_COLUMNS = 4  # small tests see several tiles
 
@@ -53,7 +53,7 @@ def _features(d: int) -> int:
 
 T = Tile
 _INTERPRETER = (T(16, 16, 4, 2),) * 4
-_STEPS = {  # fmt: skip
+_STEPS = {
     ("forward", 16): (T(64, 64, 4, 2), T(64, 32, 4, 2), T(32, 32, 4, 2), T(16, 32, 4, 2)),
     ("forward", 32): (T(32, 32, 4, 2), T(32, 32, 4, 2), T(16, 16, 4, 2), T(16, 16, 4, 1)),
     ("backward", 16): (T(64, 64, 4, 2), T(64, 32, 4, 2), T(32, 32, 4, 2), T(16, 16, 4, 2)),

@@ -1,0 +1,368 @@
+"""CPC in one call: step k predicts W_k c, and InfoNCE scores the prediction against the candidates.
+
+    p_nk   = W_k c_n                        c: contexts (N, C), W: weights (K, D, C), z: candidates (M, D)
+    s_nkj  = scale z_j^T W_k c_n            the bilinear score: project the contexts (p), or the candidates (z W_k)
+    loss   = info_nce, or sampled_info_nce where negatives are given
+
+    dc_n = sum_k W_k^T dp_nk,   dW_k = sum_n dp_nk c_n^T         or, on the other side, of z W_k alike
+
+Which contexts speak about which step is either everything (N x K rows) or listed: `sources` name the context of every
+row, sorted by step, `counts` how many rows each step has. Listed rows are projected one product per step on a CPU; on
+a GPU in one product for all steps, of which the rows asked for are kept. Nothing but the projection itself is stored:
+the contexts that a step reads are gathered again in backward, and added to one gradient.
+
+The cheaper side is projected. Contexts: P C D + P S' D multiply-adds, P the number of rows, S' the candidates that each
+is scored against. Candidates: K M C D + P S' C. Drawn negatives are the same on both sides.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .info_nce import InfoNCEStats, autocast, info_nce, info_nce_stats, once_differentiable, reduce, spell
+from .negatives import Negatives, draw_negatives
+from .sampled_info_nce import sampled_info_nce, sampled_info_nce_stats
+
+# --- the projection of listed rows ------------------------------------------------------------------------------------
+
+
+def _parts(sources: Tensor, counts: Sequence[int]):
+    """(k, rows of the result, the contexts they read)."""
+    start = 0
+    for k, count in enumerate(counts):
+        if count:
+            yield k, slice(start, start + count), sources[start : start + count]
+        start += count
+
+
+def _cells(sources: Tensor, counts: Sequence[int]) -> Tensor:
+    """(P,) where each row lies in the (N K) rows of the projection of everything."""
+    steps = torch.arange(len(counts), device=sources.device)
+    return sources * len(counts) + steps.repeat_interleave(
+        torch.tensor(counts, device=sources.device), output_size=len(sources)
+    )
+
+
+@torch.library.custom_op("cpc_kernels::project", mutates_args=())
+def project(contexts: Tensor, weights: Tensor, sources: Tensor, counts: Sequence[int], at_once: bool) -> Tensor:
+    """(N, C), (K, D, C), (P,) -> (P, D)."""
+    contexts, weights = contexts.detach(), weights.detach()
+    steps, d, c = weights.shape
+    if at_once:
+        everything = contexts @ weights.reshape(steps * d, c).T  # (N, K D)
+        return everything.view(-1, d)[_cells(sources, counts)]
+    out = contexts.new_empty(len(sources), d)
+    for k, rows, read in _parts(sources, counts):
+        torch.mm(contexts[read], weights[k].T, out=out[rows])
+    return out
+
+
+@project.register_fake
+def _(contexts, weights, sources, counts, at_once):
+    return contexts.new_empty((sources.shape[0], weights.shape[1]))
+
+
+@torch.library.custom_op("cpc_kernels::project_backward", mutates_args=())
+def project_backward(
+    grad: Tensor,
+    contexts: Tensor,
+    weights: Tensor,
+    sources: Tensor,
+    counts: Sequence[int],
+    at_once: bool,
+    need_contexts: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    steps, d, c = weights.shape
+    if at_once:
+        everything = grad.new_zeros(len(contexts) * steps, d)
+        everything.index_copy_(0, _cells(sources, counts), grad)  # a context speaks once about a step
+        everything = everything.view(-1, steps * d)
+        dc = everything @ weights.reshape(steps * d, c) if need_contexts else grad.new_empty(0)
+        dw = (everything.T @ contexts).view(steps, d, c) if need_weights else grad.new_empty(0)
+        return dc, dw
+    dc = contexts.new_zeros(contexts.shape if need_contexts else (0,))
+    dw = weights.new_zeros(weights.shape if need_weights else (0,))
+    for k, rows, read in _parts(sources, counts):
+        if need_contexts:
+            dc.index_add_(0, read, grad[rows] @ weights[k])
+        if need_weights:
+            torch.mm(grad[rows].T, contexts[read], out=dw[k])
+    return dc, dw
+
+
+@project_backward.register_fake
+def _(grad, contexts, weights, sources, counts, at_once, need_contexts, need_weights):
+    return (
+        contexts.new_empty(contexts.shape if need_contexts else (0,)),
+        weights.new_empty(weights.shape if need_weights else (0,)),
+    )
+
+
+def _save(ctx, inputs, output):
+    contexts, weights, sources, counts, at_once = inputs
+    ctx.save_for_backward(contexts, weights, sources)
+    ctx.options = counts, at_once
+
+
+def _backward(ctx, grad):
+    needs = ctx.needs_input_grad[:2]
+    grads = project_backward(grad, *ctx.saved_tensors, *ctx.options, *needs)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
+
+
+project.register_autograd(_backward, setup_context=_save)
+once_differentiable(project_backward, "bilinear_info_nce")
+
+
+def _project_rows(contexts, weights, sources, counts, impl):
+    """(P, D), by plain torch where second derivatives are wanted."""
+    if impl == "reference":
+        return torch.cat([contexts[read] @ weights[k].T for k, _, read in _parts(sources, counts)] or [
+            contexts.new_zeros(0, weights.shape[1])
+        ])  # fmt: skip
+    return project(contexts, weights, sources, list(counts), contexts.device.type != "cpu")
+
+
+# --- the door ---------------------------------------------------------------------------------------------------------
+
+
+def check(op, contexts, weights, candidates, positives, negatives, sources, counts, side) -> None:
+    if weights.ndim != 3 or candidates.ndim != 2 or contexts.ndim < 2:
+        raise ValueError(
+            f"{op}: contexts must be (..., C), weights (K, D, C) and candidates (M, D). "
+            f"{spell(contexts=contexts, weights=weights, candidates=candidates)}"
+        )
+    k, d, c = weights.shape
+    if contexts.shape[-1] != c or candidates.shape[1] != d:
+        raise ValueError(
+            f"{op}: weights (K, D, C) must map the contexts' features C to the candidates' D. "
+            f"{spell(contexts=contexts, weights=weights, candidates=candidates)}"
+        )
+    for name, tensor in (("weights", weights), ("candidates", candidates)):
+        if tensor.dtype != contexts.dtype:
+            raise TypeError(
+                f"{op}: {name} must have the contexts' dtype (or run under autocast). "
+                f"Got contexts {contexts.dtype}, {name} {tensor.dtype}."
+            )
+    if side not in ("auto", "contexts", "candidates"):
+        raise ValueError(f"{op}: side must be auto, contexts or candidates. Got {side!r}.")
+    if (sources is None) != (counts is None):
+        missing, given = ("counts", "sources") if counts is None else ("sources", "counts")
+        raise ValueError(f"{op}: {given} were given without {missing}; rows are listed by both, or by neither.")
+    vectors = (d,) if positives.is_floating_point() else ()
+    if counts is None:
+        n = math.prod(contexts.shape[:-1])
+        if tuple(positives.shape) not in ((n, k, *vectors), (*contexts.shape[:-1], k, *vectors)):
+            raise ValueError(
+                f"{op}: positives must be ({n}, {k}) indices or ({n}, {k}, {d}) vectors, one per context and step. "
+                f"{spell(contexts=contexts, weights=weights, positives=positives)}"
+            )
+        return
+    if sources.ndim != 1 or sources.is_floating_point() or len(counts) != k or sum(counts) != len(sources):
+        raise ValueError(
+            f"{op}: sources must be (P,) integers sorted by step, counts {k} numbers (one per step) that add up to P. "
+            f"Got sources {tuple(sources.shape)} {sources.dtype}, counts {list(counts)}."
+        )
+    if tuple(positives.shape) != (len(sources), *vectors):
+        raise ValueError(
+            f"{op}: positives must be ({len(sources)},) indices or ({len(sources)}, {d}) vectors, one for each source. "
+            f"{spell(sources=sources, positives=positives)}"
+        )
+
+
+def cheaper_side(rows: int, steps: int, m: int, scored: int, d: int, c: int) -> str:
+    """Whose projection costs fewer multiply-adds; `scored`: candidates that each row is scored against."""
+    contexts = rows * c * d + 3 * rows * scored * d  # scores, and both gradients
+    candidates = steps * m * c * d + 3 * rows * scored * c
+    return "contexts" if contexts <= candidates else "candidates"
+
+
+def _run(
+    op, contexts, weights, candidates, positives, negatives, sources, counts, scale, anchor_ids, candidate_ids,
+    reduction, impl, side, stats,
+):  # fmt: skip
+    contexts, weights, candidates, positives = autocast(contexts.device, contexts, weights, candidates, positives)
+    check(op, contexts, weights, candidates, positives, negatives, sources, counts, side)
+    steps, d, c = weights.shape
+    contexts = contexts.reshape(-1, c)
+    n, m = len(contexts), len(candidates)
+    vectors = positives.is_floating_point()
+    listed = sources is not None
+    if not listed:
+        positives = positives.reshape(n, steps, *positives.shape[positives.ndim - vectors :])
+    rows = len(sources) if listed else n * steps
+    drawn = isinstance(negatives, Negatives)
+    scored = m if negatives is None else negatives.count if drawn else negatives.shape[-1]
+    if side == "auto":
+        side = cheaper_side(rows, steps, m, scored, d, c)
+    options = {"scale": scale, "anchor_ids": anchor_ids, "impl": impl}
+    dense, sampled = (info_nce_stats, sampled_info_nce_stats) if stats else (info_nce, sampled_info_nce)
+
+    if side == "contexts":
+        if listed:
+            anchors = _project_rows(contexts, weights, sources, counts, impl)  # (P, D)
+        else:
+            anchors = (contexts @ weights.reshape(steps * d, c).T).view(n, steps, d)
+        if not stats:
+            options["reduction"] = reduction
+        if negatives is not None:
+            return sampled(anchors, candidates, positives, negatives, pool_ids=candidate_ids, **options)
+        if listed:
+            return dense(anchors, candidates, positives, candidate_ids=candidate_ids, **options)
+        flat = positives.reshape(n * steps, *positives.shape[2:])
+        if anchor_ids is not None:
+            options["anchor_ids"] = anchor_ids.repeat_interleave(steps)
+        result = dense(anchors.view(n * steps, d), candidates, flat, candidate_ids=candidate_ids, **options)
+        if stats:
+            return InfoNCEStats(*(r.view(n, steps) for r in result))
+        return result.view(n, steps) if reduction == "none" else result
+
+    if negatives is not None:
+        result = _sampled_candidates(
+            sampled, contexts, weights, candidates, positives, negatives, sources, counts, candidate_ids, options, stats
+        )
+        return result if stats else reduce(result, positives, reduction)
+    pieces = []
+    parts = _parts(sources, counts) if listed else ((k, k, slice(None)) for k in range(steps))
+    for k, part, read in parts:
+        own = positives[part] if listed else positives[:, k]
+        if anchor_ids is not None and listed:
+            options["anchor_ids"] = anchor_ids[part]
+        if not stats:
+            options["reduction"] = "none"
+        own = own @ weights[k] if vectors else own
+        pieces.append(dense(contexts[read], candidates @ weights[k], own, candidate_ids=candidate_ids, **options))
+    join = torch.cat if listed else lambda each: torch.stack(each, 1)
+    if not pieces:  # no rows at all
+        none = contexts[:0], candidates @ weights[0], positives[:0]
+        pieces.append(dense(*none, candidate_ids=candidate_ids, **options))
+        join = torch.cat
+    if stats:
+        return InfoNCEStats(*(join(each) for each in zip(*pieces, strict=True)))
+    return reduce(join(pieces), positives, reduction)
+
+
+def _sampled_candidates(
+    sampled, contexts, weights, candidates, positives, negatives, sources, counts, candidate_ids, options, stats
+):  # fmt: skip
+    """Candidates projected once for each step, (K M, C): row k M + j is z_j as step k sees it."""
+    steps, _, c = weights.shape
+    m, listed = len(candidates), sources is not None
+    vectors = positives.is_floating_point()
+    pool = torch.einsum("md,kdc->kmc", candidates, weights).reshape(steps * m, c)
+    if listed:
+        of_row = torch.repeat_interleave(torch.tensor(counts, device=sources.device), output_size=len(sources))  # (P,)
+        anchors = contexts[sources]
+        row_steps = 1
+    else:
+        of_row = torch.arange(steps, device=contexts.device)  # (K,)
+        anchors = contexts[:, None].expand(-1, steps, -1)
+        row_steps = steps
+    rows = len(anchors)
+    if isinstance(negatives, Negatives):
+        drawn = draw_negatives(negatives, positives, m, rows, row_steps)
+        if drawn.ndim == 3 and listed:
+            drawn = drawn[:, 0]
+        if not listed and drawn.ndim == 2:
+            drawn = drawn[:, None].expand(-1, steps, -1)
+        if not vectors:  # a draw shared by the steps may hit one step's positive
+            drawn = drawn.where(drawn != positives[..., None], -1)
+        negatives = drawn
+    elif not listed and negatives.ndim == 2:
+        negatives = negatives[:, None].expand(-1, steps, -1)
+    negatives = torch.where(negatives < 0, -1, negatives + of_row[:, None] * m)
+    if not vectors:
+        positives = torch.where(positives < 0, -1, positives + of_row * m)
+    elif listed:
+        parts = [positives[part] @ weights[k] for k, part, _ in _parts(sources, counts)]
+        positives = torch.cat(parts or [positives[:0] @ weights[0]])
+    else:
+        positives = torch.einsum("nkd,kdc->nkc", positives, weights)
+    if candidate_ids is not None:
+        candidate_ids = candidate_ids.repeat(steps)
+    if not stats:
+        options["reduction"] = "none"
+    return sampled(anchors, pool, positives, negatives, pool_ids=candidate_ids, **options)
+
+
+def bilinear_info_nce(
+    contexts: Tensor,
+    weights: Tensor,
+    candidates: Tensor,
+    positives: Tensor,
+    negatives: Tensor | Negatives | None = None,
+    *,
+    sources: Tensor | None = None,
+    counts: Sequence[int] | None = None,
+    scale: float | Tensor = 1.0,
+    anchor_ids: Tensor | None = None,
+    candidate_ids: Tensor | None = None,
+    reduction: str = "mean",
+    impl: str = "auto",
+    side: str = "auto",
+) -> Tensor:
+    """CPC's loss from contexts, weights and latents: step k predicts W_k c and is scored against the candidates.
+
+    loss_nk = softplus(log sum_{j negative} exp(s_nkj) - s_nk,p),   s_nkj = scale z_j^T W_k c_n
+
+    contexts: (N, C), or (B, H, W, C) and the like, flattened to N. weights: (K, D, C), one map for each step (and
+    direction). candidates: (M, D). All of one dtype.
+    Without `sources` every context speaks about every step: positives are (N, K) candidate indices (-1: no such row)
+    or (N, K, D) vectors, and losses (N, K). With sources (P,), the flat context of each row sorted by step, and counts,
+    how many rows each of the K steps has, positives are (P,) or (P, D) and losses (P,); a context speaks at most once
+    about a step.
+    negatives: None (all candidates, as `info_nce`), or as for `sampled_info_nce`: Negatives(count, seed, per_step), or
+    indices (N, S) or (N, K, S), (P, S) for listed rows.
+    scale: number or one-element tensor (it may learn). anchor_ids: (N,), or (P,) for listed rows; candidate_ids: (M,).
+    reduction: none, sum, or mean over the rows that are not ignored. impl: that of `info_nce` or `sampled_info_nce`.
+    side: what is projected, contexts or candidates; auto takes the cheaper.
+    Gradients reach contexts, weights, candidates, vector positives and scale.
+
+    Raises ValueError, TypeError or IndexError for arguments that do not fit, RuntimeError for an impl that cannot run
+    and for second derivatives. Source: van den Oord et al. 2018 (arXiv 1807.03748).
+
+    >>> contexts, weights, latents = torch.randn(2, 3, 3, 8), torch.randn(4, 16, 8), torch.randn(18, 16)
+    >>> positives = torch.randint(0, 18, (18, 4))
+    >>> bilinear_info_nce(contexts, weights, latents, positives, reduction="none").shape
+    torch.Size([18, 4])
+    """
+    return _run(
+        "bilinear_info_nce", contexts, weights, candidates, positives, negatives, sources, counts, scale, anchor_ids,
+        candidate_ids, reduction, impl, side, False,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def bilinear_info_nce_stats(
+    contexts: Tensor,
+    weights: Tensor,
+    candidates: Tensor,
+    positives: Tensor,
+    negatives: Tensor | Negatives | None = None,
+    *,
+    sources: Tensor | None = None,
+    counts: Sequence[int] | None = None,
+    scale: float | Tensor = 1.0,
+    anchor_ids: Tensor | None = None,
+    candidate_ids: Tensor | None = None,
+    impl: str = "auto",
+    side: str = "auto",
+) -> InfoNCEStats:
+    """Loss, log-sum-exp, positive score and rank of every row of `bilinear_info_nce`, without gradients.
+
+    rank = number of negatives that score above the positive: 0 where it wins
+
+    Arguments as `bilinear_info_nce`. Returns four (N, K) tensors, (P,) for listed rows; rank int64.
+
+    >>> contexts, weights, latents = torch.randn(6, 8), torch.randn(2, 16, 8), torch.randn(9, 16)
+    >>> sources, positives = torch.tensor([0, 1, 2, 0]), torch.tensor([3, 4, 5, 6])
+    >>> bilinear_info_nce_stats(contexts, weights, latents, positives, sources=sources, counts=[3, 1]).rank.shape
+    torch.Size([4])
+    """
+    return _run(
+        "bilinear_info_nce_stats", contexts, weights, candidates, positives, negatives, sources, counts, scale,
+        anchor_ids, candidate_ids, "none", impl, side, True,
+    )  # fmt: skip
