@@ -1,6 +1,6 @@
 """SimCLR with a drop-in: two views of each image, of 32 x 32 colour blobs (so that nothing is downloaded).
 
-python examples/simclr_cifar_like.py            under a minute on a CPU; the loss falls from log(2 x 256 - 1)
+python examples/simclr_cifar_like.py            under a minute on a CPU; the loss falls from about log(2 x 256 - 1)
 """
 
 import argparse
