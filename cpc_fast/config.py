@@ -129,7 +129,7 @@ class Config:
 _TEXTURES = Config(
     crop=96, width=16, stem=2, context="masked-conv", shift_copies=2, batch_size=8,
     shifts=("noise", "shuffle", "sharpen", "invert", "warp", "magnify"),
-    epochs=4, learning_rate=2e-3, schedule="constant", jitter=0.03, flips=True,
+    epochs=8, learning_rate=2e-3, schedule="constant", jitter=0.03, flips=True,
 )  # fmt: skip
 
 PRESETS: dict[str, Config] = {

@@ -30,7 +30,11 @@ def make_norm(kind: str, channels: int) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    """Pre-activation residual block of two 3 x 3 convolutions (He et al. 2016, arXiv 1603.05027)."""
+    """Pre-activation residual block of two 3 x 3 convolutions (He et al. 2016, arXiv 1603.05027).
+
+    The shortcut takes the input before its norm, also where it changes the width, and the encoder ends without a norm:
+    so brightness and contrast of a patch, which a norm over the patch removes, still reach the latent.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: str) -> None:
         super().__init__()
@@ -43,9 +47,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        active = F.relu(self.norm1(x))
-        shortcut = x if self.shortcut is None else self.shortcut(active)
-        return shortcut + self.conv2(F.relu(self.norm2(self.conv1(active))))
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return shortcut + self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
 
 
 class PatchEncoder(nn.Module):
@@ -70,10 +73,9 @@ class PatchEncoder(nn.Module):
         for inputs, outputs, stride in stages:
             blocks += [ResidualBlock(inputs, outputs, stride, norm), ResidualBlock(outputs, outputs, 1, norm)]
         self.blocks = nn.Sequential(*blocks)
-        self.norm = make_norm(norm, 4 * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.blocks(self.stem(x)))).mean((2, 3))
+        return F.relu(self.blocks(self.stem(x))).mean((2, 3))
 
 
 def encode(encoder: nn.Module, patches: Patches) -> Latents:
