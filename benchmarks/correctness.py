@@ -100,8 +100,7 @@ def make(probe: Probe) -> dict[str, Any]:
     dtype = getattr(torch, probe.dtype)
 
     def random(*shape: int, size: float = 1.0) -> Tensor:
-        wide = torch.randn(*shape[:-1], 2 * shape[-1], generator=g) * size
-        return (wide[..., ::2] if probe.strided else wide[..., : shape[-1]].contiguous()).to(dtype)
+        return (torch.randn(*shape, generator=g) * size).to(dtype)
 
     n, m, d, k = probe.n, probe.m, probe.d, probe.k
     stepped = probe.op == "bilinear" or k > 1
@@ -130,6 +129,8 @@ def compute(
 
     def leaf(tensor: Tensor) -> Tensor:
         moved = tensor.to(device) if dtype is None else tensor.to(device, dtype)
+        if probe.strided:  # every other feature of something wider
+            moved = moved.repeat_interleave(2, -1)[..., ::2]
         return moved.detach().requires_grad_()
 
     q, z = leaf(made["anchors"]), leaf(made["candidates"])

@@ -107,8 +107,6 @@ def check(args: argparse.Namespace, device) -> int:
             say(f"no time for {len(measured) - i} cases: {', '.join(c.name for c in measured[i:])}")
             break
         wrong += check_case(case, args.dry, device, book, ceilings)
-    if device.type == "cuda":
-        importlib.import_module("torch").cuda.empty_cache()
     wrong += check_end_to_end(args.dry, device, book, budget)
 
     say("\n" + book.table())
@@ -170,6 +168,11 @@ def check_case(case, dry: bool, device, book, ceilings: dict[str, Any]) -> int:
         say(f"{case.name}: not measured, {type(problem).__name__}: {str(problem)[:200]}")
         return 1
     book.add("cases", case.name, record)
+    del race
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
     ours = [row for row in record["rows"] if row["ours"] and row["status"] in ("wrong", "failed")]
     best = next((row for row in record["rows"] if "median_ms" in row), None)
     if best:

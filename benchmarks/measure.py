@@ -263,7 +263,7 @@ class Race:
                 lane.loss = provider.build(case, self.device)
                 true = self._truth(provider.seeded)
                 lane.errors = providers.judge(case, first, lane.loss, true)
-                lane.warm_ms = min(self.clock(lambda i=i: self._step(lane, i)) for i in range(len(self.sets)))
+                lane.warm_ms = self.clock(lambda: self._step(lane, 0))  # warm: it has been judged
                 self._capture(lane)
         except Unavailable as reason:
             lane.status, lane.why = "unavailable", str(reason)
@@ -273,6 +273,8 @@ class Race:
                 f"{type(error).__name__}: {str(error).strip().splitlines()[:1] or ''}"[:160],
             )
             first.clear()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
         else:
             if not providers.right(case, lane.errors):
                 lane.status = "wrong"

@@ -90,8 +90,9 @@ def truth(case: Case, problem: Problem, seeded: bool = False) -> dict[str, Tenso
     q = problem.anchors.detach().double().requires_grad_()
     k = problem.candidates.detach().double().requires_grad_(problem.candidates.requires_grad)
     width = case.m if not case.s else case.s * case.d
+    rows = max(1, (2**24 if q.device.type == "cpu" else 2**27) // width)
     total = torch.zeros((), dtype=torch.float64, device=q.device)
-    for part in torch.arange(case.n, device=q.device).split(max(1, 2**24 // width)):
+    for part in torch.arange(case.n, device=q.device).split(rows):
         if case.s:
             anchors, positives = q[part].view(len(part), case.k, -1), problem.positives[part].view(len(part), case.k)
             assert problem.negatives is not None

@@ -8,13 +8,13 @@ from benchmarks import measure, providers
 from benchmarks.cases import Case
 from benchmarks.conftest import DEVICE
 
-DENSE = Case("", 2048, 2048, 128)
+DENSE = Case("", 2048, 2048, 64)
 SAMPLED = Case("", 2048, 4096, 128, k=2, s=16)
 SWEEPS = {
     "dense, N": [replace(DENSE, n=n) for n in (1024, 2048, 4096, 8192)],
     "dense, M": [replace(DENSE, m=m) for m in (1024, 2048, 4096, 8192)],
-    "dense, N = M": [replace(DENSE, n=n, m=n) for n in (1024, 2048, 4096, 8192, 16384)],
-    "dense, D": [replace(DENSE, d=d) for d in (64, 128, 256, 512)],
+    "dense, N = M": [replace(DENSE, n=n, m=n) for n in (1024, 2048, 4096, 8192)],
+    "dense, D": [replace(DENSE, d=d) for d in (32, 64, 128, 256)],
     "sampled, N": [replace(SAMPLED, n=n) for n in (2048, 4096, 8192, 16384)],
     "sampled, M": [replace(SAMPLED, m=m) for m in (4096, 8192, 16384, 32768)],
     "sampled, S": [replace(SAMPLED, s=s) for s in (16, 32, 64, 128)],
