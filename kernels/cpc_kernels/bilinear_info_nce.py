@@ -12,7 +12,7 @@ a GPU in one product for all steps, of which the rows asked for are kept. Nothin
 the contexts that a step reads are gathered again in backward, and added to one gradient.
 
 The cheaper side is projected. Contexts: P C D + P S' D multiply-adds, P the number of rows, S' the candidates that each
-is scored against. Candidates: K M C D + P S' C. Drawn negatives are the same on both sides.
+is scored against. Candidates: K M C D + P S' C. (Three times as many with gradients.) Drawn negatives are the same on both sides.
 """
 
 import math
@@ -175,8 +175,8 @@ def check(op, contexts, weights, candidates, positives, negatives, sources, coun
 
 def cheaper_side(rows: int, steps: int, m: int, scored: int, d: int, c: int) -> str:
     """Whose projection costs fewer multiply-adds; `scored`: candidates that each row is scored against."""
-    contexts = rows * c * d + 3 * rows * scored * d  # scores, and both gradients
-    candidates = steps * m * c * d + 3 * rows * scored * c
+    contexts = rows * c * d + rows * scored * d
+    candidates = steps * m * c * d + rows * scored * c
     return "contexts" if contexts <= candidates else "candidates"
 
 
@@ -237,9 +237,10 @@ def _run(
         pieces.append(dense(contexts[read], candidates @ weights[k], own, candidate_ids=candidate_ids, **options))
     join = torch.cat if listed else lambda each: torch.stack(each, 1)
     if not pieces:  # no rows at all
-        none = contexts[:0], candidates @ weights[0], positives[:0]
+        none = contexts[:0], candidates @ weights[0], positives[:0] @ weights[0] if vectors else positives
+        if not stats:
+            options["reduction"] = "none"
         pieces.append(dense(*none, candidate_ids=candidate_ids, **options))
-        join = torch.cat
     if stats:
         return InfoNCEStats(*(join(each) for each in zip(*pieces, strict=True)))
     return reduce(join(pieces), positives, reduction)

@@ -14,15 +14,15 @@ Three schedules, chosen by size (`sampled_tiles`), with one meaning:
     dense      a pool so small that scoring all of it beats gathering: matrix products over chunks of rows, masked by
                how often each row lists each candidate (integer counts, exact whatever the order).
 
-The pool's gradient has the same three, in which "gathered" and "steps" add atomically (fp32; the order of additions, and
-so the last bits, change from run to run), and a fourth: "segments" sorts the entries by candidate, and one program per
-candidate adds its own in their order. It is taken when `torch.are_deterministic_algorithms_enabled()` and the pool is
-not small; it is the only one that holds an index tensor, N S (or N K S) int64, while backward runs.
+The pool's gradient has the same three, in which "gathered" and "steps" add atomically (fp32; the order of additions,
+and so the last bits, change from run to run), and a fourth: "segments" sorts the entries by candidate, and one program
+per candidate adds its own in their order. It is taken when `torch.are_deterministic_algorithms_enabled()` and the pool
+is not small; it is the only one that holds an index tensor, N S (or N K S) int64, while backward runs.
 
-Drawn negatives come from Philox4x32-10, counter (s // 4, n, k or 0, 0), key = seed, word s % 4 (negatives.py), in forward
-and again in backward. The seed is read on the device. A drawn entry equal to the row's positive is skipped, as is an entry
--1 or one with the anchor's id; a *listed* copy of the positive ties with it. Skipped rows of the pool are not read, so
-what they hold reaches nobody ("dense" reads them all: there a NaN in the pool reaches every gradient).
+Drawn negatives come from Philox4x32-10, counter (s // 4, n, k or 0, 0), key = seed, word s % 4 (negatives.py), in
+forward and again in backward. The seed is read on the device. A drawn entry equal to the row's positive is skipped, as
+is an entry -1 or one with the anchor's id; a *listed* copy of the positive ties with it. Skipped rows of the pool are
+not read, so what they hold reaches nobody ("dense" reads them all: there a NaN in the pool reaches every gradient).
 
 Memory: O (N, K, D) fp32; dz (M, D) fp32; dense: chunks of `tiles.CHUNK_ELEMENTS`. Accuracy as in triton_info_nce.py.
 
@@ -472,7 +472,8 @@ def segments_kernel(
             o_row = tl.load(p_own_order + o_e, mask=o_e < stop, other=0)
             b_w = tl.load(p_weights + o_row, mask=o_e < stop, other=0.0)
             m_e = b_w != 0
-            p_q = p_anchors + (o_row // steps * stride_an + o_row % steps * stride_ak)[:, None] + o_d[None, :] * stride_ad
+            o_q = o_row // steps * stride_an + o_row % steps * stride_ak
+            p_q = p_anchors + o_q[:, None] + o_d[None, :] * stride_ad
             b_grad -= b_w[:, None] * tl.load(p_q, mask=m_e[:, None] & m_d[None, :], other=0.0).to(ACC)
     tl.store(p_grad + j * d + o_d, tl.sum(b_grad, 0), mask=m_d)
 
@@ -657,7 +658,7 @@ def forward(
     """Loss, lse, positive score, rank (N, K) and O (N, K, D), in float32 (float64 for float64; rank int64).
 
     anchors (N, K, D), pool (M, D): one dtype, any strides. positives: (N, K) int64, -1 ignored, or (N, K, D) vectors.
-    negatives: (N, S) or (N, K, S) int64; or None, and `count` are drawn by seed (1,) int64, for each step when `per_step`.
+    negatives: (N, S) or (N, K, S) int64; or None: `count` are drawn by seed (1,) int64, for each step when `per_step`.
     scale (1,). O is empty (0,) when not needed. schedule: "gathered", "steps" or "dense" (default: by size).
     """
     problem = Problem(
@@ -704,7 +705,8 @@ def forward(
         blocks = triton.cdiv(steps, tile.rows)
         launch(
             "forward", steps_forward_kernel, (n * blocks,), *given, blocks, *strides, *problem.negative_strides[::2],
-            EVEN_D=d == tile.features, BK=tile.rows, BS=tile.columns, BD=tile.features, **flags, **launch.dot(), **tile.options(),
+            EVEN_D=d == tile.features, BK=tile.rows, BS=tile.columns, BD=tile.features, **flags, **launch.dot(),
+            **tile.options(),
         )  # fmt: skip
     else:
         tile = sampled_tiles.gathered(d, problem.count, launch.arch)

@@ -14,8 +14,10 @@ def problem(dtype=torch.float64, vectors=False, ids=False, learns=True):
     draw = torch.Generator().manual_seed(0)
     shapes = (N, C), (K, D, C), (M, D)
     contexts, weights, candidates = (torch.randn(*shape, generator=draw).to(dtype) for shape in shapes)
-    positives = torch.randn(N, K, D, generator=draw).to(dtype) if vectors else torch.randint(0, M, (N, K), generator=draw)
-    if not vectors:
+    if vectors:
+        positives = torch.randn(N, K, D, generator=draw).to(dtype)
+    else:
+        positives = torch.randint(0, M, (N, K), generator=draw)
         positives[1, 2] = -1
     scale = torch.tensor(0.6, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     options = {"scale": scale}
@@ -194,8 +196,8 @@ def test_second_derivatives_are_refused():
 
 def test_a_context_is_gathered_not_kept(unpoisoned):
     """What autograd holds between forward and backward grows with the inputs, not with a copy for each step."""
-    contexts, weights, candidates, positives, _ = problem(torch.float32)
-    sources, counts, own, _ = listed_rows(positives)
+    contexts, weights, _, positives, _ = problem(torch.float32)
+    sources, counts, _, _ = listed_rows(positives)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         project(contexts, weights, sources, counts, False)
