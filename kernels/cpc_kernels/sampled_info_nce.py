@@ -9,10 +9,10 @@
     dz_j  = sum over (n, k, s) with negative j of w_nk P_nks q_nk  -  sum over (n, k) with positive j of w_nk q_nk
 
 A negative listed twice counts twice; an entry -1, an entry with the anchor's id, and a *drawn* entry that equals the
-positive are skipped. "cpp" (kernels/csrc) visits each negative once in forward, for its score and its share of O, and
-keeps P; backward sorts the pairs by candidate and adds them in row order, so that nothing depends on the number of
-threads. "gather" is the same in plain torch, one chunk of rows at a time.
-Memory beyond inputs and gradients: O and P, N K (D + S) floats; gather keeps no P and computes the scores again.
+positive are skipped. "cpp" (kernels/csrc) computes the scores in forward and keeps P; backward sums P z into dq and
+w P q into dz, so that O is never stored and nothing depends on the number of threads. "gather" is plain torch, one chunk
+of rows at a time; it and "triton" keep O and compute the scores again for dz.
+Memory beyond inputs and gradients: P, N K S floats (cpp), or O, N K D floats (gather, triton).
 """
 
 import torch
@@ -166,20 +166,21 @@ def sampled_op(
     need_rank: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     anchors, pool, positives, scale = (t.detach() for t in (anchors, pool, positives, scale))
+    where = (anchors, pool, positives, negatives, seed, count, per_step, scale, anchor_ids, pool_ids)
+    none = scale.new_empty(0)
+    if impl == "cpp":  # checks the indices as it reads them
+        loss, lse, positive, rank, probabilities = torch.ops.cpc_kernels_cpu.sampled_forward(
+            *cpp_arguments(*where), need_probabilities, need_rank
+        )
+        return loss, lse, positive, rank, none, probabilities
     if not positives.is_floating_point():
         check_indices("sampled_info_nce", "positives", positives, len(pool))
     if negatives is not None:
         check_indices("sampled_info_nce", "negatives", negatives, len(pool))
-    where = (anchors, pool, positives, negatives, seed, count, per_step, scale, anchor_ids, pool_ids)
-    none = scale.new_empty(0)
     if impl == "triton":
         launch = triton_module("sampled_info_nce", anchors.device).forward
         loss, lse, positive, rank, expectation = launch(*where, need_expectation)
         return loss, lse, positive, rank if need_rank else rank.new_empty(0), expectation, none
-    if impl == "cpp":
-        return torch.ops.cpc_kernels_cpu.sampled_forward(
-            *cpp_arguments(*where), need_expectation, need_probabilities, need_rank
-        )
     with torch.autocast(anchors.device.type, enabled=False):
         return *gather_forward(Gathered(*where), need_expectation, need_rank), none
 
@@ -231,9 +232,67 @@ def _(
         torch.empty_like(row),
         torch.empty_like(row),
         anchors.new_empty((n, steps) if need_rank else (0,), dtype=torch.int64),
-        anchors.new_empty(anchors.shape if need_expectation else (0,), dtype=dtype),
+        anchors.new_empty(anchors.shape if need_expectation and impl != "cpp" else (0,), dtype=dtype),
         anchors.new_empty((n, steps, s) if need_probabilities and impl == "cpp" else (0,), dtype=dtype),
     )
+
+
+def gradients(
+    grad,
+    lse,
+    positive,
+    expectation,
+    probabilities,
+    anchors,
+    pool,
+    positives,
+    scale,
+    negatives,
+    seed,
+    anchor_ids,
+    pool_ids,
+    count,
+    per_step,
+    impl,
+    need_anchors,
+    need_pool,
+    need_positives,
+    need_scale,
+):
+    """dq, dz, dv, dscale; empty where not needed."""
+    dtype = compute_dtype(anchors.dtype)
+    indexed = not positives.is_floating_point()
+    asked = need_anchors or need_scale or (need_pool and impl == "cpp")
+    if asked and not (probabilities.ndim == 3 if impl == "cpp" else expectation.shape == anchors.shape):
+        raise RuntimeError("sampled_info_nce: a gradient is asked for that forward was told not to prepare")
+    where = (anchors, pool, positives, negatives, seed, count, per_step, scale, anchor_ids, pool_ids)
+    if impl == "cpp":
+        needs = need_anchors, need_pool, need_positives, need_scale
+        dq, dz, dv, dscale = torch.ops.cpc_kernels_cpu.sampled_backward(
+            *cpp_arguments(*where), grad, lse, positive, probabilities, *needs
+        )
+        return dq.to(anchors.dtype), dz.to(pool.dtype), dv.to(positives.dtype) if need_positives else dv, dscale
+    weight = grad * sigmoid_weight(lse, positive, positives >= 0 if indexed else None)  # (N, K)
+    dq, dz, dv, dscale = (grad.new_empty(0) for _ in range(4))
+    rows = (weight * scale)[..., None]
+    if need_anchors or need_scale:
+        difference = expectation - own_vectors(positives, pool).to(dtype)
+        if need_scale:
+            each = weight * torch.linalg.vecdot(anchors.to(dtype), difference)
+            dscale = each.where(weight != 0, 0.0).sum().reshape(1)
+        if need_anchors:
+            dq = difference.mul_(rows).masked_fill_(rows == 0, 0.0).to(anchors.dtype)
+    if need_pool:
+        if impl == "triton":
+            launch = triton_module("sampled_info_nce", anchors.device).backward_pool
+            dz = launch(rows[..., 0], lse, *where)
+        else:
+            with torch.autocast(anchors.device.type, enabled=False):
+                dz = gather_backward_pool(Gathered(*where), rows[..., 0], lse)
+        dz = dz.to(pool.dtype)
+    if need_positives:
+        dv = (anchors.to(dtype) * -rows).to(positives.dtype)
+    return dq, dz, dv, dscale
 
 
 @torch.library.custom_op("cpc_kernels::sampled_info_nce_backward", mutates_args=())
@@ -259,45 +318,9 @@ def sampled_backward(
     need_positives: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(anchors.dtype)
-    indexed = not positives.is_floating_point()
-    weight = grad * sigmoid_weight(lse, positive, positives >= 0 if indexed else None)  # (N, K)
-    prepared = expectation.numel() == anchors.numel() or not (need_anchors or need_scale)
-    if not prepared or (impl == "cpp" and need_pool and probabilities.ndim != 3):
-        raise RuntimeError("sampled_info_nce: a gradient is asked for that forward was told not to prepare")
-    where = (anchors, pool, positives, negatives, seed, count, per_step, scale, anchor_ids, pool_ids)
-    if impl == "cpp":
-        dq, dz, dv, dscale = torch.ops.cpc_kernels_cpu.sampled_backward(
-            *cpp_arguments(*where),
-            weight,
-            expectation,
-            probabilities,
-            need_anchors,
-            need_pool,
-            need_positives,
-            need_scale,
-        )
-        return dq.to(anchors.dtype), dz.to(pool.dtype), dv.to(positives.dtype) if need_positives else dv, dscale
-    dq, dz, dv, dscale = (grad.new_empty(0) for _ in range(4))
-    rows = (weight * scale)[..., None]
-    if need_anchors or need_scale:
-        difference = expectation - own_vectors(positives, pool).to(dtype)
-        if need_scale:
-            each = weight * torch.linalg.vecdot(anchors.to(dtype), difference)
-            dscale = each.where(weight != 0, 0.0).sum().reshape(1)
-        if need_anchors:
-            dq = difference.mul_(rows).masked_fill_(rows == 0, 0.0).to(anchors.dtype)
-    if need_pool:
-        if impl == "triton":
-            launch = triton_module("sampled_info_nce", anchors.device).backward_pool
-            dz = launch(rows[..., 0], lse, *where)
-        else:
-            with torch.autocast(anchors.device.type, enabled=False):
-                dz = gather_backward_pool(Gathered(*where), rows[..., 0], lse)
-        dz = dz.to(pool.dtype)
-    if need_positives:
-        dv = (anchors.to(dtype) * -rows).to(positives.dtype)
-    return dq, dz, dv, dscale
+    saved = grad, lse, positive, expectation, probabilities, anchors, pool, positives, scale
+    extra = negatives, seed, anchor_ids, pool_ids, count, per_step, impl
+    return gradients(*saved, *extra, need_anchors, need_pool, need_positives, need_scale)
 
 
 @sampled_backward.register_fake
@@ -363,6 +386,46 @@ def _backward(ctx, grad, *_):
 
 sampled_op.register_autograd(_backward, setup_context=_save)
 once_differentiable(sampled_backward, "sampled_info_nce")
+
+
+class Eager(torch.autograd.Function):
+    """The same op in C++, called without the registration's Python, which costs as much as a small batch."""
+
+    @staticmethod
+    def forward(ctx, anchors, pool, positives, scale, where, need_rank):
+        learning = any(ctx.needs_input_grad[:4])
+        negatives, seed, count, per_step, anchor_ids, pool_ids = where
+        tensors = anchors, pool, positives, scale, negatives, seed, anchor_ids, pool_ids
+        loss, lse, positive, rank, probabilities = torch.ops.cpc_kernels_cpu.sampled_forward(
+            *cpp_arguments(anchors, pool, positives, negatives, seed, count, per_step, scale, anchor_ids, pool_ids),
+            learning,
+            need_rank,
+        )
+        ctx.mark_non_differentiable(lse, positive, rank)
+        ctx.set_materialize_grads(False)
+        if learning:
+            ctx.save_for_backward(lse, positive, rank.new_empty(0, dtype=lse.dtype), probabilities, *tensors)
+            ctx.options = count, per_step, "cpp"
+        return loss, lse, positive, rank
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 6
+        needs = ctx.needs_input_grad[:4]
+        run = sampled_backward if torch.is_grad_enabled() else gradients  # the op refuses second derivatives
+        grads = run(grad, *ctx.saved_tensors, *ctx.options, *needs)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
+
+
+def plainly_eager(*tensors: Tensor) -> bool:
+    """Nobody traces, transforms or intercepts."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
 
 
 # --- the door ---------------------------------------------------------------------------------------------------------
@@ -438,8 +501,11 @@ def _run(op, anchors, pool, positives, negatives, scale, anchor_ids, pool_ids, i
         options = {"scale": scale, "anchor_ids": anchor_ids, "pool_ids": pool_ids, "exclude_positives": drawn}
         rows = reference.sampled_info_nce_rows(anchors, pool, positives, negatives, **options)[0]
         result = [rows["loss"], rows["lse"], rows["positive"], rows["rank"]]
+    elif impl == "cpp" and plainly_eager(anchors, pool, positives, scale):
+        where = negatives, seed, count, per_step, anchor_ids, pool_ids
+        result = Eager.apply(anchors, pool, positives, scale, where, stats)
     else:
-        learning = learns(anchors, scale), learns(pool)
+        learning = learns(anchors, scale), learns(anchors, pool, scale)
         result = sampled_op(
             anchors,
             pool,

@@ -4,20 +4,23 @@
 //   dq = w (O - z_p)     dz_j = sum of w P q over the pairs of j, minus w q where j is the positive
 //   w = weight * scale, where weight = upstream * sigmoid(lse - s_p)
 //
-// Forward takes a block of anchors past one slice of the pool's features at a time, which stays in the second-level
-// cache: first for the scores, then, when P is known, for O, whose sums stay in registers. Backward sorts the pairs (anchor, candidate) of a block of anchors
-// by candidate; a thread owns candidates, adds their pairs in anchor order, and keeps the sum in registers. Nothing is
-// atomic and no order depends on the number of threads. Memory: P, O, the gradients, and 16 MB of pairs.
+// Forward scores a row's negatives and keeps P, nothing else: O is never stored. Backward takes a block of anchors at a
+// time, lists what each reads (candidate, P), and sorts the same pairs by candidate. Then, one slice of the features
+// after another, it sums P z for each anchor into dq and w P q for each candidate into dz, from copies of the slice that
+// lie side by side and stay in the second-level cache. A sum has one owner and one order, the anchors': nothing is
+// atomic, nothing depends on the number of threads. Memory: P, the gradients, 2 MB of pairs, one slice per thread.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -26,10 +29,8 @@
 namespace {
 
 constexpr uint64_t LOW = 0xFFFFFFFFull;
-constexpr int64_t PAIRS_AT_ONCE = 2 << 20;  // bounds the memory of the sort
-constexpr int64_t BLOCK_BYTES = 256 << 10;  // of anchors in backward: half of a second-level cache
-constexpr int64_t SLICE_BYTES = 416 << 10;  // of the pool in forward: most of one
-constexpr int64_t BLOCK_SCORES = 8 << 10;   // of anchors in forward, counted in scores: 32 KB
+constexpr int64_t PAIRS_AT_ONCE = 128 << 10;  // in a block of anchors in backward, listed twice: 2 MB
+constexpr int64_t ROWS_AT_ONCE = 4 << 10;
 constexpr int64_t PAD = 16;                 // lists are padded to whole vectors of every width
 
 template <typename T>
@@ -47,21 +48,40 @@ template <typename T>
 struct Outputs {
   T *loss, *lse, *positive;  // (N, K)
   int64_t* rank;             // (N, K) or null
-  T *expectation, *probabilities;  // (N, K, D), (N, K, S) or null
+  T* probabilities;          // (N, K, S) or null
+};
+
+template <typename T>
+struct Upstream {
+  const T* grad;  // (N, K), elements `stride` apart: 0 when all rows share one
+  int64_t stride;
+  const T *lse, *positive, *probabilities;
+  T* dv;  // (N, K, D) or null
 };
 
 template <typename T>
 struct Pair {
-  int32_t anchor;  // counted from the block's first
+  int32_t row;
   T coefficient;
 };
 
 template <typename T>
+struct Block {
+  int64_t first, rows;     // anchors
+  T* weight;               // (rows)
+  int32_t* count;          // (rows): pairs that the anchor reads, -1 if it has no gradient
+  Pair<T>*reads, *adds;    // (rows, S + 1), (offsets[M])
+  const int32_t* offsets;  // (M + 1)
+};
+
+template <typename T>
 struct Loops {
-  void (*forward_rows)(const Problem<T>&, const Outputs<T>&, int64_t, int64_t);
-  void (*backward_anchors)(const Problem<T>&, const T*, const T*, T*, T*, T*, int64_t, int64_t);
-  void (*sort_pairs)(const Problem<T>&, const T*, const T*, int64_t, int64_t, int32_t*, Pair<T>*);
-  void (*add_pairs)(const Problem<T>&, const T*, const int32_t*, const Pair<T>*, T*, int64_t, int64_t);
+  int64_t lanes;
+  bool (*forward_rows)(const Problem<T>&, const Outputs<T>&, int64_t, int64_t);
+  bool (*prepare)(const Problem<T>&, const Upstream<T>&, const Block<T>&, int64_t, int64_t, int32_t*);
+  void (*place)(const Problem<T>&, const Block<T>&, int64_t, int64_t, int32_t*);
+  void (*add_anchors)(const Problem<T>&, const Block<T>&, int64_t, int64_t, int64_t, T*, T*, T*);
+  void (*add_candidates)(const Problem<T>&, const Block<T>&, int64_t, int64_t, int64_t, T*, T*);
 };
 
 #define INLINE inline __attribute__((always_inline))
@@ -224,17 +244,30 @@ Problem<T> describe(const Tensor& anchors, const Tensor& pool, const Tensor& pos
 // Rows that make a task worth handing out: about 64k products.
 int64_t grain(int64_t products_per_row) { return std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(products_per_row, 1)); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampled_forward(
+void check_range(const char* what, const Tensor& indices, int64_t size) {
+  if (indices.scalar_type() != at::kLong || indices.numel() == 0) return;
+  const auto [low, high] = at::aminmax(indices);
+  const int64_t from = low.item<int64_t>(), to = high.item<int64_t>();
+  TORCH_CHECK_INDEX(from >= -1 && to < size, "sampled_info_nce: ", what, " must lie between -1 and ", size - 1,
+                    " (there are ", size, " candidates). Got values from ", from, " to ", to, ".");
+}
+
+void refuse(const Tensor& positives, const OptionalTensor& negatives, int64_t size) {
+  check_range("positives", positives, size);
+  if (negatives) check_range("negatives", *negatives, size);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sampled_forward(
     const Tensor& anchors, const Tensor& pool, const Tensor& positives, const OptionalTensor& negatives,
     std::optional<int64_t> seed, int64_t count, bool per_step, double scale, const OptionalTensor& anchor_ids,
-    const OptionalTensor& pool_ids, bool need_expectation, bool need_probabilities, bool need_rank) {
+    const OptionalTensor& pool_ids, bool need_probabilities, bool need_rank) {
   const int64_t n = anchors.size(0), steps = anchors.size(1), s = seed ? count : negatives->size(-1);
   const auto options = anchors.options();
   Tensor loss = at::empty({n, steps}, options), lse = at::empty({n, steps}, options);
   Tensor positive = at::empty({n, steps}, options);
   Tensor rank = need_rank ? at::empty({n, steps}, options.dtype(at::kLong)) : at::empty({0}, options.dtype(at::kLong));
-  Tensor expectation = need_expectation ? at::empty_like(anchors) : at::empty({0}, options);
   Tensor probabilities = need_probabilities ? at::empty({n, steps, s}, options) : at::empty({0}, options);
+  std::atomic<bool> right{true};
   AT_DISPATCH_FLOATING_TYPES(anchors.scalar_type(), "sampled_forward", [&] {
     const auto p = describe<scalar_t>(anchors, pool, positives, negatives, seed, count, per_step, scale, anchor_ids, pool_ids);
     const Outputs<scalar_t> out = {
@@ -242,74 +275,104 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampled_forward(
         lse.data_ptr<scalar_t>(),
         positive.data_ptr<scalar_t>(),
         need_rank ? rank.data_ptr<int64_t>() : nullptr,
-        need_expectation ? expectation.data_ptr<scalar_t>() : nullptr,
         need_probabilities ? probabilities.data_ptr<scalar_t>() : nullptr,
     };
     const auto& loops = loops_for(scalar_t());
     at::parallel_for(0, n, grain(steps * (s + 1) * p.d), [&](int64_t begin, int64_t end) {
-      loops.forward_rows(p, out, begin, end);
+      if (!loops.forward_rows(p, out, begin, end)) right = false;
     });
   });
-  return {loss, lse, positive, rank, expectation, probabilities};
+  if (!right) refuse(positives, negatives, pool.size(0));
+  return {loss, lse, positive, rank, probabilities};
 }
 
 template <typename T>
-void backward_pool(const Problem<T>& p, const T* weight, const T* probabilities, T* dz) {
+bool backward(const Problem<T>& p, const Upstream<T>& up, T* dq, T* dz, double* dscale) {
   const auto& loops = loops_for(T());
-  const int64_t anchors = p.n * p.steps, pairs = p.s + 1;
-  int64_t block = std::max<int64_t>(16, BLOCK_BYTES / std::max<int64_t>(p.d * sizeof(T), 1));
-  block = std::max<int64_t>(1, std::min({block, anchors, PAIRS_AT_ONCE / pairs}));
-  const int64_t blocks = (anchors + block - 1) / block;
-  const int64_t at_once = std::max<int64_t>(1, std::min(blocks, PAIRS_AT_ONCE / (block * pairs)));
-  std::vector<int32_t> offsets(at_once * (p.m + 1));
-  std::vector<Pair<T>> items(at_once * block * pairs);
-  for (int64_t first = 0; first < blocks; first += at_once) {
-    const int64_t now = std::min(at_once, blocks - first);
-    at::parallel_for(0, now, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; b++) {
-        const int64_t from = (first + b) * block;
-        loops.sort_pairs(p, weight, probabilities, from, std::min(from + block, anchors), &offsets[b * (p.m + 1)],
-                         &items[b * block * pairs]);
+  const int64_t total = p.n * p.steps, width = p.s + 1, slices = (p.d + loops.lanes - 1) / loops.lanes;
+  const int64_t rows = std::max<int64_t>(1, std::min({total, ROWS_AT_ONCE, PAIRS_AT_ONCE / width}));
+  const int64_t threads = at::get_num_threads();
+  const bool read = dq || dz || dscale;
+  std::vector<T> weight(rows), each(dscale ? slices * rows : 0);
+  std::vector<int32_t> count(rows), offsets(dz ? p.m + 1 : 0), next;
+  std::unique_ptr<Pair<T>[]> reads(read ? new Pair<T>[rows * width] : nullptr), adds(dz ? new Pair<T>[rows * width] : nullptr);
+  std::atomic<bool> right{true};
+  for (int64_t first = 0; first < total; first += rows) {
+    const int64_t now = std::min(rows, total - first), work = now * width * p.d;
+    const Block<T> b = {first, now, weight.data(), count.data(), reads.get(), adds.get(), offsets.data()};
+    // Parts of the block, each counted and placed by one thread, if counters are fewer than pairs
+    const int64_t parts = work < (1 << 16) ? 1 : std::max<int64_t>(1, std::min({threads, now, now * width / std::max<int64_t>(p.m, 1)}));
+    const auto start = [&](int64_t part) { return first + now * part / parts; };
+    next.resize(dz ? parts * p.m : 0);
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; part++)
+        if (!loops.prepare(p, up, b, start(part), start(part + 1), dz ? &next[part * p.m] : nullptr)) right = false;
+    });
+    if (!right) return false;
+    if (dz) {
+      int32_t sum = 0;
+      for (int64_t j = 0; j < p.m; j++) {
+        offsets[j] = sum;
+        for (int64_t part = 0; part < parts; part++) {
+          const int32_t here = next[part * p.m + j];
+          next[part * p.m + j] = sum;
+          sum += here;
+        }
+      }
+      offsets[p.m] = sum;
+      at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t part = begin; part < end; part++) loops.place(p, b, start(part), start(part + 1), &next[part * p.m]);
+      });
+    }
+    if (!read) continue;
+    // A task: one slice of the features, and a share of the anchors and of the candidates where slices are few
+    const int64_t shares = work < (1 << 16) ? 1 : (threads + slices - 1) / std::max<int64_t>(slices, 1);
+    at::parallel_for(0, slices * shares, work < (1 << 16) ? slices * shares : 1, [&](int64_t begin, int64_t end) {
+      std::unique_ptr<T[]> buffer(new T[std::max(p.m, now) * loops.lanes]);
+      for (int64_t task = begin; task < end; task++) {
+        const int64_t slice = task / shares, share = task % shares, i = slice * loops.lanes;
+        if (dq || dscale)
+          loops.add_anchors(p, b, i, now * share / shares, now * (share + 1) / shares, dq,
+                            dscale ? &each[slice * rows] : nullptr, buffer.get());
+        if (dz) loops.add_candidates(p, b, i, p.m * share / shares, p.m * (share + 1) / shares, dz, buffer.get());
       }
     });
-    at::parallel_for(0, p.m, grain(now * block * pairs / std::max<int64_t>(p.m, 1) * p.d), [&](int64_t begin, int64_t end) {
-      for (int64_t b = 0; b < now; b++)
-        loops.add_pairs(p, p.anchors + (first + b) * block * p.d, &offsets[b * (p.m + 1)], &items[b * block * pairs], dz,
-                        begin, end);
-    });
+    if (dscale)
+      for (int64_t slice = 0; slice < slices; slice++)
+        for (int64_t r = 0; r < now; r++) *dscale += each[slice * rows + r];
   }
+  return true;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_backward(
     const Tensor& anchors, const Tensor& pool, const Tensor& positives, const OptionalTensor& negatives,
     std::optional<int64_t> seed, int64_t count, bool per_step, double scale, const OptionalTensor& anchor_ids,
-    const OptionalTensor& pool_ids, const Tensor& weight_, const Tensor& expectation, const Tensor& probabilities,
-    bool need_anchors, bool need_pool, bool need_positives, bool need_scale) {
+    const OptionalTensor& pool_ids, const Tensor& grad_, const Tensor& lse, const Tensor& positive,
+    const Tensor& probabilities, bool need_anchors, bool need_pool, bool need_positives, bool need_scale) {
   const auto options = anchors.options();
-  const Tensor none = at::empty({0}, options), weight = weight_.contiguous();
-  Tensor dq = need_anchors ? at::empty_like(anchors) : at::empty({0}, options);
-  Tensor dz = need_pool ? at::zeros_like(pool) : at::empty({0}, options);
-  Tensor dv = need_positives ? at::empty_like(anchors) : at::empty({0}, options);
-  Tensor dscale = need_scale ? at::zeros({1}, options) : at::empty({0}, options);
+  const bool shared = grad_.numel() > 0 && grad_.stride(0) == 0 && grad_.stride(1) == 0;  // from a sum or a mean
+  const Tensor grad = shared ? grad_ : grad_.contiguous();
+  Tensor dq = at::empty(need_anchors ? anchors.sizes() : at::IntArrayRef{0}, options);
+  Tensor dz = at::zeros(need_pool ? pool.sizes() : at::IntArrayRef{0}, options);
+  Tensor dv = at::empty(need_positives ? anchors.sizes() : at::IntArrayRef{0}, options);
+  Tensor dscale = at::zeros({need_scale ? 1 : 0}, options);
+  bool right = true;
   AT_DISPATCH_FLOATING_TYPES(anchors.scalar_type(), "sampled_backward", [&] {
     const auto p = describe<scalar_t>(anchors, pool, positives, negatives, seed, count, per_step, scale, anchor_ids, pool_ids);
-    const auto& loops = loops_for(scalar_t());
-    const int64_t total = p.n * p.steps;
-    const scalar_t* w = weight.const_data_ptr<scalar_t>();
-    if (need_anchors || need_positives || need_scale) {
-      std::vector<scalar_t> rows(need_scale ? total : 0);
-      at::parallel_for(0, total, grain(3 * p.d), [&](int64_t begin, int64_t end) {
-        loops.backward_anchors(p, w, expectation.numel() ? expectation.const_data_ptr<scalar_t>() : nullptr,
-                               need_anchors ? dq.data_ptr<scalar_t>() : nullptr,
-                               need_positives ? dv.data_ptr<scalar_t>() : nullptr, need_scale ? rows.data() : nullptr,
-                               begin, end);
-      });
-      double sum = 0;
-      for (const scalar_t each : rows) sum += each;
-      if (need_scale) dscale.data_ptr<scalar_t>()[0] = scalar_t(sum);
-    }
-    if (need_pool && total && p.m && p.d) backward_pool(p, w, probabilities.const_data_ptr<scalar_t>(), dz.data_ptr<scalar_t>());
+    const Upstream<scalar_t> up = {
+        grad.const_data_ptr<scalar_t>(),
+        shared ? 0 : 1,
+        lse.const_data_ptr<scalar_t>(),
+        positive.const_data_ptr<scalar_t>(),
+        probabilities.const_data_ptr<scalar_t>(),
+        need_positives ? dv.data_ptr<scalar_t>() : nullptr,
+    };
+    double sum = 0;
+    right = backward(p, up, need_anchors ? dq.data_ptr<scalar_t>() : nullptr,
+                     need_pool ? dz.data_ptr<scalar_t>() : nullptr, need_scale ? &sum : nullptr);
+    if (need_scale) dscale.data_ptr<scalar_t>()[0] = scalar_t(sum);
   });
+  if (!right) refuse(positives, negatives, pool.size(0));
   return {dq, dz, dv, dscale};
 }
 

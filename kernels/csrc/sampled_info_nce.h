@@ -5,8 +5,9 @@
 typedef SCALAR vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef INTEGER ivec __attribute__((vector_size(VECTOR_BYTES)));
 constexpr int W = VECTOR_BYTES / sizeof(SCALAR), TILE = 8;
-constexpr int UNROLL = 8;  // vectors summed in registers
-constexpr int CHAIN = 32;  // terms added in a row, before the sum joins a larger one: keeps long sums accurate
+constexpr int LANES = 4 * W;      // features that backward sums in registers at a time
+constexpr int64_t LONGEST = 512;  // features added in a row, before the sum joins a larger one: keeps long sums accurate
+constexpr int64_t CHAIN = 64;     // the same for the pairs of a candidate
 
 static INLINE vec load(const SCALAR* from) {
   vec v;
@@ -79,6 +80,13 @@ static INLINE void sum_lanes(vec a, vec b, vec c, vec d, SCALAR* out) {
 
 #endif
 
+// The last `count` < W of a row, and zeros.
+static INLINE vec tail(const SCALAR* from, int64_t count) {
+  SCALAR x[W] = {};
+  for (int64_t i = 0; i < count; i++) x[i] = from[i];
+  return load(x);
+}
+
 // out[0..7] = <q, k_c>: every product of the file runs through the same order of additions, so equal rows tie exactly.
 static INLINE void dots_8x1(const SCALAR* q, const SCALAR* const* k, int64_t d, SCALAR* out) {
   const SCALAR *k0 = k[0], *k1 = k[1], *k2 = k[2], *k3 = k[3], *k4 = k[4], *k5 = k[5], *k6 = k[6], *k7 = k[7];
@@ -95,10 +103,19 @@ static INLINE void dots_8x1(const SCALAR* q, const SCALAR* const* k, int64_t d, 
     a6 += x * load(k6 + i);
     a7 += x * load(k7 + i);
   }
+  if (i < d) {
+    const vec x = tail(q + i, d - i);
+    a0 += x * tail(k0 + i, d - i);
+    a1 += x * tail(k1 + i, d - i);
+    a2 += x * tail(k2 + i, d - i);
+    a3 += x * tail(k3 + i, d - i);
+    a4 += x * tail(k4 + i, d - i);
+    a5 += x * tail(k5 + i, d - i);
+    a6 += x * tail(k6 + i, d - i);
+    a7 += x * tail(k7 + i, d - i);
+  }
   sum_lanes(a0, a1, a2, a3, out);
   sum_lanes(a4, a5, a6, a7, out + 4);
-  for (; i < d; i++)
-    for (int c = 0; c < 8; c++) out[c] += q[i] * k[c][i];
 }
 
 // Two anchors against four candidates: six loads for eight products.
@@ -119,41 +136,83 @@ static INLINE void dots_4x2(const SCALAR* q, const SCALAR* r, const SCALAR* cons
     a3 += x * z3;
     b3 += y * z3;
   }
+  if (i < d) {
+    const vec x = tail(q + i, d - i), y = tail(r + i, d - i);
+    const vec z0 = tail(k0 + i, d - i), z1 = tail(k1 + i, d - i), z2 = tail(k2 + i, d - i), z3 = tail(k3 + i, d - i);
+    a0 += x * z0;
+    b0 += y * z0;
+    a1 += x * z1;
+    b1 += y * z1;
+    a2 += x * z2;
+    b2 += y * z2;
+    a3 += x * z3;
+    b3 += y * z3;
+  }
   sum_lanes(a0, a1, a2, a3, out_q);
   sum_lanes(b0, b1, b2, b3, out_r);
-  for (; i < d; i++)
-    for (int c = 0; c < 4; c++) out_q[c] += q[i] * k[c][i], out_r[c] += r[i] * k[c][i];
 }
 
 static INLINE SCALAR dot(const SCALAR* q, const SCALAR* k, int64_t d) {
   vec a = {};
   int64_t i = 0;
   for (; i + W <= d; i += W) a += load(q + i) * load(k + i);
+  if (i < d) a += tail(q + i, d - i) * tail(k + i, d - i);
   SCALAR out[4];
   sum_lanes(a, a, a, a, out);
-  for (; i < d; i++) out[0] += q[i] * k[i];
   return out[0];
 }
 
-// o[0..width) = sum_s p_s z_s, the sum in registers; what has no probability is not even read.
-static INLINE void mix(SCALAR* o, const SCALAR* p, const int32_t* index, int64_t count, const SCALAR* z, int64_t d,
-                       int64_t width) {
-  int64_t i = 0;
-  for (; i + UNROLL * W <= width; i += UNROLL * W) {
-    vec v[UNROLL] = {};
-    for (int64_t s = 0; s < count; s++) {
-      if (p[s] == 0) continue;
-      const vec c = splat(p[s]);
-      const SCALAR* x = z + int64_t(index[s]) * d + i;
-      for (int u = 0; u < UNROLL; u++) v[u] += c * load(x + u * W);
-    }
-    for (int u = 0; u < UNROLL; u++) store(o + i + u * W, v[u]);
+// v[0..3] += sum_s c_s x_{index s}, LANES features of rows that lie `stride` apart; two sums, even and odd.
+static INLINE void mix(const Pair<SCALAR>* from, const Pair<SCALAR>* to, const SCALAR* x, int64_t stride, vec* v) {
+  vec a0 = {}, a1 = {}, a2 = {}, a3 = {}, b0 = {}, b1 = {}, b2 = {}, b3 = {};
+  for (; from + 2 <= to; from += 2) {
+    const vec c = splat(from[0].coefficient), e = splat(from[1].coefficient);
+    const SCALAR *y = x + from[0].row * stride, *z = x + from[1].row * stride;
+    a0 += c * load(y);
+    a1 += c * load(y + W);
+    a2 += c * load(y + 2 * W);
+    a3 += c * load(y + 3 * W);
+    b0 += e * load(z);
+    b1 += e * load(z + W);
+    b2 += e * load(z + 2 * W);
+    b3 += e * load(z + 3 * W);
   }
-  for (; i < width; i++) {
-    SCALAR v = 0;
-    for (int64_t s = 0; s < count; s++)
-      if (p[s] != 0) v += p[s] * z[int64_t(index[s]) * d + i];
-    o[i] = v;
+  if (from != to) {
+    const vec c = splat(from->coefficient);
+    const SCALAR* y = x + from->row * stride;
+    a0 += c * load(y);
+    a1 += c * load(y + W);
+    a2 += c * load(y + 2 * W);
+    a3 += c * load(y + 3 * W);
+  }
+  v[0] += a0 + b0;
+  v[1] += a1 + b1;
+  v[2] += a2 + b2;
+  v[3] += a3 + b3;
+}
+
+// LANES features of one row, of which `width` exist: the others are zero.
+static INLINE void load_lanes(const SCALAR* from, int64_t width, vec* v) {
+  SCALAR x[LANES] = {};
+  std::memcpy(x, from, width * sizeof(SCALAR));
+  for (int u = 0; u < 4; u++) v[u] = load(x + u * W);
+}
+
+static INLINE void store_lanes(SCALAR* to, int64_t width, const vec* v) {
+  SCALAR x[LANES];
+  for (int u = 0; u < 4; u++) store(x + u * W, v[u]);
+  std::memcpy(to, x, width * sizeof(SCALAR));
+}
+
+// `count` rows of one slice side by side: rows of a large power of two apart would share few lines of the cache.
+static void pack(const SCALAR* from, int64_t count, int64_t stride, int64_t width, SCALAR* to) {
+  for (int64_t r = 0; r < count; r++) {
+    vec v[4];
+    if (width == LANES)
+      for (int u = 0; u < 4; u++) v[u] = load(from + r * stride + u * W);
+    else
+      load_lanes(from + r * stride, width, v);
+    for (int u = 0; u < 4; u++) store(to + r * LANES + u * W, v[u]);
   }
 }
 
@@ -206,43 +265,61 @@ static void draw(const Problem<SCALAR>& p, int64_t n, int64_t k, int32_t* out) {
   }
 }
 
-// The negatives of row n (step k when each has its own): index[S], -1 where skipped.
-static void list(const Problem<SCALAR>& p, int64_t n, int64_t k, int32_t* index) {
+// The negatives of row n (step k when each has its own): index[S], -1 where skipped. False if one is out of range.
+static bool list(const Problem<SCALAR>& p, int64_t n, int64_t k, int32_t* index) {
   if (p.drawn) {
     draw(p, n, k, index);
   } else {
     const int64_t* from = p.negatives + (p.per_step ? n * p.steps + k : n) * p.s;
-    for (int64_t s = 0; s < p.s; s++) index[s] = int32_t(from[s]);
+    bool wrong = false;
+    for (int64_t s = 0; s < p.s; s++) {
+      wrong |= uint64_t(from[s] + 1) > uint64_t(p.m);
+      index[s] = int32_t(from[s]);
+    }
+    if (wrong) return false;
   }
   if (p.anchor_ids)
     for (int64_t s = 0; s < p.s; s++)
       if (index[s] >= 0 && p.pool_ids[index[s]] == p.anchor_ids[n]) index[s] = -1;
+  return true;
 }
 
 // Where a sum of exponentials is measured from: its maximum, unless that is infinite.
 static INLINE SCALAR reference_point(SCALAR top) { return std::isinf(top) ? SCALAR(0) : top; }
 
-// scores[g, 0..padded) += <q_g, z_s> over the features of one slice, for the `group` anchors that share a list
-static void score_slice(const SCALAR* q, int64_t group, const SCALAR* z, const int32_t* index, int64_t padded, int64_t d,
-                        int64_t width, bool first, SCALAR* scores) {
-  for (int64_t c = 0; c < padded; c += TILE) {
+// scores[g, s] = <q_g, z_s> for the `group` anchors that share a list
+static void score_row(const Problem<SCALAR>& p, const SCALAR* q, int64_t group, const int32_t* index, int64_t padded,
+                      SCALAR* scores) {
+  const int64_t d = p.d;
+  for (int64_t c = 0; c < p.s; c += TILE) {
     const SCALAR* k[TILE];
-    for (int64_t t = 0; t < TILE; t++) k[t] = z + int64_t(index[c + t] < 0 ? 0 : index[c + t]) * d;
-    SCALAR part[2 * TILE];
-    for (int64_t g = 0; g < group; g += 2) {
-      const int64_t pair = group - g < 2 ? 1 : 2;
-      if (pair == 2) {
-        dots_4x2(q + g * d, q + (g + 1) * d, k, width, part, part + TILE);
-        dots_4x2(q + g * d, q + (g + 1) * d, k + 4, width, part + 4, part + TILE + 4);
-      } else {
-        dots_8x1(q + g * d, k, width, part);
+    for (int64_t t = 0; t < TILE; t++) k[t] = p.pool + int64_t(index[c + t] < 0 ? 0 : index[c + t]) * d;
+    for (int64_t g = 0; g < group; g++) std::fill_n(scores + g * padded + c, TILE, SCALAR(0));
+    for (int64_t i = 0; i < d; i += LONGEST) {
+      const int64_t width = d - i < LONGEST ? d - i : LONGEST;
+      SCALAR part[2 * TILE];
+      for (int64_t g = 0; g < group; g += 2) {
+        const int64_t pair = group - g < 2 ? 1 : 2;
+        const SCALAR* x = q + g * d + i;
+        if (pair == 2) {
+          dots_4x2(x, x + d, k, width, part, part + TILE);
+          dots_4x2(x, x + d, k + 4, width, part + 4, part + TILE + 4);
+        } else {
+          dots_8x1(x, k, width, part);
+        }
+        for (int64_t h = 0; h < pair; h++)
+          for (int64_t t = 0; t < TILE; t++) scores[(g + h) * padded + c + t] += part[h * TILE + t];
       }
-      for (int64_t h = 0; h < pair; h++) {
-        SCALAR* to = scores + (g + h) * padded + c;
-        for (int64_t t = 0; t < TILE; t++) to[t] = first ? part[h * TILE + t] : to[t] + part[h * TILE + t];
-      }
+      for (int64_t t = 0; t < TILE; t++) k[t] += width;
     }
   }
+}
+
+// <q, z>, added in the order of score_row: a negative equal to the positive ties
+static SCALAR score_own(const SCALAR* q, const SCALAR* z, int64_t d) {
+  SCALAR sum = 0;
+  for (int64_t i = 0; i < d; i += LONGEST) sum += dot(q + i, z + i, d - i < LONGEST ? d - i : LONGEST);
+  return sum;
 }
 
 // From raw scores (in place: they become P) to the row's results.
@@ -272,156 +349,140 @@ static void finish_row(const Problem<SCALAR>& p, const Outputs<SCALAR>& out, int
   out.lse[a] = lse;
   out.positive[a] = own;
   out.loss[a] = live ? (gap > 0 ? gap : 0) + std::log1p(std::exp(-std::fabs(gap))) : 0;
-  if (!out.expectation && !out.probabilities) return;
+  if (!out.probabilities) return;
   if (live)
     for (int64_t t = 0; t < padded; t += W) store(s + t, exponential(load(s + t) - splat(lse)));
   else
     std::fill_n(s, padded, SCALAR(0));
-  if (out.probabilities) std::copy_n(s, p.s, out.probabilities + a * p.s);
+  std::copy_n(s, p.s, out.probabilities + a * p.s);
 }
 
-// Blocks of anchors, so that a slice of the pool's features stays in the second-level cache while the block passes.
-static void forward_rows(const Problem<SCALAR>& p, const Outputs<SCALAR>& out, int64_t begin, int64_t end) {
-  const int64_t d = p.d, steps = p.steps;
-  const int64_t group = p.per_step ? 1 : steps, lists = p.per_step ? steps : 1;  // anchors per list, lists per row
+static bool forward_rows(const Problem<SCALAR>& p, const Outputs<SCALAR>& out, int64_t begin, int64_t end) {
+  const int64_t group = p.per_step ? 1 : p.steps, lists = p.per_step ? p.steps : 1;  // anchors per list, lists per row
   const int64_t padded = (p.s + PAD - 1) / PAD * PAD;
-  const int64_t fitting = SLICE_BYTES / std::max<int64_t>(p.m * sizeof(SCALAR), 1) / 64 * 64;
-  const int64_t longest = 512;  // also keeps the chains of additions short, for accuracy
-  const int64_t slice = std::min({fitting >= 64 ? fitting : longest, longest, d});
-  const int64_t narrow = UNROLL * W < d ? UNROLL * W : d;  // features of O summed at a time
-  const int64_t block = std::max<int64_t>(1, std::min(end - begin, BLOCK_SCORES / std::max<int64_t>(padded * steps, 1)));
-  std::vector<int32_t> index(block * lists * padded);
-  std::vector<SCALAR> scores(block * steps * padded), own(block * steps);  // zero, should d be
-  for (int64_t n0 = begin; n0 < end; n0 += block) {
-    const int64_t rows = std::min(block, end - n0) * lists;  // one list each
-    const int64_t a0 = n0 * steps;
-    for (int64_t r = 0; r < rows; r++) {
-      int32_t* row = index.data() + r * padded;
-      list(p, n0 + r / lists, r % lists, row);
-      for (int64_t s = p.s; s < padded; s++) row[s] = -1;
-    }
-    for (int64_t i = 0; i < d; i += slice) {
-      const int64_t width = std::min(slice, d - i);
-      for (int64_t r = 0; r < rows; r++) {
-        if (p.m)
-          score_slice(p.anchors + (a0 + r * group) * d + i, group, p.pool + i, index.data() + r * padded, padded, d,
-                      width, i == 0, scores.data() + r * group * padded);
-        for (int64_t g = 0; g < group; g++) {  // in the same slices: a negative equal to the positive ties
-          const int64_t a = a0 + r * group + g;
-          const int64_t j = p.positives ? p.positives[a] : 0;
-          const SCALAR* z = p.positives ? p.pool + (j < 0 ? 0 : j) * d : p.vectors + a * d;
-          const SCALAR part = p.m || p.vectors ? dot(p.anchors + a * d + i, z + i, width) : 0;
-          own[r * group + g] = i == 0 ? part : own[r * group + g] + part;
-        }
+  std::vector<int32_t> index(padded, -1);
+  std::vector<SCALAR> scores(group * padded);
+  for (int64_t n = begin; n < end; n++)
+    for (int64_t k = 0; k < lists; k++) {
+      const int64_t first = n * p.steps + k;
+      for (int64_t a = first; p.positives && a < first + group; a++)
+        if (p.positives[a] < -1 || p.positives[a] >= p.m) return false;
+      if (!list(p, n, k, index.data())) return false;
+      if (p.m) score_row(p, p.anchors + first * p.d, group, index.data(), padded, scores.data());
+      for (int64_t g = 0; g < group; g++) {
+        const int64_t a = first + g;
+        const int64_t j = p.positives ? p.positives[a] : 0;
+        const SCALAR* z = p.positives ? p.pool + (j < 0 ? 0 : j) * p.d : p.vectors + a * p.d;
+        const SCALAR own = p.m || p.vectors ? score_own(p.anchors + a * p.d, z, p.d) : 0;
+        finish_row(p, out, a, index.data(), padded, own, scores.data() + g * padded);
       }
     }
-    for (int64_t a = 0; a < rows * group; a++)
-      finish_row(p, out, a0 + a, index.data() + a / group * padded, padded, own[a], scores.data() + a * padded);
-    if (!out.expectation) continue;
-    for (int64_t i = 0; i < d; i += narrow)
-      for (int64_t a = 0; a < rows * group; a++)
-        mix(out.expectation + (a0 + a) * d + i, scores.data() + a * padded, index.data() + a / group * padded, p.s,
-            p.pool + i, d, std::min(narrow, d - i));
-  }
+  return true;
 }
 
-// dq = w (O - z_p), dv = -w q, each = g sigmoid <q, O - z_p>; w = weight * scale
-static void backward_anchors(const Problem<SCALAR>& p, const SCALAR* weight, const SCALAR* expectation, SCALAR* dq,
-                             SCALAR* dv, SCALAR* dscale_rows, int64_t begin, int64_t end) {
-  const int64_t d = p.d;
-  for (int64_t a = begin; a < end; a++) {
-    const bool active = weight[a] != 0;  // NaN counts
-    const SCALAR w = weight[a] * p.scale;
-    const SCALAR* q = p.anchors + a * d;
-    if (dv)
-      for (int64_t i = 0; i < d; i++) dv[a * d + i] = active ? -w * q[i] : 0;
-    if (dscale_rows) dscale_rows[a] = 0;
-    if (!active) {
-      if (dq) std::fill_n(dq + a * d, d, SCALAR(0));
-      continue;
-    }
-    if (!dq && !dscale_rows) continue;
-    const int64_t own = p.positives ? p.positives[a] : 0;
-    const SCALAR* z = p.positives ? p.pool + (own < 0 ? 0 : own) * d : p.vectors + a * d;
-    const SCALAR* o = expectation + a * d;
-    if (dscale_rows) {
-      vec sums = {};
-      int64_t i = 0;
-      for (; i + W <= d; i += W) sums += load(q + i) * (load(o + i) - load(z + i));
-      SCALAR out[4];
-      sum_lanes(sums, sums, sums, sums, out);
-      for (; i < d; i++) out[0] += q[i] * (o[i] - z[i]);
-      dscale_rows[a] = weight[a] * out[0];
-    }
-    if (dq)
-      for (int64_t i = 0; i < d; i++) dq[a * d + i] = w * (o[i] - z[i]);
-  }
-}
-
-// The pairs (anchor, coefficient) of anchors [begin, end), sorted by candidate, in anchor order within one:
-// offsets[M + 1] into items.
-static void sort_pairs(const Problem<SCALAR>& p, const SCALAR* weight, const SCALAR* probabilities, int64_t begin,
-                       int64_t end, int32_t* offsets, Pair<SCALAR>* items) {
+// What each anchor of [begin, end) reads: pairs (candidate, P), and (positive, -1), those that count, from
+// b.reads[(a - b.first) * (S + 1)] on. counts[j]: how often candidate j is read.
+static bool prepare(const Problem<SCALAR>& p, const Upstream<SCALAR>& up, const Block<SCALAR>& b, int64_t begin,
+                    int64_t end, int32_t* counts) {
   std::vector<int32_t> index(p.s);
-  std::vector<int32_t> where((end - begin) * (p.s + 1), -1);
-  std::fill_n(offsets, p.m + 1, 0);
+  if (counts) std::fill_n(counts, p.m, 0);
   int64_t listed = -1;
   for (int64_t a = begin; a < end; a++) {
-    if (weight[a] == 0) continue;
+    const int64_t r = a - b.first, own = p.positives ? p.positives[a] : 0;
+    const bool live = own >= 0 && up.lse[a] != -std::numeric_limits<SCALAR>::infinity();
+    // d loss / d lse = sigmoid(lse - s_p); NaN counts
+    const SCALAR weight = live ? up.grad[a * up.stride] / (1 + std::exp(up.positive[a] - up.lse[a])) : 0;
+    b.weight[r] = weight;
+    b.count[r] = -1;
+    if (up.dv)
+      for (int64_t i = 0; i < p.d; i++) up.dv[a * p.d + i] = weight != 0 ? -weight * p.scale * p.anchors[a * p.d + i] : 0;
+    if (weight == 0 || !b.reads) continue;
     const int64_t n = a / p.steps, k = p.per_step ? a % p.steps : 0;
-    if (listed != n * p.steps + k) list(p, n, k, index.data());
+    if (listed != n * p.steps + k && !list(p, n, k, index.data())) return false;
     listed = n * p.steps + k;
-    int32_t* row = where.data() + (a - begin) * (p.s + 1);
-    for (int64_t s = 0; s < p.s; s++)
-      if (probabilities[a * p.s + s] != 0 && index[s] >= 0) {
-        row[s] = index[s];
-        offsets[index[s] + 1]++;
-      }
-    if (p.positives && p.positives[a] >= 0) {
-      row[p.s] = int32_t(p.positives[a]);
-      offsets[row[p.s] + 1]++;
+    const SCALAR* probabilities = up.probabilities + a * p.s;
+    Pair<SCALAR>* to = b.reads + r * (p.s + 1);
+    int32_t count = 0;
+    for (int64_t s = 0; s < p.s; s++) {  // without a branch: a skipped pair is overwritten
+      to[count] = {index[s], probabilities[s]};
+      count += index[s] >= 0 && probabilities[s] != 0;
     }
+    if (p.positives) to[count++] = {int32_t(own), SCALAR(-1)};
+    b.count[r] = count;
+    if (counts)
+      for (int32_t e = 0; e < count; e++) counts[to[e].row]++;
   }
-  for (int64_t j = 0; j < p.m; j++) offsets[j + 1] += offsets[j];
-  std::vector<int32_t> next(offsets, offsets + p.m);
-  for (int64_t a = begin; a < end; a++) {
-    const int32_t* row = where.data() + (a - begin) * (p.s + 1);
-    const SCALAR w = weight[a] * p.scale;
-    for (int64_t s = 0; s < p.s; s++)
-      if (row[s] >= 0) items[next[row[s]]++] = {int32_t(a - begin), w * probabilities[a * p.s + s]};
-    if (row[p.s] >= 0) items[next[row[p.s]]++] = {int32_t(a - begin), -w};
+  return true;
+}
+
+// The same pairs, turned round: (anchor of the block, w P), sorted by candidate, in anchor order within one.
+static void place(const Problem<SCALAR>& p, const Block<SCALAR>& b, int64_t begin, int64_t end, int32_t* next) {
+  for (int64_t r = begin - b.first; r < end - b.first; r++) {
+    const Pair<SCALAR>* from = b.reads + r * (p.s + 1);
+    const SCALAR w = b.weight[r] * p.scale;
+    for (int32_t e = 0; e < b.count[r]; e++) b.adds[next[from[e].row]++] = {int32_t(r), w * from[e].coefficient};
   }
 }
 
-// dz_j += sum over the pairs of j, for candidates [begin, end) and one block of anchors that starts at q.
-static void add_pairs(const Problem<SCALAR>& p, const SCALAR* q, const int32_t* offsets, const Pair<SCALAR>* items,
-                      SCALAR* dz, int64_t begin, int64_t end) {
-  const int64_t d = p.d;
+// dq = w (O - z_p) for the block's anchors [begin, end), features [i, i + LANES).
+static void add_anchors(const Problem<SCALAR>& p, const Block<SCALAR>& b, int64_t i, int64_t begin, int64_t end,
+                        SCALAR* dq, SCALAR* dscale, SCALAR* buffer) {
+  const int64_t d = p.d, width = d - i < LANES ? d - i : LANES;
+  const SCALAR* z = p.pool + i;
+  int64_t stride = d;
+  if (width < LANES || b.rows * p.s > p.m) {
+    pack(z, p.m, d, width, buffer);
+    z = buffer, stride = LANES;
+  }
+  for (int64_t r = begin; r < end; r++) {
+    const int64_t at = (b.first + r) * d + i;
+    vec v[4] = {}, x[4];
+    if (dscale) dscale[r] = 0;
+    if (b.count[r] >= 0) {
+      const Pair<SCALAR>* from = b.reads + r * (p.s + 1);
+      mix(from, from + b.count[r], z, stride, v);
+      if (p.vectors) {
+        load_lanes(p.vectors + at, width, x);
+        for (int u = 0; u < 4; u++) v[u] -= x[u];
+      }
+      if (dscale) {
+        load_lanes(p.anchors + at, width, x);
+        SCALAR sum[4];
+        const vec each = (x[0] * v[0] + x[1] * v[1]) + (x[2] * v[2] + x[3] * v[3]);
+        sum_lanes(each, each, each, each, sum);
+        dscale[r] = b.weight[r] * sum[0];
+      }
+      const vec w = splat(b.weight[r] * p.scale);
+      for (int u = 0; u < 4; u++) v[u] *= w;
+    }
+    if (!dq) continue;
+    if (width == LANES)
+      for (int u = 0; u < 4; u++) store(dq + at + u * W, v[u]);
+    else
+      store_lanes(dq + at, width, v);
+  }
+}
+
+// dz_j += sum of w P q over the block's pairs of j, for candidates [begin, end), features [i, i + LANES).
+static void add_candidates(const Problem<SCALAR>& p, const Block<SCALAR>& b, int64_t i, int64_t begin, int64_t end,
+                           SCALAR* dz, SCALAR* buffer) {
+  const int64_t d = p.d, width = d - i < LANES ? d - i : LANES;
+  pack(p.anchors + b.first * d + i, b.rows, d, width, buffer);
   for (int64_t j = begin; j < end; j++) {
-    const Pair<SCALAR>*from = items + offsets[j], *to = items + offsets[j + 1];
+    const Pair<SCALAR>*from = b.adds + b.offsets[j], *to = b.adds + b.offsets[j + 1];
     if (from == to) continue;
-    SCALAR* row = dz + j * d;
-    int64_t i = 0;
-    for (; i + UNROLL * W <= d; i += UNROLL * W) {
-      for (const Pair<SCALAR>* it = from; it != to;) {
-        const Pair<SCALAR>* stop = to - it > CHAIN ? it + CHAIN : to;
-        vec v[UNROLL] = {};
-        for (; it != stop; it++) {
-          const vec c = splat(it->coefficient);
-          const SCALAR* x = q + it->anchor * d + i;
-          for (int u = 0; u < UNROLL; u++) v[u] += c * load(x + u * W);
-        }
-        for (int u = 0; u < UNROLL; u++) store(row + i + u * W, load(row + i + u * W) + v[u]);
-      }
-    }
-    for (; i < d; i++)
-      for (const Pair<SCALAR>* it = from; it != to;) {
-        const Pair<SCALAR>* stop = to - it > CHAIN ? it + CHAIN : to;
-        SCALAR v = 0;
-        for (; it != stop; it++) v += it->coefficient * q[it->anchor * d + i];
-        row[i] += v;
-      }
+    vec v[4];
+    SCALAR* row = dz + j * d + i;
+    if (width == LANES)
+      for (int u = 0; u < 4; u++) v[u] = load(row + u * W);
+    else
+      load_lanes(row, width, v);
+    for (; from < to; from += CHAIN) mix(from, to - from < CHAIN ? to : from + CHAIN, buffer, LANES, v);
+    if (width == LANES)
+      for (int u = 0; u < 4; u++) store(row + u * W, v[u]);
+    else
+      store_lanes(row, width, v);
   }
 }
 
-static const Loops<SCALAR> loops = {forward_rows, backward_anchors, sort_pairs, add_pairs};
+static const Loops<SCALAR> loops = {LANES, forward_rows, prepare, place, add_anchors, add_candidates};

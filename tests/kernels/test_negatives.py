@@ -90,12 +90,12 @@ def test_cpp_draws_the_same(size, indexed):
     pool = torch.zeros(size, 1)
     positives = torch.randint(0, size, (n, 1)) if indexed else torch.zeros(n, 1, 1)
     arguments = (anchors, pool, positives, None, -987654321987654321, s, False, 1.0, None, None)
-    outputs = torch.ops.cpc_kernels_cpu.sampled_forward(*arguments, True, True, False)
+    _, lse, positive, _, probabilities = torch.ops.cpc_kernels_cpu.sampled_forward(*arguments, True, False)
     for row in range(n):
-        weight = torch.zeros(n, 1)
-        weight[row] = s
+        grad = torch.zeros(n, 1)
+        grad[row] = s * (1 + (positive - lse)[row].exp())  # dloss / dlse = s
         gradient = torch.ops.cpc_kernels_cpu.sampled_backward(
-            *arguments, weight, outputs[4], outputs[5], False, True, False, False
+            *arguments, grad, lse, positive, probabilities, False, True, False, False
         )[1]
         drawn = draw_negatives(Negatives(s, -987654321987654321), positives, size, n)[row]
         truth = torch.bincount(drawn, minlength=size).float()
