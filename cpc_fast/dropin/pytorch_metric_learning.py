@@ -43,12 +43,14 @@ class Groups:
         self.negatives = len(ref_labels) - (self.end - self.start)
 
     def one_positive(self) -> Tensor:
-        """(N,) the index of one positive of each row, -1 where there is none."""
-        place = self.start
-        if self.itself:  # the next one of its label, round the circle
-            here = torch.empty_like(self.order)
-            here[self.order] = torch.arange(len(self.order), device=here.device)
-            place = self.start + (here + 1 - self.start) % (self.end - self.start)
+        """(N,) the index of one positive of each row, -1 where there is none. The rows of a label take turns: were they
+        all to take the same one, its gradient would be a small difference of large sums, and in 16 bits mostly error."""
+        rows = torch.argsort(self.ids, stable=True)  # by label
+        turn = torch.empty_like(rows)
+        turn[rows] = torch.arange(len(rows), device=rows.device)
+        turn -= torch.searchsorted(self.ids[rows], self.ids)  # among its label's rows, from 0
+        # where rows are candidates, row i is the turn-th of its label there too: it takes the next, round the circle
+        place = self.start + (turn + int(self.itself)) % (self.end - self.start).clamp(min=1)
         return self.order[place.clamp(max=len(self.order) - 1)].where(self.positives > 0, -1)
 
     def any_loss(self) -> Tensor:
