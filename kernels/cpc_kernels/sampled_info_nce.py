@@ -10,8 +10,8 @@
 
 A negative listed twice counts twice; an entry -1, an entry with the anchor's id, and a *drawn* entry that equals the
 positive are skipped. "cpp" (kernels/csrc) computes the scores in forward and keeps P; backward sums P z into dq and
-w P q into dz, so that O is never stored and nothing depends on the number of threads. "gather" is plain torch, one chunk
-of rows at a time; it and "triton" keep O and compute the scores again for dz.
+w P q into dz, so that O is never stored and nothing depends on the number of threads. "gather" is plain torch, one
+chunk of rows at a time; it and "triton" keep O and compute the scores again for dz.
 Memory beyond inputs and gradients: P, N K S floats (cpp), or O, N K D floats (gather, triton).
 """
 
