@@ -30,7 +30,7 @@ class Config:
     standardise: str = "set"  # "set": mean and spread of the training images; "image": each image by its own
     patch_size: int = 32
     patch_stride: int = 16
-    crop: int | None = None  # side of the random square window seen in training; None: the whole image
+    crop: int | None = None  # side of the square window seen in training, at most (None: just) the smallest image's
     # patches -> latents
     width: int = 32  # channels of the first residual stage; latents have 4 * width features
     stem: int = 4  # stride of the first convolution

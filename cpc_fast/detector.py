@@ -315,14 +315,13 @@ def split(count: int, config: Config) -> tuple[list[int], list[int]]:
 
 
 def _check_sizes(images: Sequence[np.ndarray], names: Sequence[str], config: Config) -> None:
-    """Every image can be cut into patches and training windows, before anything is trained."""
-    need, what = max((config.patch_size, "one patch"), (config.crop or 0, "the training window (crop)"))
+    """Every image can be cut into patches, or none is trained on."""
     for name, image in zip(names, images, strict=True):
         h, w = image.shape[:2]
-        if min(h, w) < need:
+        if min(h, w) < config.patch_size:
             raise CpcFastError(
-                f"{name} is {h} x {w} pixels, smaller than {what} of {need} "
-                "pixels; remove it, set image_size to enlarge all images, or make patch_size (crop) smaller."
+                f"{name} is {h} x {w} pixels, smaller than one patch of {config.patch_size} pixels; "
+                "remove it, set image_size to enlarge all images, or make patch_size smaller."
             )
 
 

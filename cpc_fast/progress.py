@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def duration(seconds: float) -> str:
     """
-    >>> duration(4.4), duration(75), duration(7300)
+    >>> duration(4.4), duration(75), duration(7330)
     ('4 s', '1 min 15 s', '2 h 2 min')
     """
     whole = max(0, round(seconds))
@@ -31,7 +31,7 @@ def duration(seconds: float) -> str:
 def describe(step: Step) -> str:
     """Loss, contrastive accuracy, images per second and time left."""
     left = f", {duration(step.seconds_left)} left" if step.seconds_left >= 0.5 else ""
-    return f"loss {step.loss:.3f}, accuracy {step.accuracy:.0%}, {step.images_per_s:.0f} images/s{left}"
+    return f"loss {step.loss:.3f}, accuracy {step.accuracy:.1%}, {step.images_per_s:.0f} images/s{left}"
 
 
 def _live(console: Console) -> Progress:

@@ -55,18 +55,12 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str = "cosine") 
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def make_batch(model: CPC, images: Sequence[np.ndarray], generator: torch.Generator) -> Images:
-    """Random square windows of the images, standardised, with random brightness and contrast."""
+def make_batch(model: CPC, images: Sequence[np.ndarray], side: int, generator: torch.Generator) -> Images:
+    """Random square windows of `side` pixels, standardised, with random brightness and contrast."""
     config = model.config
-    side = config.crop or min(min(image.shape[:2]) for image in images)
     windows = []
     for image in images:
         h, w = image.shape[:2]
-        if min(h, w) < side:
-            raise CpcFastError(
-                f"A training image is {h} x {w} pixels, smaller than the training window of {side} pixels; "
-                "set a smaller crop, or image_size to enlarge the images."
-            )
         top = int(torch.randint(h - side + 1, (), generator=generator))
         left = int(torch.randint(w - side + 1, (), generator=generator))
         window = model.standardise(image)[:, top : top + side, left : left + side]
@@ -121,6 +115,8 @@ def train(
     per_epoch = max(1, len(images) // config.batch_size)
     size = min(config.batch_size, len(images))
     total = per_epoch * config.epochs
+    smallest = min(min(image.shape[:2]) for image in images)
+    side = min(config.crop or smallest, smallest)
     started, done, bad = time.perf_counter(), 0, 0
     if first_epoch == 0:
         model.measure_pixels(images)
@@ -132,7 +128,7 @@ def train(
             step = epoch * per_epoch + i
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total, config.learning_rate, config.schedule)
-            batch = make_batch(model, [images[j] for j in order[i * size : (i + 1) * size]], generator)
+            batch = make_batch(model, [images[j] for j in order[i * size : (i + 1) * size]], side, generator)
             copies = batch.repeat(config.shift_copies, 1, 1, 1)
             shifted = shift(copies, config.shifts, generator) if config.shifts else None
             with autocast(device):

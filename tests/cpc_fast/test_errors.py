@@ -132,7 +132,7 @@ def test_a_mask_of_another_size(fitted, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--set", "norm=batch"], "let patches of one batch cheat"),
+        (["--set", "norm=batch"], "batch statistics would tell"),
         (["--set", "epochs=many"], "epochs is 'many'; it must be a whole number"),
         (["--set", "colour=3"], "NAME=VALUE with one of these names"),
         (["--set", "image_size=4"], "image_size is 4; it must be at least patch_size"),
@@ -295,6 +295,7 @@ def test_stopped_in_mid_epoch_it_says_how_to_go_on_and_ends_at_the_same_weights(
             break
     stopped.send_signal(signal.SIGINT)
     said = stopped.stderr.read()
+    stopped.stderr.close()
     assert stopped.wait(timeout=120) == 130
     assert "Traceback" not in said
     last = said.splitlines()[-1]
