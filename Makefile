@@ -15,7 +15,7 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 setup: $(STAMP)
 
 # torch comes first, and the package is built without isolation, so that the C++ kernels match the torch they run with.
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard kernels/csrc/*)
+$(STAMP): pyproject.toml constraints.txt peers.txt setup.py $(wildcard kernels/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
 	  echo "cpc_fast needs Python 3.11, 3.12 or 3.13; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 	  "Name another one: make $(firstword $(MAKECMDGOALS)) PYTHON=python3.12" >&2; exit 1; }
@@ -25,6 +25,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard kernels/csrc/*)
 	@$(PIP) 'setuptools>=77' wheel ninja
 	@$(PIP) torch==2.13.0
 	@PATH="$(abspath $(BIN)):$$PATH" MAX_JOBS=$(JOBS) $(PIP) --no-build-isolation --editable '.[dev]'
+	@$(PIP) --no-deps --requirement peers.txt
 	@touch $@
 
 demo: $(STAMP)

@@ -1,9 +1,7 @@
 """The packages whose losses `cpc_fast.dropin` replaces, without what they would drag in.
 
 lightly and open_clip import torchvision at their top. Only the files of their losses are loaded here, by path.
-
-    pip install --no-deps info-nce-pytorch==0.1.4 lightly==1.6.0 open_clip_torch==3.3.0 \
-        pytorch-metric-learning==2.9.0 tqdm
+`make setup` installs the packages; by hand: pip install --no-deps -r peers.txt
 """
 
 import importlib
@@ -15,10 +13,7 @@ from types import ModuleType
 import torch
 from torch import distributed as dist
 
-INSTALL = (
-    "pip install --no-deps info-nce-pytorch==0.1.4 lightly==1.6.0 open_clip_torch==3.3.0 "
-    "pytorch-metric-learning==2.9.0 tqdm"
-)
+INSTALL = "pip install --no-deps -r peers.txt"
 
 
 class Missing(Exception):
