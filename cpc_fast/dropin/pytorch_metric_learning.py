@@ -43,8 +43,8 @@ class Groups:
         self.negatives = len(ref_labels) - (self.end - self.start)
 
     def one_positive(self) -> Tensor:
-        """(N,) the index of one positive of each row, -1 where there is none. The rows of a label take turns: were they
-        all to take the same one, its gradient would be a small difference of large sums, and in 16 bits mostly error."""
+        """(N,) the index of one positive of each row, -1 where there is none. The rows of a label take turns: if all
+        took the same one, its gradient would be a small difference of large sums, in 16 bits mostly error."""
         rows = torch.argsort(self.ids, stable=True)  # by label
         turn = torch.empty_like(rows)
         turn[rows] = torch.arange(len(rows), device=rows.device)
