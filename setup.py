@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 
 COST = (
     "cpc_fast is installed all the same, but sampled_info_nce on the CPU will gather the negatives in plain torch: "
-    "about 50 times slower and with N x S x D floats of memory. GPU kernels are not affected."
+    "about 50 times slower. GPU kernels are not affected."
 )
 
 

@@ -27,7 +27,7 @@ def load_library() -> Capability:
     """Load the C++ CPU kernels, once, when the package is imported."""
     name, cost = (
         "C++ CPU kernels",
-        "sampled_info_nce on the CPU gathers instead: about 50 times slower, N x S x D floats",
+        "sampled_info_nce on the CPU gathers instead: about 50 times slower",
     )
     found = sorted(Path(__file__).parent.glob("_cpu*.so"))
     if not found:
