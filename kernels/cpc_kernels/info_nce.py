@@ -158,7 +158,7 @@ def chunked_forward(
             if keep:
                 expectation[i] = o
                 continue
-            dq, dk, dv, dscale = fold
+            dq, dk, dv, dscale = fold  # pyright: ignore[reportGeneralTypeIssues]
             weight = sigmoid_weight(row_lse, own_score, active)
             difference = o.sub_(chunks.own(i))
             if dscale.numel():
@@ -240,10 +240,9 @@ def info_nce_op(
         check_indices("info_nce", "positives", positives, len(candidates))
     if impl == "triton":
         launch = triton_module("info_nce", anchors.device).forward
-        loss, lse, positive, rank, expectation = launch(
-            anchors, candidates, positives, scale, anchor_ids, candidate_ids, need_expectation
+        return launch(
+            anchors, candidates, positives, scale, anchor_ids, candidate_ids, need_expectation, need_rank=need_rank
         )
-        return loss, lse, positive, rank if need_rank else rank.new_empty(0), expectation
     return chunked_forward(
         anchors, candidates, positives, scale, anchor_ids, candidate_ids, need_expectation, need_rank
     )
@@ -261,8 +260,8 @@ def _(anchors, candidates, positives, scale, anchor_ids, candidate_ids, impl, ne
 @torch.library.custom_op("cpc_kernels::info_nce_backward", mutates_args=())
 def info_nce_backward(
     grad: Tensor,
+    loss: Tensor,
     lse: Tensor,
-    positive: Tensor,
     expectation: Tensor,
     anchors: Tensor,
     candidates: Tensor,
@@ -277,9 +276,8 @@ def info_nce_backward(
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(anchors.dtype)
-    indexed = not positives.is_floating_point()
-    active = positives >= 0 if indexed else None
-    weight = grad * sigmoid_weight(lse, positive, active)
+    # sigmoid(lse - s_p), from the loss: of large scores, lse - s_p has lost the digits that the loss still has
+    weight = -grad * torch.expm1(-loss)
     none = [grad.new_empty(0) for _ in range(4)]
     dq, dk, dv, dscale = none
     if need_anchors or need_scale:
@@ -309,8 +307,8 @@ def info_nce_backward(
 @info_nce_backward.register_fake
 def _(
     grad,
+    loss,
     lse,
-    positive,
     expectation,
     anchors,
     candidates,
@@ -345,10 +343,11 @@ def once_differentiable(op, name: str) -> None:
 
 def _save(ctx, inputs, output):
     anchors, candidates, positives, scale, anchor_ids, candidate_ids, impl, _expectation, _rank = inputs
-    _loss, lse, positive, rank, expectation = output
+    loss, lse, positive, rank, expectation = output
     ctx.mark_non_differentiable(lse, positive, rank, expectation)
     ctx.set_materialize_grads(False)  # or zeros the size of O would be made for it
-    ctx.save_for_backward(lse, positive, expectation, anchors, candidates, positives, scale, anchor_ids, candidate_ids)
+    loss = loss.clone()  # whoever asked may weigh its rows in place
+    ctx.save_for_backward(loss, lse, expectation, anchors, candidates, positives, scale, anchor_ids, candidate_ids)
     ctx.impl = impl
 
 
