@@ -17,6 +17,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import math
 import multiprocessing
@@ -111,8 +112,10 @@ class Report:
             found.append(f"{self.shared} bytes of shared memory, {chip.shared} allowed")
         if self.tensor_memory > 512:
             found.append(f"{self.tensor_memory} columns of tensor memory, 512 allowed")
-        if self.needs_matrix and not any(re.fullmatch(chip.matrix, name) for name in self.matrix):
-            found.append(f"no {chip.matrix} instruction, only {self.matrix or 'none'}")
+        # a warpgroup's product has 64 rows; with fewer, the warp's own instruction is the right one
+        kind = chip.matrix if self.tile[0] >= 64 else f"{chip.matrix}|HMMA"
+        if self.needs_matrix and not any(re.fullmatch(kind, name) for name in self.matrix):
+            found.append(f"no {kind} instruction, only {self.matrix or 'none'}")
         if self.doubles:
             found.append(f"{self.doubles} float64 instructions")
         return found
@@ -131,8 +134,9 @@ def entries(module: str, arch: str) -> dict:
 def fingerprint(entry, arch: str) -> str:
     import triton
 
-    told = (triton.__version__, entry.kernel.cache_key, arch, *map(str, entry[:1] + entry[2:]))
-    return hashlib.sha256(repr(told + (Path(__file__).read_text(),)).encode()).hexdigest()[:32]
+    reading = map(inspect.getsource, (Report, compile_entry, _read_cubin, _read_amdgcn))
+    told = (triton.__version__, entry.kernel.cache_key, arch, *map(str, entry[:1] + entry[2:]), *reading)
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
 
 
 def compile_entry(module: str, arch: str, name: str) -> Report:
@@ -238,7 +242,7 @@ def table(reports: list[Report]) -> str:
         matrix = " ".join(f"{count} {name}" for name, count in r.matrix.items()) or "-"
         numbers = (r.warps, r.registers, r.stack, r.shared, r.tensor_memory, matrix, r.instructions, r.blocks or "-")
         verdict = "; ".join(r.failures()) or "ok"
-        rows.append((r.arch, r.name, f"{r.tile[0]}x{r.tile[1]}", *map(str, numbers), verdict))
+        rows.append((r.arch, r.name, f"{r.tile[0]}x{r.tile[1]}", *map(str, numbers), verdict))  # pyright: ignore[reportArgumentType]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
     return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows)
 
@@ -252,10 +256,12 @@ def predictions(reports: list[Report]) -> list[dict]:
         for case in CASES:
             for op, products in (("scores", 1), ("forward", 2), ("backward", 2)):
                 bucket = next(b for b in (64, 128, 256, 512) if case.d <= b)
-                match = [r for r in reports if r.arch == chip_name and r.name.startswith(f"{op} D={bucket} bf16")]
-                if not match:
+                of_chip = {r.name: r for r in reports if r.arch == chip_name}
+                names = (f"{op}{variant} D={bucket} bf16" for variant in ("", "+ids"))
+                found_name = next((name for name in names if name in of_chip), None)
+                if found_name is None:
                     continue
-                resident = match[-1].tile[0]
+                resident = of_chip[found_name].tile[0]
                 rows, streamed = (case.m, case.n) if op == "backward" else (case.n, case.m)
                 scores = case.n * case.m
                 written = rows * case.d * (0 if op == "scores" else 4 if op == "forward" else 2)
@@ -282,7 +288,10 @@ def prediction_table(rows: list[dict]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", action="append", choices=[*CHIPS], help="targets (default: all)")
+    parser.add_argument(
+        "--arch", action="append", choices=[*CHIPS], help="targets, sm_90 or 90 for short (default: all)",
+        type=lambda name: f"sm_{name}" if f"sm_{name}" in CHIPS else name,
+    )  # fmt: skip
     parser.add_argument("--module", action="append", help="kernel modules (default: those of cpc_kernels)")
     parser.add_argument("--only", action="append", default=[], help="only entries whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)

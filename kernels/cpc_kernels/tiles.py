@@ -3,7 +3,7 @@
 There is no autotuner: the table is read, and `benchmarks.aot` compiles and gates every entry. An entry is keyed by
 
     op        which kernel, with "+rank" or "+ids" (ids and rank) where the extra registers ask for another tile
-    D         the smallest bucket that holds it: 64, 128, 256, 512
+    D         the smallest bucket that holds it: 64, 128, 256, 512 (float32 has tiles up to 64 only)
     element   "16" (bf16, fp16), or how float32 multiplies: "tf32", "tf32x3", "ieee" (float64 too)
     arch      sm_80 (A100: 163 KB of shared memory), sm_86 (99 KB: also sm_89, sm_120), sm_90, sm_100, gfx942, interpreter
 
@@ -20,6 +20,11 @@ ONE_PASS_MAX_D = 512
 D = 512 the one-pass tile has 64 rows, which the L2 caps near 350 TFLOP/s on an H100, while the chunked schedule pays
 about 12 bytes of traffic per score. Also the largest D whose [rows, D] accumulator fits the registers."""
 
+ONE_PASS_MAX_D_FP32 = 64
+"""The same for float32 (and float64) inputs. An ESTIMATE of where the chunks win, and nearly the limit of the chip:
+three tf32 products keep both halves of every operand, so that at D = 128 only 16 columns fit the registers of an sm_90
+without spilling, and at D = 256 nothing does. Chunks multiply as torch does (`torch.backends.cuda.matmul`)."""
+
 CHUNK_ELEMENTS = 1 << 24
 """Scores that the chunked schedule holds at once (64 MB in fp32). An ESTIMATE: 50 MB of L2 against the matrix product's
 wish for many rows."""
@@ -31,6 +36,11 @@ VARIANTS: Mapping[str, Mapping[str, bool]] = {
     "+rank": {"HAS_IDS": False, "RANK": True},
     "+ids": {"HAS_IDS": True, "RANK": True},
 }
+
+
+def one_pass_max_d(width: int) -> int:
+    """Features up to which forward and backward are one pass each; `width`: bits of an element (64 counts as 32)."""
+    return ONE_PASS_MAX_D if width == 16 else ONE_PASS_MAX_D_FP32
 
 
 class Tile(NamedTuple):
@@ -126,19 +136,21 @@ def _hopper(*rows: Tile) -> tuple[Tile, ...]:
     return tuple(t._replace(descriptors=True) for t in rows)
 
 
+# Plain forward at D = 256 reads through pointers: with descriptors the compiler keeps more in flight, and spills 56 bytes.
+_PLAIN_256 = T(128, 64, 8, 3)
 # buckets:                   64                 128                256                512
 _HOPPER = {
-    "forward": _hopper(      T(128, 128, 8, 3), T(128, 128, 8, 2), T(128, 64, 8, 3),  T(64, 64, 8, 2)),
+    "forward": (*_hopper(    T(128, 128, 8, 3), T(128, 128, 8, 2)), _PLAIN_256, *_hopper(T(64, 64, 8, 2))),
     "forward+rank": _hopper( T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(64, 64, 8, 2)),
     "forward+ids": _hopper(  T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 2)),
     "scores": _hopper(       T(128, 128, 8, 3), T(256, 64, 8, 3),  T(256, 64, 8, 3),  T(128, 32, 8, 3)),
     "backward": _hopper(     T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 2)),
-    "streamed": (            T(128, 128, 8, 3, features=64),),
+    "streamed": (            T(128, 64, 8, 3, features=64),),
 }
 _HOPPER_FP32 = {
-    "forward": (             T(64, 32, 4, 2),   T(64, 32, 4, 2),   T(64, 32, 8, 2),   T(64, 16, 8, 1)),
-    "scores": (              T(64, 64, 4, 2),   T(64, 64, 4, 2),   T(64, 32, 4, 2),   T(64, 16, 4, 1)),
-    "backward": (            T(64, 32, 4, 2),   T(64, 32, 4, 2),   T(64, 32, 8, 2),   T(64, 16, 8, 1)),
+    "forward": (             T(64, 32, 4, 2),),
+    "scores": (              T(64, 64, 4, 2),),
+    "backward": (            T(64, 32, 4, 2),),
     "streamed": (            T(64, 64, 4, 2, features=32),),
 }
 _AMPERE = {
@@ -154,15 +166,15 @@ _SMALL = {  # 99 KB of shared memory; and AMD's 64 KB, with one stage
     "streamed": (            T(64, 64, 4, 2, features=64),),
 }
 _FP32 = {
-    "forward": (             T(64, 32, 4, 2),   T(64, 32, 8, 2),   T(32, 32, 8, 2),   T(16, 16, 8, 1)),
-    "scores": (              T(64, 32, 4, 2),   T(64, 32, 4, 2),   T(32, 32, 4, 2),   T(16, 32, 4, 1)),
-    "backward": (            T(64, 32, 4, 2),   T(64, 32, 8, 2),   T(32, 32, 8, 2),   T(16, 16, 8, 1)),
+    "forward": (             T(64, 32, 4, 2),),
+    "scores": (              T(64, 32, 4, 2),),
+    "backward": (            T(64, 32, 4, 2),),
     "streamed": (            T(64, 64, 4, 2, features=32),),
 }  # fmt: skip
 _SMALL_FP32 = {
-    "forward": (             T(32, 32, 4, 2),   T(32, 32, 4, 2),   T(16, 16, 4, 1),   T(16, 16, 8, 1)),
-    "scores": (              T(32, 32, 4, 2),   T(32, 32, 4, 2),   T(16, 16, 4, 1),   T(16, 16, 4, 1)),
-    "backward": (            T(32, 32, 4, 2),   T(32, 32, 4, 2),   T(16, 16, 4, 1),   T(16, 16, 8, 1)),
+    "forward": (             T(32, 32, 4, 2),),
+    "scores": (              T(32, 32, 4, 2),),
+    "backward": (            T(32, 32, 4, 2),),
     "streamed": (            T(32, 32, 4, 2, features=32),),
 }  # fmt: skip
 # small enough that small tests see several tiles

@@ -11,8 +11,9 @@ r_ij = <q_i, k_j> the raw score, s_ij = scale * r_ij. Candidate j is a negative 
 
 `forward` is attention with V = K: lse and O in one pass (4 NMD), scores only (2 NMD) when no gradient is wanted.
 `backward_candidates` has the same shape with the roles swapped (4 NMD). Neither uses atomics, so both are deterministic.
-Above `tiles.ONE_PASS_MAX_D` features a [rows, D] accumulator no longer fits: chunks of rows go through matrix products
-and one Triton kernel makes the exponentials in between. Memory: O (N, D) fp32, or one chunk x M.
+Above `tiles.one_pass_max_d` features a [rows, D] accumulator no longer fits: chunks of rows go through matrix products
+and one Triton kernel makes the exponentials in between; scores alone take features in steps. Memory: O (N, D) fp32, or
+one chunk x M.
 
 How the accuracy is kept. The positive never enters the sum, and is never subtracted from one. The gap is formed from raw
 scores, log2(sum) - fma(r_p, c, -m), and so does not see how large the scores are. The positive's score is the diagonal of
@@ -481,7 +482,8 @@ def forward(
 
     anchors (N, D), candidates (M, D): one dtype, any strides. positives: (N,) int64, -1 ignored, or (N, D) vectors.
     scale (1,). Rank and O are empty (0,) when not needed. input_precision: "tf32", "tf32x3" or "ieee" for float32
-    (default: `launching.default_precision`). splits: pieces of the candidates (default: as the device needs).
+    tiles (default: `launching.default_precision`; chunks multiply as torch is told to). splits: pieces of the candidates
+    (default: as the device needs).
     """
     n, d = anchors.shape
     m = len(candidates)
@@ -498,7 +500,8 @@ def forward(
     has_ids = anchor_ids is not None
     ids = (anchor_ids.contiguous(), candidate_ids.contiguous()) if has_ids else (scale, scale)
     flags = {"INDEXED": indexed, "HAS_IDS": has_ids, "RANK": need_rank, "ACC": launch.acc}
-    chunked = need_expectation and d > tiles.ONE_PASS_MAX_D and m > 0
+    one_pass = d <= tiles.one_pass_max_d(launch.width)
+    chunked = need_expectation and not one_pass and m > 0
 
     raw = anchors.new_empty(n, dtype=acc)
     if not (chunked and indexed):
@@ -531,7 +534,7 @@ def forward(
                 expectation[part] = launch.product(probabilities, candidates)
         return loss, lse, positive, rank, expectation
 
-    op = "forward" if need_expectation else "scores" if d <= tiles.ONE_PASS_MAX_D else "streamed"
+    op = "forward" if need_expectation and one_pass else "scores" if one_pass else "streamed"
     tile = launch.tile(op, d, ids=has_ids, rank=need_rank)
     row_tiles = triton.cdiv(n, tile.rows)
     split_size, splits = launch.split(row_tiles, m, tile.columns, splits)
@@ -599,7 +602,7 @@ def backward_candidates(
         norm = torch.where(norm == 0, 1.0, norm)
         weights = weights / norm
 
-    if d > tiles.ONE_PASS_MAX_D:
+    if d > tiles.one_pass_max_d(launch.width):
         anchors = anchors.where((positives >= 0)[:, None], 0.0) if indexed else anchors
         grad = torch.empty_like(candidates, memory_format=torch.contiguous_format)
         size = max(1, min(m, tiles.CHUNK_ELEMENTS // n))
@@ -669,7 +672,7 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
             common = unit | {"ACC": tl.float32, "PRECISION": precision, "UPCAST": False, "EVEN_D": True}
             label = element if width == 16 else precision
             matrix = precision != "ieee" or width == 16
-            for bucket in tiles.BUCKETS:
+            for bucket in (b for b in tiles.BUCKETS if b <= tiles.one_pass_max_d(width)):
                 for op, variant in product(("forward", "scores", "backward"), tiles.VARIANTS):
                     flags = tiles.VARIANTS[variant]
                     tile = tiles.tile(op + variant, bucket, width, arch, precision)
@@ -696,7 +699,7 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
             source = dict.fromkeys(("anchors", "candidates", "p_anchors", "p_vectors"), f"*{element}")
             tile = tiles.tile("streamed", 1024, width, arch, precision)
             yield entry(
-                f"streamed D>{tiles.BUCKETS[-1]} {label}", forward_kernel, tile, source, matrix,
+                f"streamed D>{tiles.one_pass_max_d(width)} {label}", forward_kernel, tile, source, matrix,
                 **common, INDEXED=True, HAS_IDS=True, RANK=True, EXPECTATION=False, STREAMED=True, SPLIT=False,
                 DESCRIPTORS=False, BN=tile.rows, BM=tile.columns, BD=tile.features,
             )  # fmt: skip
