@@ -150,7 +150,7 @@ def compute(
     if probe.op == "dense":
         loss = cpc_kernels.info_nce(q, z, own, **options)
     elif probe.op == "sampled":
-        loss = cpc_kernels.sampled_info_nce(q, z, own, listed, **options)
+        loss = cpc_kernels.sampled_info_nce(q, z, own, listed, **options)  # pyright: ignore[reportArgumentType]
     else:
         weights = leaf(made["weights"])
         leaves.append(weights)

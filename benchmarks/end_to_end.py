@@ -158,7 +158,8 @@ class PlainScorer(Scorer):
             logits = torch.cat([own, predictions @ self.bank.T], 1)
             losses = F.cross_entropy(logits, torch.zeros_like(targets), reduction="none")
             sources, targets, counts = self.model.predictor.geometry(latents)
-        shape = grid_shape(*pixels.shape[1:], self.config.patch_size, self.config.patch_stride)
+        _, height, width = pixels.shape
+        shape = grid_shape(height, width, self.config.patch_size, self.config.patch_stride)
         return losses, sources, targets, counts, shape
 
 
@@ -186,7 +187,7 @@ def training(
     generator = torch.Generator().manual_seed(1)
 
     def make() -> tuple[Tensor, Tensor | None]:
-        pixels = make_batch(model, images, generator)
+        pixels = make_batch(model, images, config.crop or side, generator)
         return pixels, shift(pixels, config.shifts, generator) if config.shifts else None
 
     pixels, shifted = make()

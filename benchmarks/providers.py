@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -185,7 +186,7 @@ def build_ours(impl: str):
                 case, lambda q, k, positives, scale: cpc_kernels.info_nce(q, k, positives, scale=scale, impl=impl)
             )
         return lambda p: cpc_kernels.sampled_info_nce(
-            p.anchors, p.candidates, p.positives, p.negatives, scale=p.scale, impl=impl
+            p.anchors, p.candidates, p.positives, cast(Tensor, p.negatives), scale=p.scale, impl=impl
         )
 
     return build

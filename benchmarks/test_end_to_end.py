@@ -25,7 +25,7 @@ def contest(benchmark, ledger, tiny):
 
 def test_training_step(contest, tiny):
     size = {"side": 96, "batch": 2} if tiny else {"side": 256, "batch": 8}
-    contest(end_to_end.training(DEVICE, **size), rounds=5)
+    contest(end_to_end.training(DEVICE, side=size["side"], batch=size["batch"]), rounds=5)
 
 
 def test_training_step_sampled(contest, tiny):
