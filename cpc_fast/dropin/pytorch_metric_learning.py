@@ -71,20 +71,21 @@ class PairSum(torch.autograd.Function):
         lasts = [min(start + PAIR_ROWS, len(rows)) - 1 for start in bounds]
         low, high = groups.start[rows[list(bounds)]].tolist(), groups.end[rows[lasts]].tolist()
         total = lse.new_zeros(())
-        for start, first, last in zip(bounds, low, high, strict=True):
-            i, j = rows[start : start + PAIR_ROWS], groups.order[first:last]
-            pair = groups.ids[i, None] == groups.ref_ids[j]  # (R, J)
-            if groups.itself:
-                pair &= i[:, None] != j
-            raw = q[i] @ k[j].T
-            x = (lse[i, None] - raw * scale).masked_fill_(~pair, -torch.inf)
-            total += F.softplus(x).sum()
-            pull = torch.sigmoid(x)
-            dlse[i] = pull.sum(1)
-            dscale -= (pull * raw).sum()
-            pull *= scale
-            dq[i] = -(pull @ k[j])
-            dk.index_add_(0, j, pull.T @ q[i], alpha=-1)
+        with torch.autocast(q.device.type, enabled=False):  # the products stay in the dtype that they are added in
+            for start, first, last in zip(bounds, low, high, strict=True):
+                i, j = rows[start : start + PAIR_ROWS], groups.order[first:last]
+                pair = groups.ids[i, None] == groups.ref_ids[j]  # (R, J)
+                if groups.itself:
+                    pair &= i[:, None] != j
+                raw = q[i] @ k[j].T
+                x = (lse[i, None] - raw * scale).masked_fill_(~pair, -torch.inf)
+                total += F.softplus(x).sum()
+                pull = torch.sigmoid(x)
+                dlse[i] = pull.sum(1)
+                dscale -= (pull * raw).sum()
+                pull *= scale
+                dq[i] = -(pull @ k[j])
+                dk.index_add_(0, j, pull.T @ q[i], alpha=-1)
         ctx.save_for_backward(dq, dk, dlse, dscale)
         return total
 

@@ -496,6 +496,45 @@ def test_label_loss_refusals():
 # --- all --------------------------------------------------------------------------------------------------------------
 
 
+AUTOCAST = {
+    "InfoNCE": lambda a, b, tags: dropin.InfoNCE()(a, b),
+    "InfoNCE, unpaired": lambda a, b, tags: dropin.InfoNCE()(a, a.flip(0), b),
+    "InfoNCE, paired": lambda a, b, tags: dropin.InfoNCE(negative_mode="paired")(a, b, torch.stack([a, b], 1)),
+    "lightly": lambda a, b, tags: lightly.NTXentLoss()(a, b),
+    "ClipLoss": lambda a, b, tags: dropin.ClipLoss()(a, b, torch.tensor(3.0)),
+    "SupConLoss": lambda a, b, tags: dropin.SupConLoss()(a, tags, ref_emb=b, ref_labels=tags.clone()),
+    "NTXentLoss": lambda a, b, tags: pytorch_metric_learning.NTXentLoss()(a, tags),
+    "NTXentLoss, references": lambda a, b, tags: pytorch_metric_learning.NTXentLoss()(
+        a, tags, ref_emb=b, ref_labels=tags.clone()
+    ),
+    "GreedyInfoMaxLoss": lambda a, b, tags: greedy_infomax(a.T.reshape(1, 8, 6, 2), b.T.reshape(1, 8, 6, 2)),
+}
+
+
+def greedy_infomax(z, c):
+    loss = dropin.GreedyInfoMaxLoss(gim_options(1, 1), 8, 8)
+    torch.nn.init.eye_(loss.W_k[0].weight.data[:, :, 0, 0])
+    return loss(z, c, negatives=[torch.arange(8)])
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_autocast_gives_a_16_bit_view_and_a_float32_one_their_loss(name):
+    """Under autocast, one side comes from a layer in bfloat16, the other (a teacher's, a bank's) is float32."""
+    x, b, weight = leaves((12, 5), (12, 8), (8, 5), dtype=torch.float32)
+    tags = torch.arange(12) % 5 // 2
+    results = []
+    for autocast in (True, False):
+        w = weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = AUTOCAST[name](F.linear(x, w), b, tags)
+        value.backward()
+        results.append((value.detach(), w.grad))
+    (value, grad), (expected, wanted) = results
+    assert value.dtype == torch.float32
+    assert value == pytest.approx(float(expected), rel=0.02, abs=0.02)
+    torch.testing.assert_close(grad, wanted, rtol=0, atol=0.05 * float(wanted.abs().max()))
+
+
 def test_two_losses_share_a_name_and_none_is_guessed():
     with pytest.raises(
         ImportError, match=r"cpc_fast.dropin.lightly \(two views\) or .*pytorch_metric_learning \(labels"
@@ -584,7 +623,9 @@ def test_two_processes_get_the_losses_and_gradients_of_the_originals(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         failures = manager.dict()
-        processes = [context.Process(target=worker, args=(rank, tmp_path / "meet", failures)) for rank in range(2)]
+        processes = [
+            context.Process(target=worker, args=(rank, tmp_path / "meet", failures), daemon=True) for rank in range(2)
+        ]
         for process in processes:
             process.start()
         for process in processes:
