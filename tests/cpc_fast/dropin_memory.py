@@ -4,11 +4,10 @@
     python tests/cpc_fast/dropin_memory.py --write    and puts it into docs/dropin.md
 
 Each loss runs in a process of its own: resident memory at its highest, less what it was when the inputs were there.
-Needs the originals (see originals.py).
+Needs Linux, and the originals (see originals.py).
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -96,11 +95,10 @@ def labelled(loss, labels):
     return lambda embeddings: loss(embeddings, torch.arange(len(embeddings)) % labels)
 
 
-def resident(peak: bool) -> float:
-    """MiB."""
-    if peak:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+def resident(field: str) -> float:
+    """MiB. VmRSS: now. VmHWM: at its highest. (getrusage would begin with what the parent held.)"""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
 
 
 def measure(name: str, which: str) -> None:
@@ -109,9 +107,10 @@ def measure(name: str, which: str) -> None:
     tensors = inputs()
     few = [t.detach()[:64, :8] if t.ndim == 3 else t.detach()[:64] for t in tensors]
     loss(*(t.clone().requires_grad_() for t in few)).backward()  # libraries load before we look
-    before = resident(peak=False)
+    Path("/proc/self/clear_refs").write_text("5")  # the highest is measured from here on
+    before = resident("VmRSS")
     loss(*tensors).backward()
-    print(f"{resident(peak=True) - before:.0f}")
+    print(f"{resident('VmHWM') - before:.0f}")
 
 
 def child(name: str, which: str) -> int:
