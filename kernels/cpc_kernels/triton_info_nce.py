@@ -200,7 +200,8 @@ def forward_kernel(
         b_max_new = tl.maximum(b_max, tl.max(b_raw, 1))
         # an infinite maximum is no reference: nothing seen yet (-inf), or a score of +inf
         b_ref = tl.where(tl.abs(b_max_new) == float("inf"), 0.0, b_max_new * scale2)
-        b_old = tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max * scale2)
+        # from -inf the share is 0, whatever the reference: exp2(0 - reference) may overflow, and 0 * inf is NaN
+        b_old = tl.where(b_max == float("inf"), 0.0, b_max * scale2)
         b_prob = tl.exp2(b_raw * scale2 - b_ref[:, None])
         b_alpha = tl.exp2(b_old - b_ref)
         b_sum = b_sum * b_alpha + tl.sum(b_prob, 1)
@@ -406,7 +407,7 @@ def exponentials_kernel(
         if RANK:
             rank += tl.sum((b_raw > raw_p * sign).to(tl.int32))
         new = tl.maximum(top, tl.max(b_raw))
-        old_ref = tl.where(tl.abs(top) == float("inf"), 0.0, top * scale2)
+        old_ref = tl.where(top == float("inf"), 0.0, top * scale2)
         ref = tl.where(tl.abs(new) == float("inf"), 0.0, new * scale2)
         total = total * tl.exp2(old_ref - ref) + tl.sum(tl.exp2(b_raw * scale2 - ref))
         top = new
@@ -495,13 +496,16 @@ def forward(
     expectation = anchors.new_empty((n, d) if need_expectation else (0,), dtype=acc)
     if n == 0:
         return loss, lse, positive, rank, expectation
+    if m == 0 and need_expectation:
+        expectation.zero_()
+        need_expectation = False
     rows = positives.contiguous() if indexed else anchors
     scale = scale.contiguous()
     has_ids = anchor_ids is not None
     ids = (anchor_ids.contiguous(), candidate_ids.contiguous()) if has_ids else (scale, scale)
     flags = {"INDEXED": indexed, "HAS_IDS": has_ids, "RANK": need_rank, "ACC": launch.acc}
     one_pass = d <= tiles.one_pass_max_d(launch.width)
-    chunked = need_expectation and not one_pass and m > 0
+    chunked = need_expectation and not one_pass
 
     raw = anchors.new_empty(n, dtype=acc)
     if not (chunked and indexed):
@@ -532,9 +536,9 @@ def forward(
             )  # fmt: skip
             with launch.range("expectation"):
                 expectation[part] = launch.product(probabilities, candidates)
-        return loss, lse, positive, rank, expectation
+        return loss, lse, positive, _ranked(rank, scale), expectation
 
-    op = "forward" if need_expectation and one_pass else "scores" if one_pass else "streamed"
+    op = "forward" if need_expectation else "scores" if one_pass else "streamed"
     tile = launch.tile(op, d, ids=has_ids, rank=need_rank)
     row_tiles = triton.cdiv(n, tile.rows)
     split_size, splits = launch.split(row_tiles, m, tile.columns, splits)
@@ -564,7 +568,12 @@ def forward(
             INDEXED=indexed, RANK=need_rank, EXPECTATION=need_expectation, ACC=launch.acc,
             BN=tile.rows, BD=tile.columns, **tile.options(),
         )  # fmt: skip
-    return loss, lse, positive, rank, expectation
+    return loss, lse, positive, _ranked(rank, scale), expectation
+
+
+def _ranked(rank: Tensor, scale: Tensor) -> Tensor:
+    """Kernels compare raw scores; at scale 0 all scores are equal and nothing beats the positive."""
+    return rank.mul_(scale != 0) if rank.numel() else rank
 
 
 def backward_candidates(
