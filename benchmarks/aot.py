@@ -166,7 +166,8 @@ def compile_entry(module: str, arch: str, name: str) -> Report:
         _read_cubin(report, built.asm["cubin"])
         threads = 32 * report.warps
         per_thread = max(8, math.ceil(report.registers / 8) * 8)
-        report.blocks = min(65_536 // (per_thread * threads), chip.shared_total // (report.shared + 1024), 2048 // threads)
+        by_shared = chip.shared_total // (report.shared + 1024)
+        report.blocks = min(65_536 // (per_thread * threads), by_shared, 2048 // threads)
     return report
 
 
@@ -278,7 +279,7 @@ def predictions(reports: list[Report]) -> list[dict]:
 
 
 def prediction_table(rows: list[dict]) -> str:
-    lines = ["PREDICTION, not measured: ms that each unit alone would need (data-sheet rates; real kernels add them up)",
+    lines = ["PREDICTION, not measured: ms that each unit alone would need (data-sheet rates; a kernel adds up)",
              f"{'target':8}{'case':22}{'op':10}{'matrix':>8}{'exp':>8}{'L2':>8}{'HBM':>8}  bound"]  # fmt: skip
     for r in rows:
         times = "".join(f"{r[unit]:8.3f}" for unit in ("matrix", "exp", "L2", "HBM"))

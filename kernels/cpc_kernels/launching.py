@@ -81,9 +81,7 @@ class Launch:
 
     def describable(self, *tensors: Tensor) -> bool:
         """TMA wants unit stride within a row, and rows that start on 16 bytes."""
-        return all(
-            t.stride(1) == 1 and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors
-        )
+        return all(t.stride(1) == 1 and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors)
 
     def describe(self, tensor: Tensor, rows: int, features: int) -> TensorDescriptor:
         return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, features])

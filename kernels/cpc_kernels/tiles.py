@@ -5,7 +5,7 @@ There is no autotuner: the table is read, and `benchmarks.aot` compiles and gate
     op        which kernel, with "+rank" or "+ids" (ids and rank) where the extra registers ask for another tile
     D         the smallest bucket that holds it: 64, 128, 256, 512 (float32 has tiles up to 64 only)
     element   "16" (bf16, fp16), or how float32 multiplies: "tf32", "tf32x3", "ieee" (float64 too)
-    arch      sm_80 (A100: 163 KB of shared memory), sm_86 (99 KB: also sm_89, sm_120), sm_90, sm_100, gfx942, interpreter
+    arch      sm_80 (A100: 163 KB of shared memory), sm_86 (99 KB: sm_89, sm_120), sm_90, sm_100, gfx942, interpreter
 
 This module imports neither torch nor triton, so that reading the table costs nothing.
 """
@@ -120,13 +120,7 @@ def tile(op: str, d: int, width: int, arch: str, precision: str = "ieee") -> Til
                     found = _TABLE.get((name, column, kind, size))
                     if found is not None:
                         return found
-    raise KeyError(f"tiles: no tile for op {op}, D = {d}, {element}, {arch}; add one to the table and run benchmarks.aot.")
-
-
-def _row(op: str, arch: str, element: str, *by_bucket: Tile) -> dict[tuple[str, str, str, int], Tile]:
-    """One tile per bucket, or one for all of them (bucket 0)."""
-    sizes = BUCKETS if len(by_bucket) > 1 else (0,)
-    return {(op, arch, element, size): t for size, t in zip(sizes, by_bucket, strict=True)}
+    raise KeyError(f"tiles: no tile for op {op}, D = {d}, {element}, {arch}; add one and run benchmarks.aot.")
 
 
 T = Tile
@@ -136,8 +130,9 @@ def _hopper(*rows: Tile) -> tuple[Tile, ...]:
     return tuple(t._replace(descriptors=True) for t in rows)
 
 
-# Plain forward at D = 256 reads through pointers: with descriptors the compiler keeps more in flight, and spills 56 bytes.
+# Plain forward at D = 256 reads through pointers: with descriptors it spills (a stack of 56 bytes).
 _PLAIN_256 = T(128, 64, 8, 3)
+# fmt: off
 # buckets:                   64                 128                256                512
 _HOPPER = {
     "forward": (*_hopper(    T(128, 128, 8, 3), T(128, 128, 8, 2)), _PLAIN_256, *_hopper(T(64, 64, 8, 2))),
@@ -166,17 +161,20 @@ _SMALL = {  # 99 KB of shared memory; and AMD's 64 KB, with one stage
     "streamed": (            T(64, 64, 4, 2, features=64),),
 }
 _FP32 = {
-    "forward": (             T(64, 32, 4, 2),),
-    "scores": (              T(64, 32, 4, 2),),
-    "backward": (            T(64, 32, 4, 2),),
-    "streamed": (            T(64, 64, 4, 2, features=32),),
-}  # fmt: skip
+    "forward": (             T(32, 32, 4, 2),),
+    "scores": (              T(64, 32, 8, 2),),
+    "backward": (            T(32, 32, 4, 2),),
+    "streamed": (            T(64, 32, 8, 2, features=32),),
+    "positive": (            T(32, 32, 4, 2, features=32),),
+}
 _SMALL_FP32 = {
     "forward": (             T(32, 32, 4, 2),),
     "scores": (              T(32, 32, 4, 2),),
     "backward": (            T(32, 32, 4, 2),),
     "streamed": (            T(32, 32, 4, 2, features=32),),
-}  # fmt: skip
+    "positive": (            T(32, 32, 4, 2, features=32),),
+}
+# fmt: on
 # small enough that small tests see several tiles
 _INTERPRETER = {
     **dict.fromkeys(("forward", "scores", "backward"), (T(32, 16, 4, 2, descriptors=True),)),
@@ -193,9 +191,12 @@ _ANY = {
 _TABLE: dict[tuple[str, str, str, int], Tile] = {
     (op, arch, element, size): t
     for arch, element, ops in (
-        ("sm_90", "16", _HOPPER), ("sm_90", "any", _HOPPER_FP32), ("sm_100", "16", _HOPPER), ("sm_100", "any", _HOPPER_FP32),
-        ("sm_80", "16", _AMPERE), ("sm_80", "any", _FP32), ("sm_86", "16", _SMALL), ("sm_86", "any", _SMALL_FP32),
-        ("gfx942", "16", _SMALL), ("gfx942", "any", _SMALL_FP32), ("interpreter", "any", _INTERPRETER), ("any", "any", _ANY),
+        ("sm_80", "16", _AMPERE), ("sm_80", "any", _FP32),
+        ("sm_86", "16", _SMALL), ("sm_86", "any", _SMALL_FP32),
+        ("sm_90", "16", _HOPPER), ("sm_90", "any", _HOPPER_FP32),
+        ("sm_100", "16", _HOPPER), ("sm_100", "any", _HOPPER_FP32),
+        ("gfx942", "16", _SMALL), ("gfx942", "any", _SMALL_FP32),
+        ("interpreter", "any", _INTERPRETER), ("any", "any", _ANY),
     )
     for op, row in ops.items()
     for size, t in zip(BUCKETS if len(row) > 1 else (0,), row, strict=True)

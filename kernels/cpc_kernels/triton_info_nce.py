@@ -10,19 +10,19 @@ r_ij = <q_i, k_j> the raw score, s_ij = scale * r_ij. Candidate j is a negative 
     dscale = sum_i (w_i / scale) (<q_i, O_i> - r_i,p(i))
 
 `forward` is attention with V = K: lse and O in one pass (4 NMD), scores only (2 NMD) when no gradient is wanted.
-`backward_candidates` has the same shape with the roles swapped (4 NMD). Neither uses atomics, so both are deterministic.
+`backward_candidates` has the same shape with the roles swapped (4 NMD). Neither uses atomics: deterministic.
 Above `tiles.one_pass_max_d` features a [rows, D] accumulator no longer fits: chunks of rows go through matrix products
 and one Triton kernel makes the exponentials in between; scores alone take features in steps. Memory: O (N, D) fp32, or
 one chunk x M.
 
-How the accuracy is kept. The positive never enters the sum, and is never subtracted from one. The gap is formed from raw
-scores, log2(sum) - fma(r_p, c, -m), and so does not see how large the scores are. The positive's score is the diagonal of
-a tile product, so that it takes the same precision path as the negatives and ties stay ties in the rank. The sign of the
-scale goes into the resident tile (exact), so that padding with -inf before the maximum is safe. The maximum drops NaN but
-the sum keeps it: NaN reaches the loss.
+How the accuracy is kept. The positive never enters the sum, and is never subtracted from one. The gap is formed from
+raw scores, log2(sum) - fma(r_p, c, -m), and so does not see how large the scores are. The positive's score is the
+diagonal of a tile product, so that it takes the same precision path as the negatives and ties stay ties in the rank.
+The sign of the scale goes into the raw scores (exact), so that padding with -inf before the maximum is safe. The
+maximum drops NaN but the sum keeps it: NaN reaches the loss.
 
-This file is long because a primitive is one file here: three matrix kernels (positive, forward, candidates' gradient), the
-combine, and the two elementwise kernels of the chunked schedule, with their launchers.
+This file is long because a primitive is one file here: three matrix kernels (positive, forward, candidates' gradient),
+the combine, and the two elementwise kernels of the chunked schedule, with their launchers.
 """
 
 from collections.abc import Iterator
@@ -36,6 +36,7 @@ from torch import Tensor
 from . import tiles
 from .launching import Launch
 
+# fmt: off
 # Kernels ----------------------------------------------------------------------------------------------------------
 
 
@@ -53,7 +54,9 @@ def _softplus(b_x):
 
 
 @triton.jit
-def _load_tile(source, o_row, m_row, o_d, stride_row, stride_d, d, i_row, DESCRIPTORS: tl.constexpr, EVEN_D: tl.constexpr):
+def _load_tile(
+    source, o_row, m_row, o_d, stride_row, stride_d, d, i_row, DESCRIPTORS: tl.constexpr, EVEN_D: tl.constexpr
+):
     """Rows [B] by features [BD]; zero outside. `source` is a pointer, or a descriptor read from row `i_row`."""
     if DESCRIPTORS:
         return source.load([i_row, 0])
@@ -175,10 +178,12 @@ def forward_kernel(
             b_raw = tl.zeros([BN, BM], dtype=ACC)
             for i_d in range(0, d, BD):
                 b_q = _load_tile(anchors, o_n, m_n, i_d + o_d, stride_an, stride_ad, d, 0, False, EVEN_D)
-                b_k = _load_tile(candidates, o_m.to(tl.int64), o_m < stop, i_d + o_d, stride_cm, stride_cd, d, 0, False, EVEN_D)
+                o_k = o_m.to(tl.int64)
+                b_k = _load_tile(candidates, o_k, o_m < stop, i_d + o_d, stride_cm, stride_cd, d, 0, False, EVEN_D)
                 b_raw = _dot(b_q, tl.trans(b_k), b_raw, PRECISION, UPCAST)
         else:
-            b_k = _load_tile(candidates, o_m.to(tl.int64), o_m < stop, o_d, stride_cm, stride_cd, d, i_m, DESCRIPTORS, EVEN_D)
+            o_k = o_m.to(tl.int64)
+            b_k = _load_tile(candidates, o_k, o_m < stop, o_d, stride_cm, stride_cd, d, i_m, DESCRIPTORS, EVEN_D)
             b_raw = _dot(b_q, tl.trans(b_k), tl.zeros([BN, BM], dtype=ACC), PRECISION, UPCAST)
 
         # [BN, BM] what is not a negative becomes -inf; raw scores rise with the score: times the sign of the scale
@@ -463,6 +468,7 @@ def coefficients_kernel(
     tl.store(p_coefficients + i_c * n + o_n, b_c.to(p_coefficients.dtype.element_ty), mask=m_n)
 
 
+# fmt: on
 # Launchers --------------------------------------------------------------------------------------------------------
 
 
@@ -483,8 +489,8 @@ def forward(
 
     anchors (N, D), candidates (M, D): one dtype, any strides. positives: (N,) int64, -1 ignored, or (N, D) vectors.
     scale (1,). Rank and O are empty (0,) when not needed. input_precision: "tf32", "tf32x3" or "ieee" for float32
-    tiles (default: `launching.default_precision`; chunks multiply as torch is told to). splits: pieces of the candidates
-    (default: as the device needs).
+    tiles (default: `launching.default_precision`; chunks multiply as torch is told to). splits: pieces of the
+    candidates (default: as the device needs).
     """
     n, d = anchors.shape
     m = len(candidates)
@@ -542,7 +548,7 @@ def forward(
     tile = launch.tile(op, d, ids=has_ids, rank=need_rank)
     row_tiles = triton.cdiv(n, tile.rows)
     split_size, splits = launch.split(row_tiles, m, tile.columns, splits)
-    gap, lses, ranks, expectations = loss, lse, rank, expectation  # written by the kernel itself when there is one split
+    gap, lses, ranks, expectations = loss, lse, rank, expectation  # written by the kernel when there is one
     if splits > 1:
         gap, lses = (anchors.new_empty((splits, n), dtype=acc) for _ in range(2))
         ranks = anchors.new_empty((splits, n) if need_rank else (0,), dtype=torch.int32)

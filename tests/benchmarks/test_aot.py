@@ -50,12 +50,11 @@ def run(*arguments, path=()):
 
 
 @pytest.mark.slow
-def test_every_tile_holds_its_gates(capsys):
-    done = run("--jobs", "2")
-    with capsys.disabled():
-        print("\n" + done.stdout)
+def test_tiles_hold_their_gates():
+    """The tiles of one size, every op, bf16 and float32, pointers and descriptors; `make aot` compiles all of them."""
+    done = run("--jobs", "2", "--arch", "90", "--only", "+ids D=64 ")
     assert done.returncode == 0, done.stderr
-    assert "0 past a gate" in done.stdout
+    assert "9 entries compiled, 0 past a gate" in done.stdout
 
 
 def test_a_tile_that_spills_is_refused(tmp_path):
@@ -69,12 +68,13 @@ def test_a_tile_that_spills_is_refused(tmp_path):
 
 
 def report(**changes):
-    good = {"registers": 255, "shared": 232_448, "tensor_memory": 512, "matrix": {"HGMMA": 4}}
-    return aot.Report("sm_90", "forward", "forward", 8, (128, 64), True, **good | changes)
+    good = {"tile": (128, 64), "registers": 255, "shared": 232_448, "tensor_memory": 512, "matrix": {"HGMMA": 4}}
+    return aot.Report(arch="sm_90", name="forward", op="forward", warps=8, needs_matrix=True, **good | changes)
 
 
 def test_gates():
     assert report().failures() == []
+    assert report(tile=(32, 64), matrix={"HMMA": 4}).failures() == []  # fewer rows than a warpgroup's product has
     for changes, words in (
         ({"stack": 8}, "spills"),
         ({"spills": 1}, "spills"),

@@ -10,11 +10,13 @@ from tolerance import assert_as_good_as_naive, error
 
 pytest.importorskip("triton")
 from cpc_kernels import info_nce, info_nce_stats, launching, reference, tiles, triton_info_nce
+from cpc_kernels.info_nce import info_nce_op
 
 # the interpreter computes with numpy, which warns where a GPU is silent
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("loss", "lse", "positive", "rank")
+EPS = torch.finfo(torch.float32).eps
 
 
 def surround(tensor):
@@ -35,10 +37,7 @@ def problem(n=37, m=45, d=17, dtype=torch.float32, vectors=False, ids=False, sca
     size = d**-0.5
     q = (torch.randn(n, d, generator=draw) * size).to(dtype)
     k = torch.randn(m, d, generator=draw).to(dtype)
-    if vectors or m == 0:
-        p = torch.randn(n, d, generator=draw).to(dtype)
-    else:
-        p = torch.randint(-1, m, (n,), generator=draw)
+    p = torch.randint(-1, m, (n,), generator=draw) if m and not vectors else torch.randn(n, d, generator=draw).to(dtype)
     a = c = None
     if ids:
         a, c = torch.randint(0, 4, (n,), generator=draw), torch.randint(0, 4, (m,), generator=draw)
@@ -74,68 +73,108 @@ def plain(q, k, p, s, a, c):
     return result, probabilities @ k, gradient
 
 
+def judge(actual, naive, truth, name, floor=0.0, dtype=None):
+    """`assert_as_good_as_naive`, but naive code that errs by less than `floor` (absolute) counts as lucky."""
+    finite = truth[truth.isfinite()].abs()
+    if finite.numel() and error(naive, truth) * float(finite.max()) < floor and actual.dtype != torch.float64:
+        assert (actual - truth)[truth.isfinite()].abs().max() <= 2 * (floor + float(finite.max()) * EPS / 2), name
+    else:
+        assert_as_good_as_naive(actual=actual, naive=naive, truth=truth, name=name, dtype=dtype)
+
+
 def check(inputs, splits=None):
-    q, _, p, _, _, _ = inputs
+    q, k, p, s, _, _ = inputs
     truth, truth_o, truth_dk = plain(*widen(*inputs))
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     naive, naive_o, naive_dk = plain(*widen(*inputs, dtype=compute))
+    # a product of D features errs by a rounding of the sum of their magnitudes, whatever cancels
+    rows = p if p.is_floating_point() else torch.cat([k, k.new_zeros(1, k.shape[1])])[p]
+    magnitude = (q.double() * rows.double()).abs().sum(1)[slice(None) if p.is_floating_point() else p >= 0]
+    floor = torch.finfo(compute).eps / 2 * float(magnitude.max() * s.abs()) if magnitude.numel() else 0.0
     out = triton_info_nce.forward(*inputs, True, splits=splits)
     for name, ours in zip(NAMES[:3], out, strict=False):
         assert ours.dtype == compute
-        assert_as_good_as_naive(actual=ours, naive=naive[name], truth=truth[name], name=name)
+        judge(ours, naive[name], truth[name], name, floor)
     assert out[3].dtype == torch.int64
     # a rank may differ where two scores are equal to rounding
     assert (out[3] - truth["rank"]).abs().sum() <= (0 if q.dtype == torch.float64 else 1)
     # one rounding of P to the inputs' dtype on the way to the matrix units
-    assert_as_good_as_naive(actual=out[4], naive=naive_o, truth=truth_o, name="expectation", dtype=q.dtype)
-    scores_only = triton_info_nce.forward(*inputs, False, splits=splits)
-    assert scores_only[4].shape == (0,)
+    judge(out[4], naive_o, truth_o, "expectation", dtype=q.dtype)
+    assert out[4].isfinite().all()
+    scores_only = triton_info_nce.forward(*inputs, False, need_rank=False, splits=splits)
+    assert scores_only[3].shape == scores_only[4].shape == (0,)
     for name, ours in zip(NAMES[:3], scores_only, strict=False):
-        assert_as_good_as_naive(actual=ours, naive=naive[name], truth=truth[name], name=f"{name}, scores only")
+        judge(ours, naive[name], truth[name], f"{name}, scores only", floor)
 
     draw = torch.Generator().manual_seed(7)
     upstream = torch.randn(len(q), generator=draw).to(DEVICE, compute)  # of either sign, never ones
-    w = upstream * -torch.expm1(-truth["loss"].to(compute)) * inputs[3].to(compute)
+    w = upstream * -torch.expm1(-truth["loss"].to(compute)) * s.to(compute)
     dk = triton_info_nce.backward_candidates(w, out[1], *inputs, splits=splits)
     assert dk.dtype == q.dtype
-    # lse and scale * log2(e) are each one number of the compute dtype: half an ulp of them, times a score as large as
-    # lse, is a relative error of P
+    # lse is handed over as one number of the compute dtype: half an ulp of it is a relative error of P. The scores that
+    # P is made of err as much, in naive code too, which has been lucky where its error is smaller.
     lse = truth["lse"][truth["lse"].isfinite()].abs()
     handed_over = torch.finfo(compute).eps * (float(lse.max()) if lse.numel() else 0.0)
     ours, theirs = error(dk, truth_dk(w.double())), error(naive_dk(w).to(q.dtype), truth_dk(w.double()))
     limit = 2 * (theirs + torch.finfo(q.dtype).eps / 2 + handed_over)
     assert ours <= limit, f"candidates' gradient: relative error {ours:.3e}, naive {theirs:.3e}, allowed {limit:.3e}"
-    assert out[4].isfinite().all()
     return out, dk
 
 
-@pytest.mark.parametrize("vectors", [False, True], ids=["index", "vectors"])
-@pytest.mark.parametrize("ids", [False, True], ids=["plain", "ids"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "ids", "vectors"),
+    [
+        (torch.float32, False, False),
+        (torch.float32, True, True),
+        (torch.float16, True, False),
+        (torch.float16, False, True),
+        (torch.bfloat16, False, False),
+        (torch.bfloat16, True, True),
+        (torch.float64, True, False),
+    ],
+    ids=str,
+)
 def test_dtypes_and_positives(dtype, ids, vectors):
     check(problem(dtype=dtype, ids=ids, vectors=vectors))
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("d", [1, 2, 17, 64, 256, 300, 600])
-def test_features(d, splits):
-    check(problem(d=d, ids=d % 2 == 0, scale=3.0), splits=splits)
+@pytest.mark.parametrize(
+    ("d", "dtype", "splits"),
+    [
+        (1, torch.float32, 1),
+        (2, torch.float32, 3),
+        (64, torch.float32, 3),
+        (65, torch.float32, 3),  # chunks, as float32 goes from here on
+        (256, torch.float16, 1),
+        (300, torch.float16, 3),
+        (600, torch.float16, 1),  # chunks, as 16 bits go from 512 on
+    ],
+    ids=str,
+)
+def test_features(d, dtype, splits):
+    check(problem(d=d, dtype=dtype, n=34, m=36, ids=d % 2 == 0, scale=3.0), splits=splits)
 
 
-@pytest.mark.slow
 def test_two_thousand_features():
-    check(problem(d=2048, n=9, m=20))
-    check(problem(d=2048, n=9, m=20, vectors=True, ids=True, dtype=torch.float16))
+    check(problem(d=2048, n=3, m=9, vectors=True, ids=True, dtype=torch.float16))
 
 
-@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 40), (40, 1), (32, 16), (33, 17), (5, 100)])
-@pytest.mark.parametrize("splits", [None, 4])
-def test_ragged_sizes(n, m, splits):
-    check(problem(n=n, m=m, d=32), splits=splits)
-    check(problem(n=n, m=m, d=32, vectors=True), splits=splits)
+@pytest.mark.parametrize(
+    ("n", "m", "splits", "vectors"),
+    [
+        (1, 1, None, False),
+        (1, 40, 4, False),
+        (40, 1, 4, True),
+        (32, 16, None, True),
+        (33, 17, 4, False),
+        (5, 50, 2, True),
+    ],
+)
+def test_ragged_sizes(n, m, splits, vectors):
+    check(problem(n=n, m=m, d=32, vectors=vectors), splits=splits)
 
 
-@pytest.mark.parametrize("d", [8, 600])
+@pytest.mark.parametrize("d", [8, 70])
 @pytest.mark.parametrize(("n", "m"), [(0, 0), (0, 5), (5, 0)])
 def test_empty(n, m, d):
     q, k, p, s, _, _ = problem(n=n, m=m, d=d)
@@ -152,11 +191,21 @@ def test_empty(n, m, d):
         assert (dk == 0).all()
 
 
-@pytest.mark.parametrize("scale", [0.01, 100.0, -1.0, -30.0, 0.0])
-@pytest.mark.parametrize("d", [17, 600])
-def test_scales(scale, d):
-    check(problem(d=d, scale=scale, ids=True))
-    check(problem(d=d, scale=scale), splits=3)
+@pytest.mark.parametrize(
+    ("scale", "d", "splits"),
+    [
+        (0.01, 9, 1),
+        (100.0, 9, 3),
+        (-1.0, 9, 1),
+        (-30.0, 9, 3),
+        (0.0, 9, 1),
+        (100.0, 70, 1),
+        (-30.0, 70, 1),
+        (0.0, 70, 1),
+    ],
+)
+def test_scales(scale, d, splits):
+    check(problem(n=20, m=34, d=d, scale=scale, ids=splits == 1), splits=splits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -180,7 +229,7 @@ def test_descriptors_where_the_strides_allow(d):
     assert dk.isfinite().all()
 
 
-@pytest.mark.parametrize("d", [17, 600])
+@pytest.mark.parametrize("d", [9, 70])
 def test_ignored_rows_and_rows_without_negatives(d):
     q, k, p, s, _, _ = problem(d=d)
     p[3:30] = -1
@@ -197,7 +246,7 @@ def test_ignored_rows_and_rows_without_negatives(d):
 
 def test_large_offset_keeps_the_loss():
     """Scores near 1e4: the gap is formed from raw scores, and does not lose the digits that lse loses."""
-    q, k, p, s, _, _ = problem(d=16, vectors=False)
+    q, k, p, s, _, _ = problem(d=16, n=10, m=40)
     q[:, 0], k[:, 0] = 100.0, 100.0
     inputs = [q, k, p, s, None, None]
     truth, *_ = plain(*widen(*inputs))
@@ -207,10 +256,10 @@ def test_large_offset_keeps_the_loss():
         assert_as_good_as_naive(actual=loss, naive=naive["loss"], truth=truth["loss"], name="loss at 1e4")
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("d", [17, 600])
+@pytest.mark.parametrize(("d", "splits"), [(17, 1), (17, 3), (70, 1)])
 def test_equal_scores_give_the_log_of_the_count(d, splits):
     q, k, p, s, _, _ = problem(d=d)
+    q, k = q.mul(4).round(), k.mul(4).round()  # whole numbers: no order of summation can break the tie
     k[:] = k[0].clone()
     p.clamp_(min=0)
     loss, _, _, rank, _ = triton_info_nce.forward(q, k, p, s, splits=splits)
@@ -218,11 +267,10 @@ def test_equal_scores_give_the_log_of_the_count(d, splits):
     assert (rank == 0).all()  # a tie does not beat the positive
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("d", [4, 600])
+@pytest.mark.parametrize(("d", "splits"), [(4, 1), (4, 3), (70, 1)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_reach_the_loss(value, d, splits):
-    q, k, p, s, _, _ = problem(d=d)
+    q, k, p, s, _, _ = problem(d=d, n=7, m=24)
     q[:, 0], p[:] = q[:, 0].abs() + 0.1, torch.arange(len(q), device=DEVICE) % 7
     k[20, 0] = value
     loss, lse, *_ = triton_info_nce.forward(q, k, p, s, splits=splits)
@@ -252,33 +300,30 @@ def test_split_and_unsplit_agree():
 
 def test_two_runs_are_equal_to_the_bit():
     inputs = problem(n=40, m=100, d=32, dtype=torch.float16)
-    runs = [triton_info_nce.forward(*inputs, splits=3) for _ in range(2)]
+    w = torch.linspace(-1, 1, 40, device=DEVICE)
+    runs = []
+    for _ in range(2):
+        out = triton_info_nce.forward(*inputs, splits=3)
+        runs.append([*out, triton_info_nce.backward_candidates(w, out[1], *inputs, splits=3)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_small_losses_stay_accurate():
-    """The table of the design: with a loss near 1e-13, what is computed from 1 - p is noise; this is not."""
+    """With a loss near 1e-10, what is computed from 1 - p is noise; this is not."""
     q, k, p, _, _, _ = problem(n=32, m=64, d=64, dtype=torch.bfloat16)
     p = torch.arange(32, device=DEVICE)
     k[:32] = q * 8
-    s = torch.full((1,), 30.0, device=DEVICE)
+    s = torch.full((1,), 5.0, device=DEVICE)
     inputs = [q, k, p, s, None, None]
     truth, truth_o, truth_dk = plain(*widen(*inputs))
-    assert truth["loss"].median() < 1e-4
+    assert 1e-20 < truth["loss"].median() < 1e-8
     loss, lse, _, _, o = triton_info_nce.forward(*inputs)
     torch.testing.assert_close(loss.double(), truth["loss"], rtol=2e-4, atol=0)
     w = -torch.expm1(-loss) * s
     dk = triton_info_nce.backward_candidates(w, lse, *inputs)
-    relative = (dk.double() - truth_dk((-torch.expm1(-truth["loss"])) * 30.0)).norm() / truth_dk(w.double()).norm()
+    relative = (dk.double() - truth_dk((-torch.expm1(-truth["loss"])) * 5.0)).norm() / truth_dk(w.double()).norm()
     assert relative < 8e-3
     assert (o - truth_o).norm() / truth_o.norm() < 8e-3
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rank_is_left_out_when_not_asked(dtype):
-    inputs = problem(dtype=dtype)
-    assert triton_info_nce.forward(*inputs, need_rank=False)[3].shape == (0,)
-    assert triton_info_nce.forward(*inputs, need_rank=False, splits=3)[3].shape == (0,)
 
 
 def test_unknown_precision_is_named():
@@ -292,7 +337,7 @@ def test_unknown_precision_is_named():
 @pytest.mark.skipif(DEVICE == "cuda", reason="float64 tiles are for the interpreter")
 @pytest.mark.parametrize("vectors", [False, True], ids=["index", "vectors"])
 def test_gradcheck(vectors):
-    q, k, p, s, a, c = problem(n=5, m=6, d=3, dtype=torch.float64, vectors=vectors, ids=True)
+    q, k, p, s, a, c = problem(n=3, m=4, d=2, dtype=torch.float64, vectors=vectors, ids=True)
     q, k, s = (t.clone().requires_grad_() for t in (q, k, s))
     p = p.clone().requires_grad_() if vectors else p
 
@@ -302,6 +347,13 @@ def test_gradcheck(vectors):
         return info_nce(q, k, positives, scale=s, reduction="none", impl="triton", **ids)
 
     assert torch.autograd.gradcheck(op, (q, k, s, *([p] if vectors else [])))
+
+
+def test_opcheck(unpoisoned):
+    q, k, p, _, a, c = problem(n=3, m=4, d=3, ids=True)
+    q, k = q.clone().requires_grad_(), k.clone().requires_grad_()
+    scale = torch.ones(1, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(info_nce_op, (q, k, p, scale, a, c, "triton", True, False))
 
 
 @pytest.mark.parametrize("who", ["anchors", "candidates", "scale"])
