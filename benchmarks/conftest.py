@@ -82,6 +82,7 @@ def race(benchmark, ledger, ceilings, tiny):
 BOOK: pytest.StashKey[ledgers.Ledger] = pytest.StashKey()
 
 
+@pytest.hookimpl(trylast=True)  # ours is the last word
 def pytest_terminal_summary(terminalreporter, config):
     book = config.stash.get(BOOK, None)
     if book is None or not book.touched:

@@ -164,6 +164,23 @@ def compute(
     return [loss.detach().cpu()] + [grad.cpu() for grad in grads]
 
 
+def slopes(probe: Probe, made: dict[str, Any]) -> float:
+    """What dscale is summed from: the sum of |g_i d loss_i / d scale|. Gradients of both signs cancel in the total, and
+    an error is judged against what was added, not against what happens to be left."""
+    step, cpu, wide = 1e-5, torch.device("cpu"), torch.float64
+    rows = replace(probe, reduction="none")
+    high, low = (
+        compute(rows, made | {"scale": torch.tensor(probe.scale + h, dtype=wide)}, cpu, wide, "reference")[0]
+        for h in (step, -step)
+    )
+    each = (high - low) / (2 * step)
+    if probe.reduction == "none":
+        return float((made["upstream"].double() * each).abs().sum())
+    own = made["positives"]
+    counted = own.shape[:-1].numel() if own.is_floating_point() else int((own >= 0).sum())
+    return float(0.37 * each.abs().sum()) / (max(counted, 1) if probe.reduction == "mean" else 1)
+
+
 def check(probe: Probe, device: torch.device, impl: str = "triton") -> dict[str, Any]:
     """One line of the matrix: status passed, failed or raised; the worst error beside what was allowed."""
     told: dict[str, Any] = {"probe": probe.name}
@@ -183,13 +200,20 @@ def check(probe: Probe, device: torch.device, impl: str = "triton") -> dict[str,
                 torch.use_deterministic_algorithms(False)
     except Exception as problem:
         return told | {"status": "raised", "why": f"{type(problem).__name__}: {problem}"[:300]}
+    whole = slopes(probe, made)
     rounding = torch.finfo(getattr(torch, probe.dtype)).eps / 2
+
+    def off(name: str, actual: Tensor, expected: Tensor) -> float:
+        if name == "dscale" and whole > 0:
+            return float((actual.double() - expected.double()).abs().max()) / whole
+        return error(actual, expected)
+
     worst = (0.0, "", 0.0, 0.0)
     for run in (ours, twice[0]):
         for name, a, b, c in zip(NAMES, run, naive, truth, strict=False):
-            theirs = 50 * rounding if probe.dtype == "float64" else error(b, c)
+            theirs = 50 * rounding if probe.dtype == "float64" else off(name, b, c)
             allowed = 2 * (theirs + rounding)
-            found = error(a, c)
+            found = off(name, a, c)
             excess = found / allowed if found == found else torch.inf
             worst = max(worst, (excess, name, found, allowed))
     same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*twice, strict=True))

@@ -187,14 +187,15 @@ def training(
     generator = torch.Generator().manual_seed(1)
 
     def make() -> tuple[Tensor, Tensor | None]:
-        pixels = make_batch(model, images, config.crop or side, generator)
-        return pixels, shift(pixels, config.shifts, generator) if config.shifts else None
+        pixels = make_batch(model, images, min(config.crop or side, side), generator)
+        copies = pixels.repeat(config.shift_copies, 1, 1, 1)
+        return pixels, shift(copies, config.shifts, generator) if config.shifts else None
 
     pixels, shifted = make()
     with autocast(device):
         mine = model(pixels, shifted, seed=3).loss
     expected = plain_loss(plain, pixels, shifted, 3)
-    errors = {"loss": float((mine - expected).abs() / expected.abs())}
+    errors = {"loss": float(((mine - expected).abs() / expected.abs()).detach())}
 
     optimizer = make_optimizer(model, config)
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
