@@ -16,11 +16,20 @@ pool row is then read once for all steps, and 16 rows of products cost less than
 STEPS_MAX_D = 512
 """Above, the two tiles of [steps, D] no longer fit the registers, and every step gathers for itself."""
 
+STEPS_MAX_D_FP32 = 64
+"""The same for float32 (and float64): three tf32 products keep both halves of every operand, and at D = 128 the forward
+tile of 16 steps already spills on sm_90."""
+
 DENSE = 128
 """The whole pool is scored, masked by how often each row drew each candidate, when M K <= DENSE S (K = 1 when every
 step draws its own): a gathered row costs as much L2 traffic as about so many candidates cost matrix products."""
 
 INTERPRETER_COLUMNS = 4  # small tests see several tiles
+
+
+def steps_max_d(width: int) -> int:
+    """`width`: bits of an element (64 counts as 32)."""
+    return STEPS_MAX_D if width == 16 else STEPS_MAX_D_FP32
 
 
 def gathered(d: int, count: int, arch: str) -> Tile:

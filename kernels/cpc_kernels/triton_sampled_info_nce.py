@@ -605,8 +605,9 @@ class Problem:
             return asked
         if self.count and self.m * self.width <= sampled_tiles.DENSE * self.count:
             return "dense"
-        shared = not self.per_step and self.steps >= sampled_tiles.STEPS and self.d <= sampled_tiles.STEPS_MAX_D
-        return "steps" if shared else "gathered"
+        shared = not self.per_step and self.steps >= sampled_tiles.STEPS
+        fits = self.d <= sampled_tiles.steps_max_d(self.launch.width)
+        return "steps" if shared and fits else "gathered"
 
     def resolve(self, part: slice, *, counts: bool) -> Tensor:
         """Rows `part` of the negatives: pool rows (R, KD, S), -1 where skipped; or counts (R, KD, M) int32."""
@@ -857,7 +858,7 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
         label = precision if width == 32 else element
         products = {"PRECISION": precision, "UPCAST": False, "EVEN_D": True, "EXPECTATION": True, "NORMALISED": False}
         for variant, flags in (("listed", listed), ("drawn", drawn)):
-            for d in tiles.BUCKETS:
+            for d in (b for b in tiles.BUCKETS if b <= sampled_tiles.steps_max_d(width)):
                 for op, kernel in (("forward", steps_forward_kernel), ("backward", steps_backward_kernel)):
                     for steps in (16, 64):
                         tile = sampled_tiles.steps(op, d, steps, width, arch)

@@ -314,7 +314,9 @@ def test_size_chooses_the_schedule():
     assert chosen(steps=3, m=2000, s=2) == "gathered"
     assert chosen(steps=4, m=2000, s=2) == "steps"
     assert chosen(steps=4, m=2000, s=2, per_step=True) == "gathered"
-    assert chosen(n=1, steps=4, m=2000, s=2, d=600) == "gathered"
+    assert chosen(n=1, steps=4, m=2000, s=2, d=65) == "gathered"
+    assert chosen(n=1, steps=4, m=2000, s=2, d=65, dtype=torch.float16) == "steps"
+    assert chosen(n=1, steps=4, m=2000, s=2, d=600, dtype=torch.float16) == "gathered"
     with pytest.raises(ValueError, match="share"):
         triton_sampled_info_nce.forward(*problem(per_step=True), schedule="steps")
 
