@@ -12,7 +12,8 @@ a GPU in one product for all steps, of which the rows asked for are kept. Nothin
 the contexts that a step reads are gathered again in backward, and added to one gradient.
 
 The cheaper side is projected. Contexts: P C D + P S' D multiply-adds, P the number of rows, S' the candidates that each
-is scored against. Candidates: K M C D + P S' C. (Three times as many with gradients.) Drawn negatives are the same on both sides.
+is scored against. Candidates: K M C D + P S' C. (Three times as many with gradients.) Drawn negatives are the same on
+both sides.
 """
 
 import math

@@ -102,9 +102,7 @@ def test_both_sides_draw_the_same(vectors, per_step):
     contexts, weights, candidates, positives, options = problem(vectors=vectors, ids=True)
     drawn = Negatives(5, seed=11, per_step=per_step)
     inputs = contexts, weights, candidates, options["scale"]
-    a, b = (
-        bilinear_info_nce(*inputs[:3], positives, drawn, side=side, reduction="none", **options) for side in SIDES
-    )
+    a, b = (bilinear_info_nce(*inputs[:3], positives, drawn, side=side, reduction="none", **options) for side in SIDES)
     agree(a, b, inputs)
     sources, counts, own, _ = listed_rows(positives)
     call = options | {"sources": sources, "counts": counts, "anchor_ids": options["anchor_ids"][sources]}
