@@ -24,7 +24,7 @@ def greedy(p_x, p_y, B: tl.constexpr):
     x = tl.load(p_x + o)
     y = tl.load(p_x + B + o)
     for i in range(0, 100):
-        x, y = tl.exp2(x) + tl.sum(y), tl.exp2(y) + tl.max(x)
+        x, y = x * 0.5 + tl.sum(y), y * 0.5 + tl.sum(x)
     tl.store(p_y + o, x + y)
 
 
@@ -35,7 +35,7 @@ def modest(p_x, p_y, B: tl.constexpr):
 
 
 def aot_entries(arch):
-    for name, kernel, size in (("greedy", greedy, 32768), ("modest", modest, 128)):
+    for name, kernel, size in (("greedy", greedy, 16384), ("modest", modest, 128)):
         signature = {"p_x": "*fp32", "p_y": "*fp32"}
         yield tiles.Entry(name, kernel, signature, {"B": size}, {"num_warps": 4}, tuple(signature), matrix=name == "x")
 """
