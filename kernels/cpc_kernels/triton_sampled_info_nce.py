@@ -47,8 +47,18 @@ from .triton_info_nce import _dot, _softplus
 def _entries(
     p_negatives,  # (N, K or 1, S) when not DRAWN
     p_seed,  # (1,) int64 when DRAWN
-    base, n, k, start, count, m, stride_nn, stride_nk, stride_ns,
-    DRAWN: tl.constexpr, INDEXED: tl.constexpr, BS: tl.constexpr,
+    base,
+    n,
+    k,
+    start,
+    count,
+    m,
+    stride_nn,
+    stride_nk,
+    stride_ns,
+    DRAWN: tl.constexpr,
+    INDEXED: tl.constexpr,
+    BS: tl.constexpr,
 ):
     """[BS] pool rows of the entries start.. of row n, step k (0 when shared), int64; -1 where there is none."""
     o_s = start + tl.arange(0, BS)
@@ -114,17 +124,40 @@ def gathered_forward_kernel(
     p_pool,  # (M, D)
     p_index,  # (N, K) int64 when INDEXED
     p_vectors,  # (N, K, D) when not INDEXED
-    p_negatives, p_seed,  # see _entries
+    p_negatives,
+    p_seed,  # see _entries
     p_scale,  # (1,)
     p_anchor_ids,  # (N,) when HAS_IDS
     p_pool_ids,  # (M,) when HAS_IDS
-    p_loss, p_lse, p_positive, p_rank,  # (N, K) out
+    p_loss,
+    p_lse,
+    p_positive,
+    p_rank,  # (N, K) out
     p_expectation,  # (N, K, D) out, when EXPECTATION
-    steps, m, d, count,
-    stride_an, stride_ak, stride_ad, stride_zm, stride_zd, stride_vn, stride_vk, stride_vd,
-    stride_nn, stride_nk, stride_ns,
-    INDEXED: tl.constexpr, DRAWN: tl.constexpr, PER_STEP: tl.constexpr, HAS_IDS: tl.constexpr,
-    EXPECTATION: tl.constexpr, EVEN_D: tl.constexpr, ACC: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    steps,
+    m,
+    d,
+    count,
+    stride_an,
+    stride_ak,
+    stride_ad,
+    stride_zm,
+    stride_zd,
+    stride_vn,
+    stride_vk,
+    stride_vd,
+    stride_nn,
+    stride_nk,
+    stride_ns,
+    INDEXED: tl.constexpr,
+    DRAWN: tl.constexpr,
+    PER_STEP: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    EXPECTATION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    ACC: tl.constexpr,
+    BS: tl.constexpr,
+    BD: tl.constexpr,
 ):
     i_row = tl.program_id(0)
     n = i_row // steps
@@ -201,14 +234,37 @@ def gathered_forward_kernel(
 
 @triton.jit
 def gathered_backward_kernel(
-    p_anchors, p_pool, p_index, p_negatives, p_seed, p_scale, p_anchor_ids, p_pool_ids,  # as in forward
+    p_anchors,
+    p_pool,
+    p_index,
+    p_negatives,
+    p_seed,
+    p_scale,
+    p_anchor_ids,
+    p_pool_ids,  # as in forward
     p_weights,  # (N, K) w
     p_lse,  # (N, K)
     p_grad,  # (M, D) zeros, added to
-    steps, m, d, count,
-    stride_an, stride_ak, stride_ad, stride_zm, stride_zd, stride_nn, stride_nk, stride_ns,
-    INDEXED: tl.constexpr, DRAWN: tl.constexpr, PER_STEP: tl.constexpr, HAS_IDS: tl.constexpr,
-    EVEN_D: tl.constexpr, ACC: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    steps,
+    m,
+    d,
+    count,
+    stride_an,
+    stride_ak,
+    stride_ad,
+    stride_zm,
+    stride_zd,
+    stride_nn,
+    stride_nk,
+    stride_ns,
+    INDEXED: tl.constexpr,
+    DRAWN: tl.constexpr,
+    PER_STEP: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    ACC: tl.constexpr,
+    BS: tl.constexpr,
+    BD: tl.constexpr,
 ):
     i_row = tl.program_id(0)
     n = i_row // steps
@@ -263,13 +319,46 @@ def _load_rows(p_rows, o_row, m_row, o_d, m_d, stride_row, stride_d):
 
 @triton.jit
 def steps_forward_kernel(
-    p_anchors, p_pool, p_index, p_vectors, p_negatives, p_seed, p_scale, p_anchor_ids, p_pool_ids,
-    p_loss, p_lse, p_positive, p_rank, p_expectation,  # all as in gathered_forward_kernel
-    steps, m, d, count, blocks,
-    stride_an, stride_ak, stride_ad, stride_zm, stride_zd, stride_vn, stride_vk, stride_vd, stride_nn, stride_ns,
-    INDEXED: tl.constexpr, DRAWN: tl.constexpr, HAS_IDS: tl.constexpr, EXPECTATION: tl.constexpr,
-    EVEN_D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BK: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    p_anchors,
+    p_pool,
+    p_index,
+    p_vectors,
+    p_negatives,
+    p_seed,
+    p_scale,
+    p_anchor_ids,
+    p_pool_ids,
+    p_loss,
+    p_lse,
+    p_positive,
+    p_rank,
+    p_expectation,  # all as in gathered_forward_kernel
+    steps,
+    m,
+    d,
+    count,
+    blocks,
+    stride_an,
+    stride_ak,
+    stride_ad,
+    stride_zm,
+    stride_zd,
+    stride_vn,
+    stride_vk,
+    stride_vd,
+    stride_nn,
+    stride_ns,
+    INDEXED: tl.constexpr,
+    DRAWN: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    EXPECTATION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BK: tl.constexpr,
+    BS: tl.constexpr,
+    BD: tl.constexpr,
 ):
     n = tl.program_id(0) // blocks
     row_n = n.to(tl.int64)
@@ -339,16 +428,41 @@ def steps_forward_kernel(
 
 @triton.jit
 def steps_backward_kernel(
-    p_anchors, p_pool, p_index, p_negatives, p_seed, p_scale, p_anchor_ids, p_pool_ids,
+    p_anchors,
+    p_pool,
+    p_index,
+    p_negatives,
+    p_seed,
+    p_scale,
+    p_anchor_ids,
+    p_pool_ids,
     p_weights,  # (N, K) w, divided by norm
     p_norm,  # (1,) so that fp16 holds w P
     p_lse,  # (N, K)
     p_grad,  # (M, D) zeros, added to
-    steps, m, d, count, blocks,
-    stride_an, stride_ak, stride_ad, stride_zm, stride_zd, stride_nn, stride_ns,
-    INDEXED: tl.constexpr, DRAWN: tl.constexpr, HAS_IDS: tl.constexpr, NORMALISED: tl.constexpr,
-    EVEN_D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BK: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    steps,
+    m,
+    d,
+    count,
+    blocks,
+    stride_an,
+    stride_ak,
+    stride_ad,
+    stride_zm,
+    stride_zd,
+    stride_nn,
+    stride_ns,
+    INDEXED: tl.constexpr,
+    DRAWN: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BK: tl.constexpr,
+    BS: tl.constexpr,
+    BD: tl.constexpr,
 ):
     n = tl.program_id(0) // blocks
     row_n = n.to(tl.int64)
@@ -398,11 +512,25 @@ def steps_backward_kernel(
 @triton.jit
 def resolve_kernel(
     p_index,  # (N, K) when INDEXED
-    p_negatives, p_seed, p_anchor_ids, p_pool_ids,
+    p_negatives,
+    p_seed,
+    p_anchor_ids,
+    p_pool_ids,
     p_entries,  # (N, KD, S) out, when not COUNTS: pool rows, -1 where skipped; KD: steps that draw for themselves
     p_counts,  # (N, KD, M) zeros, added to, when COUNTS: how often each candidate is an entry
-    first, steps, own_steps, m, count, stride_nn, stride_nk, stride_ns,
-    COUNTS: tl.constexpr, INDEXED: tl.constexpr, DRAWN: tl.constexpr, HAS_IDS: tl.constexpr, BS: tl.constexpr,
+    first,
+    steps,
+    own_steps,
+    m,
+    count,
+    stride_nn,
+    stride_nk,
+    stride_ns,
+    COUNTS: tl.constexpr,
+    INDEXED: tl.constexpr,
+    DRAWN: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    BS: tl.constexpr,
 ):
     """Rows first.. of the negatives, as the other kernels see them."""
     row = tl.program_id(0).to(tl.int64)
@@ -427,17 +555,32 @@ def resolve_kernel(
 
 @triton.jit
 def segments_kernel(
-    p_anchors, p_pool, p_index, p_scale,
+    p_anchors,
+    p_pool,
+    p_index,
+    p_scale,
     p_order,  # (E,) entries, sorted by their candidate
     p_starts,  # (M + 1,) where each candidate's entries begin
     p_own_order,  # (N K,) rows, sorted by their positive, when INDEXED
     p_own_starts,  # (M + 1,)
-    p_weights, p_lse,  # (N, K)
+    p_weights,
+    p_lse,  # (N, K)
     p_grad,  # (M, D) out
-    steps, d, count, width,  # width: rows that share an entry
-    stride_an, stride_ak, stride_ad, stride_zm, stride_zd,
-    INDEXED: tl.constexpr, DRAWN: tl.constexpr, EVEN_D: tl.constexpr, ACC: tl.constexpr,
-    BE: tl.constexpr, BD: tl.constexpr,
+    steps,
+    d,
+    count,
+    width,  # width: rows that share an entry
+    stride_an,
+    stride_ak,
+    stride_ad,
+    stride_zm,
+    stride_zd,
+    INDEXED: tl.constexpr,
+    DRAWN: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    ACC: tl.constexpr,
+    BE: tl.constexpr,
+    BD: tl.constexpr,
 ):
     """One candidate: its rows' w P q, added in the order of the rows."""
     j = tl.program_id(0).to(tl.int64)
@@ -486,9 +629,17 @@ def dense_exponentials_kernel(
     p_index,  # (R,) when INDEXED
     p_raw,  # (R,) when not INDEXED: the positive's raw score
     p_scale,  # (1,)
-    p_loss, p_lse, p_positive, p_rank,  # (R,) out
-    m, width,  # width: rows that share their negatives
-    INDEXED: tl.constexpr, DRAWN: tl.constexpr, EXPECTATION: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+    p_loss,
+    p_lse,
+    p_positive,
+    p_rank,  # (R,) out
+    m,
+    width,  # width: rows that share their negatives
+    INDEXED: tl.constexpr,
+    DRAWN: tl.constexpr,
+    EXPECTATION: tl.constexpr,
+    ACC: tl.constexpr,
+    BM: tl.constexpr,
 ):
     """One row per program: a pass for maximum and sum, a pass that writes P."""
     row = tl.program_id(0).to(tl.int64)
@@ -541,10 +692,15 @@ def dense_coefficients_kernel(
     p_counts,  # (R // WIDTH, M)
     p_coefficients,  # (R, M) out: count w P, less w where the positive sits
     p_index,  # (R,) when INDEXED
-    p_weights, p_lse,  # (R,)
+    p_weights,
+    p_lse,  # (R,)
     p_scale,  # (1,)
-    m, width,
-    INDEXED: tl.constexpr, DRAWN: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+    m,
+    width,
+    INDEXED: tl.constexpr,
+    DRAWN: tl.constexpr,
+    ACC: tl.constexpr,
+    BM: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     o_m = tl.program_id(1) * BM + tl.arange(0, BM)
