@@ -7,6 +7,9 @@ There is no autotuner: the table is read, and `benchmarks.aot` compiles and gate
     element   "16" (bf16, fp16), or how float32 multiplies: "tf32", "tf32x3", "ieee" (float64 too)
     arch      sm_80 (A100: 163 KB of shared memory), sm_86 (99 KB: sm_89, sm_120), sm_90, sm_100, gfx942, interpreter
 
+Those of sm_80 and sm_90 hold the gates. On sm_100, 20 of 45 entries spill or need too much shared memory as they stand;
+those of sm_86 and gfx942 are untried.
+
 This module imports neither torch nor triton, so that reading the table costs nothing.
 """
 
