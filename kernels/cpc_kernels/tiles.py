@@ -26,7 +26,7 @@ about 12 bytes of traffic per score. Also the largest D whose [rows, D] accumula
 ONE_PASS_MAX_D_FP32 = 64
 """The same for float32 (and float64) inputs. An ESTIMATE of where the chunks win, and nearly the limit of the chip:
 three tf32 products keep both halves of every operand, so that at D = 128 only 16 columns fit the registers of an sm_90
-without spilling, and at D = 256 nothing does. Chunks multiply as torch does (`torch.backends.cuda.matmul`)."""
+without spilling; at D = 256 64 x 32 spills 800 bytes. Chunks multiply as torch does (`torch.backends.cuda.matmul`)."""
 
 CHUNK_ELEMENTS = 1 << 24
 """Scores that the chunked schedule holds at once (64 MB in fp32). An ESTIMATE: 50 MB of L2 against the matrix product's
