@@ -78,7 +78,8 @@ class Chunks:
         self.buffer = torch.empty(
             min(self.rows, len(anchors)), len(candidates), dtype=self.dtype, device=anchors.device
         )
-        self.alpha = scale.item() if scale.device.type == "cpu" else None  # on a GPU, reading it would wait
+        # Folded into the product on a CPU; on a GPU, reading it would wait. A NaN must not be: BLAS may take it for 1.
+        self.alpha = scale.item() if scale.device.type == "cpu" and scale.isfinite() else None
 
     def __iter__(self):
         for start in range(0, len(self.anchors), self.rows):
@@ -460,6 +461,13 @@ def spell(**tensors: Tensor) -> str:
     return "Got " + ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items()) + "."
 
 
+def need_tensors(op: str, **given: object) -> None:
+    """Before anything is asked of them."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor. Got {type(value).__name__}.")
+
+
 def check_types(op: str, anchors: Tensor, impl: str, impls: tuple[str, ...], reduction: str, **others: Tensor) -> None:
     """What both ops ask of their arguments."""
     if impl not in impls:
@@ -528,6 +536,8 @@ def check(op, anchors, candidates, positives, anchor_ids, candidate_ids, impl, r
     expected = (n, d) if positives.is_floating_point() else (n,)
     if tuple(positives.shape) != expected:
         what = "vectors (N, D)" if positives.is_floating_point() else "indices (N,)"
+        if positives.is_floating_point() and positives.ndim == 1:
+            what = "vectors (indices must be integers)"
         raise ValueError(
             f"{op}: positives given as {what} must be {expected}. {spell(anchors=anchors, positives=positives)}"
         )
@@ -576,6 +586,7 @@ def info_nce(
     >>> info_nce(q, k, torch.arange(8), scale=10.0, reduction="none").shape
     torch.Size([8])
     """
+    need_tensors("info_nce", anchors=anchors, candidates=candidates, positives=positives)
     anchors, candidates, positives = autocast(anchors.device, anchors, candidates, positives)
     check("info_nce", anchors, candidates, positives, anchor_ids, candidate_ids, impl, reduction)
     impl = choose(impl, anchors.device)
@@ -631,6 +642,7 @@ def info_nce_stats(
     >>> info_nce_stats(q, k, torch.arange(8)).rank.shape
     torch.Size([8])
     """
+    need_tensors("info_nce_stats", anchors=anchors, candidates=candidates, positives=positives)
     anchors, candidates, positives = autocast(anchors.device, anchors, candidates, positives)
     check("info_nce_stats", anchors, candidates, positives, anchor_ids, candidate_ids, impl)
     impl = choose(impl, anchors.device)

@@ -28,6 +28,7 @@ from .info_nce import (
     check_types,
     compute_dtype,
     learns,
+    need_tensors,
     once_differentiable,
     own_vectors,
     reduce,
@@ -473,6 +474,13 @@ def choose(impl: str, device: torch.device) -> str:
 
 def _run(op, anchors, pool, positives, negatives, scale, anchor_ids, pool_ids, impl, reduction, stats):
     """Validate, bring to (N, K, ...), dispatch: the per-row result, reduced, or the stats."""
+    need_tensors(op, anchors=anchors, pool=pool, positives=positives)
+    if not isinstance(negatives, (Tensor, Negatives)):
+        hint = f"; did you mean Negatives({negatives}, seed=0)?" if isinstance(negatives, int) else "."
+        raise TypeError(
+            f"{op}: negatives must be a tensor of indices or Negatives(count, seed). "
+            f"Got {type(negatives).__name__}{hint}"
+        )
     anchors, pool, positives = autocast(anchors.device, anchors, pool, positives)
     check(op, anchors, pool, positives, negatives, anchor_ids, pool_ids, impl, reduction)
     impl = choose(impl, anchors.device)

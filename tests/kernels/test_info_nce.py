@@ -7,7 +7,7 @@ import pytest
 import torch
 from tolerance import assert_as_good_as_naive, error
 
-from cpc_kernels import capabilities, info_nce, info_nce_stats, reference
+from cpc_kernels import capabilities, info_nce, info_nce_stats, reference, sampled_info_nce
 from cpc_kernels import info_nce as door
 from cpc_kernels.capabilities import FAST_BF16, Capability, find_triton
 
@@ -362,3 +362,21 @@ def test_capabilities_give_reasons():
         assert each.reason
         assert bool(each.cost) != each.available
     assert find_triton().name == "Triton"
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_scale_of_nan_reaches_the_loss(reduction):
+    scale = float("nan")
+    q, k = torch.randn(6, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    assert info_nce(q, k, torch.arange(6), scale=scale, reduction=reduction).isnan().all()
+    assert info_nce(q, k, torch.arange(6), scale=torch.tensor(scale), reduction=reduction).isnan().all()
+
+
+def test_what_is_no_tensor_is_named():
+    q = torch.randn(4, 8)
+    with pytest.raises(TypeError, match=r"info_nce: positives must be a torch\.Tensor\. Got list"):
+        info_nce(q, q, [0, 1, 2, 3])
+    with pytest.raises(ValueError, match="indices must be integers"):
+        info_nce(q, q, torch.arange(4.0))
+    with pytest.raises(TypeError, match=r"did you mean Negatives\(3, seed=0\)"):
+        sampled_info_nce(q, q, torch.arange(4), 3)
