@@ -217,10 +217,11 @@ def predict(
         found = answers.predict(
             detector, images, out, tiff=tiff, on_image=on_image, on_skip=lambda why: _complain(f"Skipped: {why}")
         )
-    say(f"{found.flagged} of {len(found.images)} images have a score above {detector.threshold.value:.4g}.")
-    say(f"Open next: {out / 'scores.csv'} and {out / 'overlays'}")
     if found.skipped:
         _complain(f"{len(found.skipped)} of {len(found.skipped) + len(found.images)} images were skipped; see above.")
+    if found.images:
+        say(f"{found.flagged} of {len(found.images)} images have a score above {detector.threshold.value:.4g}.")
+        say(f"Open next: {out / 'scores.csv'} and {out / 'overlays'}")
     return 1 if found.skipped else 0
 
 
