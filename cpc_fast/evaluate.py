@@ -20,14 +20,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from .detector import Detector
+from .detector import Detector, Prediction
 from .errors import CpcFastError
-from .images import find_test, quoted, read_image, read_mask
+from .images import TestImage, find_test, quoted, read_image, read_mask
 from .metrics import image_metrics, pixel_metrics
 from .saving import write_text
 from .scored import Scored
@@ -43,13 +43,18 @@ class Evaluation:
 
 
 def evaluate(
-    detector: Detector, data: str | os.PathLike, *, on_image: Callable[[int, int], None] | None = None
+    detector: Detector,
+    data: str | os.PathLike,
+    *,
+    tests: Sequence[TestImage] | None = None,
+    on_image: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Score every image of data/test and compare with the truth.
 
     Args:
         detector: from Detector.fit or Detector.load.
         data: a folder with test/good, test/<defect> and, if there are masks, ground_truth/<defect>; train is not read.
+        tests: judge these alone, a part of what find_test finds in `data`.
         on_image: called with how many images are done and how many there are.
 
     All maps are held at the original resolution (4 bytes a pixel): AU-PRO ranks all pixels of all images at once.
@@ -58,29 +63,17 @@ def evaluate(
     >>> evaluate(detector, "data/textures/brick").metrics["image"]["auroc"]      # doctest: +SKIP
     0.95
     """
-    tests = find_test(data)
-    has_masks = any(test.mask_path for test in tests)
-    scored, seconds = [], []
-    for done, test in enumerate(tests, start=1):
-        image = read_image(test.path)
-        truth = None
-        if test.mask_path:
-            truth = read_mask(test.mask_path, image.shape[:2])
-        elif test.defect == "good" and has_masks:
-            truth = np.broadcast_to(np.False_, image.shape[:2])  # nothing is wrong with it, and it costs no memory
-        try:
-            if not seconds:
-                detector.inspect(image)  # the first call builds caches
-            started = time.perf_counter()
-            answer = detector.inspect(image)
-        except CpcFastError as error:
-            raise type(error)(f"{quoted(test.path)}: {error}") from None
-        seconds.append(time.perf_counter() - started)
-        scored.append(Scored(test.path.name, test.defect, image, answer.score, answer.map, truth))
-        if on_image:
-            on_image(done, len(tests))
+    seconds: list[float] = []
 
-    image, pixel = _measure(scored)
+    def inspect(image: np.ndarray) -> Prediction:
+        if not seconds:
+            detector.inspect(image)  # the first call builds caches
+        started = time.perf_counter()
+        answer = detector.inspect(image)
+        seconds.append(time.perf_counter() - started)
+        return answer
+
+    scored = score_all(inspect, find_test(data) if tests is None else tests, on_image=on_image)
     threshold = detector.threshold
     flagged = np.array([item.score > threshold.value for item in scored])
     good = np.array([item.good for item in scored])
@@ -89,9 +82,7 @@ def evaluate(
         "config": detector.config.to_json(),
         "device": device_name(detector.bank.device),
         "data": os.fspath(data),
-        "image": image,
-        "pixel": pixel,
-        "by_defect": {name: _by_defect(scored, name) for name in sorted({s.defect for s in scored} - {"good"})},
+        **measure(scored),
         "threshold": {
             "value": threshold.value,
             "target_fpr": threshold.target_fpr,
@@ -106,6 +97,51 @@ def evaluate(
         },
     }
     return Evaluation(metrics, scored)
+
+
+class Judged(Protocol):
+    """What must be known about an image to judge it: a score, and a map (h, w) at its original resolution."""
+
+    @property
+    def score(self) -> float: ...
+    @property
+    def map(self) -> np.ndarray: ...
+
+
+def score_all(
+    inspect: Callable[[np.ndarray], Judged],
+    tests: Sequence[TestImage],
+    *,
+    on_image: Callable[[int, int], None] | None = None,
+) -> list[Scored]:
+    """Every test image with what `inspect`, of a detector or of any other method, says about it, and its truth.
+
+    `inspect` takes an image, uint8 (h, w, c). Raises CpcFastError, naming the image, where it cannot be used.
+    """
+    has_masks = any(test.mask_path for test in tests)
+    scored = []
+    for done, test in enumerate(tests, start=1):
+        image = read_image(test.path)
+        truth = None
+        if test.mask_path:
+            truth = read_mask(test.mask_path, image.shape[:2])
+        elif test.defect == "good" and has_masks:
+            truth = np.broadcast_to(np.False_, image.shape[:2])  # nothing is wrong with it, and it costs no memory
+        try:
+            answer = inspect(image)
+        except CpcFastError as error:
+            raise type(error)(f"{quoted(test.path)}: {error}") from None
+        scored.append(Scored(test.path.name, test.defect, image, answer.score, answer.map, truth))
+        if on_image:
+            on_image(done, len(tests))
+    return scored
+
+
+def measure(scored: Sequence[Scored]) -> dict[str, Any]:
+    """The parts "image", "pixel" and "by_defect" of metrics.json: they depend on scores, maps and truth alone."""
+    image, pixel = _measure(scored)
+    by_defect = {name: _by_defect(scored, name) for name in sorted({item.defect for item in scored} - {"good"})}
+    return {"image": image, "pixel": pixel, "by_defect": by_defect}
 
 
 def _measure(scored: Sequence[Scored]) -> tuple[dict[str, float | None], dict[str, float | None]]:
