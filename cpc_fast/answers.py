@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,9 @@ import tifffile
 from PIL import Image
 
 from .detector import Detector, Prediction
-from .errors import CpcFastError, UsageError
-from .images import SUFFIXES, quoted, read_image
+from .errors import CpcFastError
+from .images import quoted, read_image
+from .inputs import plan
 from .report import mask_outline, overlay, printable
 from .saving import write_text, write_whole
 from .version import __version__
@@ -50,54 +51,6 @@ class Answers:
         return sum(image["flagged"] for image in self.images)
 
 
-def find_inputs(images: Sequence[str | os.PathLike]) -> list[tuple[Path, str]]:
-    """Files and folders (searched to the bottom) as (path, NAME) in the order given, each NAME once.
-
-    Raises UsageError for a folder without images.
-    """
-    found: list[tuple[Path, PurePath]] = []
-    for given in map(Path, images):
-        if not os.path.isdir(given):
-            found.append((given, PurePath(given.name)))
-            continue
-        inside = sorted(_walk(given))
-        if not inside:
-            raise UsageError(f"{quoted(given)} holds no images ({' '.join(SUFFIXES)}); name images, or another folder.")
-        found += [(path, path.relative_to(given)) for path in inside]
-    taken: set[str] = set()
-    inputs = []
-    for path, below in found:
-        name = first = "/".join(_harmless(part) for part in below.with_suffix("").parts) or "image"
-        count = 1
-        while name.casefold() in taken:
-            count += 1
-            name = f"{first}_{count}"
-        taken.add(name.casefold())
-        inputs.append((path, name))
-    return inputs
-
-
-def _walk(folder: Path) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        raise UsageError(f"Cannot list the folder {quoted(error.filename)}: {error.strerror}.")
-
-    found = []
-    for here, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(here, name) for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-        ]
-    return found
-
-
-def _harmless(part: str) -> str:
-    """A file name for any system: what does not print, and what some file system or shell minds, becomes `_`."""
-    clean = (
-        "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in part).lstrip(".-~ =+@").rstrip(". ")
-    )
-    return clean.encode()[:150].decode(errors="ignore") or "image"
-
-
 def predict(
     detector: Detector,
     images: Sequence[str | os.PathLike],
@@ -117,15 +70,8 @@ def predict(
     Raises UsageError where nothing can be found or an input would be overwritten, CpcFastError where `out` cannot be
     written. On Ctrl-C the answers so far are written.
     """
-    out, inputs = Path(out), find_inputs(images)
-    kinds = {"overlays": ".png", "masks": ".png"} | ({"maps": ".tiff"} if tiff else {})
-    sources = {os.path.realpath(path) for path, _ in inputs}
-    targets = [out / kind / f"{name}{suffix}" for _, name in inputs for kind, suffix in kinds.items()]
-    for target in (*targets, out / "scores.csv", out / "predictions.json"):
-        if os.path.realpath(target) in sources:
-            raise UsageError(
-                f"Writing to {quoted(out)} would overwrite the image {quoted(target)}; choose another --out."
-            )
+    out = Path(out)
+    inputs, kinds = plan(images, out, tiff=tiff)
     answers = Answers()
     try:
         for done, (path, name) in enumerate(inputs, start=1):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .config import Config
 from .errors import CpcFastError, UsageError
 from .images import quoted
+from .runs import CHECKPOINT, DETECTOR, need_checkpoint, need_file, need_run, refuse_run
 from .version import __version__
 
 FORMAT = 1  # of the run folder; raised when an older reader would misread it
@@ -69,8 +70,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any])
 
 def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The inverse of write_tensors. Raises CpcFastError for a file that is missing, damaged or not finite."""
-    if not path.is_file():
-        raise CpcFastError(f"There is no {what} in {quoted(path.parent)} ({path.name} is missing); run fit first.")
+    need_file(path.parent, path.name, what)
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
@@ -93,15 +93,14 @@ def versions() -> dict[str, str]:
 def save_run(run: Path, tensors: dict[str, Tensor], config: Config, about: dict[str, Any]) -> None:
     """Write a detector. The weights file carries everything; config.json repeats the readable part beside it."""
     record = {"format": FORMAT, "versions": versions(), "config": config.to_json(), **about}
-    write_tensors(run / "model.safetensors", tensors, record)
+    write_tensors(run / DETECTOR, tensors, record)
     write_text(run / "config.json", json.dumps(record, indent=2) + "\n")
 
 
 def load_run(run: Path) -> tuple[dict[str, Tensor], Config, dict[str, Any]]:
     """Read a detector: tensors, config, and the rest of its record."""
-    if not run.is_dir():
-        raise UsageError(f"There is no run folder {quoted(run)}; fit makes one.")
-    tensors, about = read_tensors(run / "model.safetensors", "detector")
+    need_run(run)
+    tensors, about = read_tensors(run / DETECTOR, "detector")
     return tensors, _config(run, about), about
 
 
@@ -123,10 +122,8 @@ def checkpoint_config(run: Path) -> tuple[Config, int]:
 
     Raises UsageError where there is no checkpoint.
     """
-    path = run / "checkpoint.safetensors"
-    if not path.is_file():
-        raise UsageError(f"There is no checkpoint in {quoted(run)} to resume from; fit without resume.")
-    _, about = read_tensors(path, "checkpoint")
+    need_checkpoint(run)
+    _, about = read_tensors(run / CHECKPOINT, "checkpoint")
     return _config(run, about), int(about["epoch"])
 
 
@@ -134,7 +131,7 @@ class Checkpoint:
     """The training state of a run, saved after every epoch."""
 
     def __init__(self, run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> None:
-        self.path = run / "checkpoint.safetensors"
+        self.path = run / CHECKPOINT
         self.model, self.optimizer, self.config = model, optimizer, config
 
     def begin(self, resume: bool) -> int:
@@ -147,11 +144,7 @@ class Checkpoint:
                 f"Could not make the run folder {quoted(run)}: {error.strerror}; choose another one."
             ) from None
         if not resume:
-            for name in ("model.safetensors", "checkpoint.safetensors"):
-                if (run / name).exists():
-                    raise UsageError(
-                        f"{quoted(run)} holds a run already ({name}); resume it, or choose another folder."
-                    )
+            refuse_run(run)
             return 0
         tensors, about = read_tensors(self.path, "checkpoint to resume from")
         if _config(run, about) != self.config:

@@ -13,10 +13,10 @@ PACKAGE, KERNELS = ROOT / "cpc_fast", ROOT / "kernels" / "cpc_kernels"
 # A module imports only from modules to its left. A new module finds its place here first.
 ORDER = (
     "version", "errors", "shapes", "config",
-    "images", "datasets",
+    "images", "inputs", "runs", "datasets",
     "patches", "shifts", "latents", "contexts", "predictions", "loss", "bank", "anomaly_map", "segments",
     "scored", "metrics", "report",
-    "model", "train", "scoring", "saving", "detector", "evaluate", "answers", "doctor", "progress", "cli",
+    "model", "train", "scoring", "saving", "detector", "evaluate", "answers", "doctor", "progress", "commands", "cli",
 )  # fmt: skip
 FLOW = (
     "shapes", "config", "images", "patches", "latents", "contexts", "predictions", "loss", "model", "bank",
@@ -26,6 +26,10 @@ FLOW = (
 
 def modules(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.py") if path.stem not in ("__init__", "__main__"))
+
+
+COMMANDS = modules(PACKAGE / "commands")
+VERBS = ("demo", "fit", "evaluate", "predict", "data", "doctor")
 
 
 def imports(path: Path) -> set[str]:
@@ -40,11 +44,11 @@ def imports(path: Path) -> set[str]:
                 found.add(module.removeprefix(".").removeprefix("cpc_fast.").split(".")[0])
         elif isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("cpc_fast.")}
-    return found & {path.stem for path in modules(PACKAGE)}
+    return found & {*(path.stem for path in modules(PACKAGE)), "commands"}
 
 
 def test_every_module_has_a_place():
-    assert {path.stem for path in modules(PACKAGE)} == set(ORDER)
+    assert {path.stem for path in modules(PACKAGE)} | {"commands"} == set(ORDER)
 
 
 @pytest.mark.parametrize("path", modules(PACKAGE), ids=lambda path: path.stem)
@@ -91,9 +95,39 @@ def test_the_kernels_load_without_the_package():
     assert not [name for name in loaded if name.split(".")[0] in ("cpc_fast", "triton", "skimage", "sklearn")]
 
 
-def test_the_command_line_starts_without_torch():
-    loaded = fresh("import sys, cpc_fast.cli; print(*sys.modules)").split()
-    assert not set(loaded) & {"torch", "numpy", "scipy", "skimage", "sklearn", "PIL"}
+SLOW = {"torch", "triton", "numpy", "scipy", "skimage", "sklearn", "PIL", "rich", "jinja2"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([path.stem, "--help"] for path in COMMANDS if path.stem in VERBS)])
+def test_help_loads_nothing_that_computes(arguments):
+    code = f"import sys, cpc_fast.cli as cli; assert cli.run({arguments}) == 0; print(*sys.modules)"
+    assert not set(fresh(code).splitlines()[-1].split()) & SLOW
+
+
+def test_what_cannot_work_is_refused_before_torch_is_loaded(tmp_path):
+    (tmp_path / "empty").mkdir()
+    empty, none = str(tmp_path / "empty"), str(tmp_path / "none")
+    cases = [
+        ["fit", none, "--out", none],
+        ["fit", empty, "--out", none],
+        ["fit", empty, "--out", none, "--device", "abacus"],
+        ["evaluate", none, empty],
+        ["evaluate", empty, empty],
+        ["predict", none, empty, "--out", none],
+        ["demo", "--device", "abacus"],
+        ["demo", "--set", "colour=3"],
+    ]
+    code = f"import sys, cpc_fast.cli as cli; print([cli.run(c) for c in {cases}], 'torch' in sys.modules)"
+    assert fresh(code) == "[2, 2, 2, 2, 1, 2, 2, 2] False\n"
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_commands_import_late_what_is_slow(path):
+    """At the top of a command only what is quick; the rest inside, after what can be refused without it."""
+    quick = {"config", "errors", "version", *(command.stem for command in COMMANDS)}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert (node.module or "") in quick, f"{path.name} imports {node.module} at its top"
 
 
 def test_the_package_loads_what_it_exports_when_asked():

@@ -1,0 +1,45 @@
+"""What commands print: sentences, complaints, tables."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def say(text: str = "") -> None:
+    print(text, flush=True)
+
+
+def complain(text: str) -> None:
+    """One line on standard error, whatever is in it."""
+    sys.stdout.flush()
+    print(" ".join(str(text).split()), file=sys.stderr, flush=True)
+
+
+def stopped(text: str) -> int:
+    """The exit code after Ctrl-C."""
+    complain(text)
+    return 130
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def share(value: float | None) -> str:
+    return "none" if value is None else f"{value:.1%}"
+
+
+def print_table(title: str, columns: tuple[str, ...], rows: list[Any]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        numbers = i > 0 and all(str(row[i])[:1].isdigit() or row[i] == "-" for row in rows) and column != "version"
+        table.add_column(column, justify="right" if numbers else "left")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))  # Text: no markup in names
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)

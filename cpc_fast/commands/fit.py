@@ -1,0 +1,99 @@
+"""`cpc-fast fit`: learn what is normal."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import CpcFastError
+from .console import say, stopped
+from .options import Device, Settings, check_device, choose_config, choose_device
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..config import Config
+    from ..detector import Detector
+
+
+def fit(
+    data: Annotated[Path, typer.Argument(help="Folder with train/good inside, or a flat folder of normal images.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    preset: Annotated[
+        str | None, typer.Option(help="cpu-demo (default), quality, or paper (unverified).", show_default=False)
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    device: Device = "auto",
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Scale images so that their shorter side is this.")] = None,
+    settings: Settings = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last whole epoch in the run folder.")
+    ] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write scalars to RUN/tensorboard.")] = False,
+) -> int:
+    """Learn what is normal."""
+    check_device(device)
+    from ..images import find_train
+    from ..runs import need_checkpoint, refuse_run
+
+    find_train(data)
+    need_checkpoint(out) if resume else refuse_run(out)
+    options = {"epochs": epochs, "seed": seed, "image_size": image_size}
+    config = choose_config(preset, options, settings, resume=out if resume else None)
+    torch_device = choose_device(device)
+    again = ["cpc-fast", "fit", str(data), "--out", str(out)]
+    more = ["--device", device] if device != "auto" else []
+    try:
+        detector = fit_run("fit", data, out, config, torch_device, resume, tensorboard)
+    except KeyboardInterrupt:
+        from ..saving import checkpoint_config
+
+        try:
+            done = checkpoint_config(out)[1]
+        except CpcFastError:
+            return stopped("Stopped before the end of the first epoch, so nothing is saved. Begin again when you like.")
+        command = shlex.join([*again, "--resume", *more])
+        return stopped(f"Stopped; {done} of {config.epochs} epochs are saved in {out}. Go on with: {command}")
+    say(f"Fitted on {detector.trained_on['normal images']} normal images.")
+    say(f"Scores above {detector.threshold.value:.4g} are anomalous.")
+    if detector.threshold.note:
+        say(detector.threshold.note)
+    say(f"Next: {shlex.join(['cpc-fast', 'evaluate', str(out), str(data)])}")
+    say(f"  or: {shlex.join(['cpc-fast', 'predict', str(out), 'IMAGES', '--out', 'answers'])}")
+    return 0
+
+
+def fit_run(
+    name: str, data: Path, run: Path, config: Config, device: torch.device, resume: bool, tensorboard: bool = False
+) -> Detector:
+    """Fit with a line of progress that begins with `name`."""
+    from ..detector import Detector
+    from ..progress import training
+
+    writer = None
+    if tensorboard:
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError:
+            raise CpcFastError("--tensorboard needs a package: pip install 'cpc_fast[tensorboard]'.") from None
+    try:
+        with training(name) as show:
+
+            def on_step(step: Any) -> None:
+                nonlocal writer
+                show(step)
+                if tensorboard:
+                    writer = writer or SummaryWriter(str(run / "tensorboard"))
+                    at = (step.epoch - 1) * step.steps + step.step
+                    writer.add_scalar("loss", step.loss, at)
+                    writer.add_scalar("accuracy", step.accuracy, at)
+                    writer.add_scalar("images per second", step.images_per_s, at)
+
+            return Detector.fit(data, config, out=run, resume=resume, device=device, on_step=on_step)
+    finally:
+        if writer is not None:
+            writer.close()

@@ -1,0 +1,59 @@
+"""Options that several commands take, and how they are read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..config import Config
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any field of the config, e.g. --set crop=96. Repeat as needed."),
+]
+
+
+def check_device(name: str) -> None:
+    """Refuse what no machine has, before torch is asked."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise UsageError(f"--device {name}: there is no such device; cpu, cuda, cuda:1 and auto are what there is.")
+
+
+def choose_device(name: str) -> torch.device:
+    check_device(name)
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here; `cpc-fast doctor` says more."
+        )
+    return device
+
+
+def choose_config(
+    preset: str | None, options: dict[str, Any], settings: list[str] | None, resume: Path | None = None
+) -> Config:
+    """The preset (or the config of the run to resume), with what was asked for on top."""
+    from .. import config as configs
+
+    base = configs.preset(preset or "cpu-demo")
+    changes = configs.read_settings(settings or [])
+    changes |= {name: value for name, value in options.items() if value is not None}
+    base.replace(**changes)  # refused before torch is loaded to read the checkpoint
+    if resume is not None and preset is None:
+        from ..saving import checkpoint_config
+
+        base = checkpoint_config(resume)[0]
+    return base.replace(**changes)

@@ -1,0 +1,40 @@
+"""What a run folder holds, and what is said where it holds something else. Quick to import: no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .errors import CpcFastError, UsageError
+from .images import quoted
+
+DETECTOR, CHECKPOINT = "model.safetensors", "checkpoint.safetensors"
+
+
+def need_run(run: Path) -> None:
+    """Raises UsageError where there is no such folder."""
+    if not run.is_dir():
+        raise UsageError(f"There is no run folder {quoted(run)}; fit makes one.")
+
+
+def need_file(run: Path, name: str, what: str) -> None:
+    """Raises CpcFastError where the file is missing; `what` says in a word what it would hold."""
+    if not (run / name).is_file():
+        raise CpcFastError(f"There is no {what} in {quoted(run)} ({name} is missing); run fit first.")
+
+
+def need_detector(run: Path) -> None:
+    need_run(run)
+    need_file(run, DETECTOR, "detector")
+
+
+def need_checkpoint(run: Path) -> None:
+    """Raises UsageError where nothing can be resumed."""
+    if not (run / CHECKPOINT).is_file():
+        raise UsageError(f"There is no checkpoint in {quoted(run)} to resume from; fit without resume.")
+
+
+def refuse_run(run: Path) -> None:
+    """Raises UsageError where a run is already: it is resumed when asked, and never fitted over."""
+    for name in (DETECTOR, CHECKPOINT):
+        if (run / name).exists():
+            raise UsageError(f"{quoted(run)} holds a run already ({name}); resume it, or choose another folder.")
