@@ -1,16 +1,18 @@
 # Everything lives in .venv. `make setup` makes it; every other target makes it first where it is missing or stale.
 #   make demo PYTHON=python3.12     another interpreter for a new .venv
 #   make test PYTEST="-k report"    options for pytest
+#   make quality QUALITY="--seeds 1"   options for benchmarks.quality
 
 PYTHON ?= python3
 PYTEST ?=
+QUALITY ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: setup demo test lint bench aot clean
+.PHONY: setup demo test lint bench quality aot clean
 
 setup: $(STAMP)
 
@@ -44,6 +46,10 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 	$(BIN)/python -m benchmarks.report
+
+# Hours on a CPU; it says how many, and goes on where it was stopped.
+quality: $(STAMP)
+	$(BIN)/python -m benchmarks.quality $(QUALITY)
 
 aot: $(STAMP)
 	$(BIN)/python -m benchmarks.aot

@@ -1,0 +1,211 @@
+"""How well defects are found: a preset and the baselines on every set, with several seeds.
+
+    python -m benchmarks.quality              the preset `quality`, three seeds, everything that is not done yet
+    python -m benchmarks.quality --sets grass --seeds 1 --methods cpc --minutes 30
+    python -m benchmarks.quality --tables     only write docs/results.md anew, from what is there
+
+Each (set, method, seed) becomes one file of benchmarks/results/quality/<preset> as soon as it is done, and is not done
+again unless its settings or its images have changed (or --fresh is given): see trials.py. The tables of docs/results.md
+are made of these files alone, and a test fails when they are not; docs/sheets holds the pictures that may be published.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cpc_fast.config import preset, read_settings
+from cpc_fast.progress import duration
+from cpc_fast.saving import write_text
+
+from .baselines import BASELINES
+from .ledger import slug
+from .report import between, table
+from .sets import BEDS, GROUPS, ROOT, Bed
+from .trials import CPC, DEFAULT, METHODS, SHEETS, Job, Record, carry_out_all, load
+
+DOCUMENT = ROOT / "docs" / "results.md"
+COLUMNS = {
+    "image AUROC": ("image", "auroc"), "image AP": ("image", "ap"),
+    "pixel AUROC": ("pixel", "auroc"), "AU-PRO 0.30": ("pixel", "au_pro_0.30"),
+}  # fmt: skip
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def mean_and_spread(values: Sequence[float | None]) -> str:
+    """Mean, and the standard deviation over seeds where there are several."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    spread = f" ± {np.std(known, ddof=1):.3f}" if len(known) > 1 and np.ptp(known) > 0 else ""
+    return f"{np.mean(known):.3f}{spread}"
+
+
+def of_group(records: Sequence[Record], group: Sequence[str], method: str, path: tuple[str, str]) -> list[float | None]:
+    """One value for each seed: the mean over the sets of a group, of the seeds for which all of them are there."""
+    by_seed: dict[int, list[float | None]] = {}
+    for record in records:
+        told = record["identity"]
+        if told["method"] == method and told["set"] in group:
+            by_seed.setdefault(told["seed"], []).append(record["metrics"][path[0]][path[1]])
+    whole = [values for _, values in sorted(by_seed.items()) if len(values) == len(group)]
+    return [None if None in values else float(np.mean(np.array(values, float))) for values in whole]
+
+
+def tables(records: Sequence[Record], variant: str = DEFAULT) -> str:
+    """All of what stands between the markers."""
+    if not records:
+        return f"Not measured yet: `python -m benchmarks.quality --preset {variant}` measures it."
+    parts = [_summary(records), _side_by_side(records), _by_defect(records)]
+    sheets = [name for name in BEDS if BEDS[name].free and (SHEETS / f"{slug(name)}.jpg").exists()]
+    if variant == DEFAULT and sheets:
+        pictures = "\n\n".join(
+            f"![{name}: image, map, and outline of what was found](sheets/{slug(name)}.jpg)" for name in sheets
+        )
+        parts.append(
+            "For each defect the image whose score is the median of its kind (cyan: found, white: truth):\n\n"
+            + pictures
+        )
+    return "\n\n".join([*(part for part in parts if part), _origin(records, variant)])
+
+
+def _summary(records: Sequence[Record]) -> str:
+    names = dict(GROUPS) | {name: (name,) for name in GROUPS["textures"]}
+    order = ("textures", *GROUPS["textures"], *(group for group in GROUPS if group != "textures"))
+    rows = []
+    for name in order:
+        cells = [mean_and_spread(of_group(records, names[name], CPC, path)) for path in COLUMNS.values()]
+        alarms = mean_and_spread(of_group(records, names[name], CPC, ("threshold", "fpr_on_test_normals")))
+        recall = mean_and_spread(of_group(records, names[name], CPC, ("threshold", "recall")))
+        if set(cells) != {"-"}:
+            rows.append((f"**{name}**" if name in GROUPS else name, *cells, alarms, recall))
+    return table(("set", *COLUMNS, "good ones flagged", "defects flagged"), rows) if rows else ""
+
+
+def _side_by_side(records: Sequence[Record]) -> str:
+    """Every method on every group; the best mean of a column in bold."""
+    columns = [(group, name) for group in GROUPS for name in ("image AUROC", "pixel AUROC", "AU-PRO 0.30")]
+    found = {
+        (method, column): [v for v in of_group(records, GROUPS[column[0]], method, COLUMNS[column[1]]) if v is not None]
+        for method in METHODS
+        for column in columns
+    }
+    columns = [column for column in columns if any(found[method, column] for method in METHODS)]
+    best = {c: max(np.mean(found[method, c]) for method in METHODS if found[method, c]) for c in columns}
+    rows = []
+    for method in METHODS:
+        cells = []
+        for column in columns:
+            values, text = found[method, column], mean_and_spread(found[method, column])
+            cells.append(f"**{text}**" if values and np.mean(values) == best[column] else text)
+        if set(cells) - {"-"}:
+            rows.append((f"{method} (ours)" if method == CPC else method, *cells))
+    return table(("method", *(f"{group}, {name}" for group, name in columns)), rows) if rows else ""
+
+
+def _by_defect(records: Sequence[Record]) -> str:
+    rows = []
+    for name in BEDS:
+        own = [r for r in records if r["identity"]["method"] == CPC and r["identity"]["set"] == name]
+        defects = sorted({defect for record in own for defect in record["metrics"]["by_defect"]})
+        for defect in defects:
+            several = [record["metrics"]["by_defect"][defect] for record in own]
+            keys = ("image_auroc", "pixel_auroc", "au_pro_0.30")
+            cells = [mean_and_spread([one[key] for one in several]) for key in keys]
+            rows.append((f"{name}, {defect}", str(several[0]["count"]), *cells))
+    return table(("defect", "images", "image AUROC", "pixel AUROC", "AU-PRO 0.30"), rows) if rows else ""
+
+
+def _origin(records: Sequence[Record], variant: str) -> str:
+    def told(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(record["environment"][name]) for record in records))
+
+    seeds = {record["identity"]["seed"] for record in records if record["identity"]["method"] == CPC}
+    fits = [r["seconds"]["fit"] for r in records if r["identity"]["method"] == CPC and r["seconds"]["fit"]]
+    took = f" A fit took {duration(min(fits))} to {duration(max(fits))}." if fits else ""
+    return (
+        f"Preset `{variant}`, {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}; after ± the standard deviation "
+        f"over seeds; `textures` is the mean of its three sets.{took} {told('device')}, torch {told('torch')}, "
+        f"commit {told('commit')}, {told('date')}."
+    )
+
+
+def reported(variant: str) -> list[Record]:
+    """Stored results on images to report."""
+    return [record for record in load(variant) if record["identity"]["part"] != "validation"]
+
+
+def render() -> dict[Path, str]:
+    """docs/results.md as the stored results make it."""
+    return {DOCUMENT: between(DOCUMENT, "quality", tables(reported(DEFAULT)))}
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def find_beds(names: Sequence[str], tiles: Path | None) -> list[tuple[Bed, Path]]:
+    """Each set that is at hand, with its folder; says why another is not."""
+    found = []
+    for name in names:
+        bed = BEDS[name]
+        where = tiles if tiles and name == "magnetic tiles" else bed.find(ROOT / "data")
+        if isinstance(where, str):
+            print(f"Skipped {name}: {where}.", flush=True)
+        else:
+            found.append((bed, where))
+    return found
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The options that every run here takes."""
+    choices = (*BEDS, "textures")
+    parser.add_argument("--sets", nargs="+", choices=choices, metavar="SET", help=f"of: {', '.join(choices)}")
+    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ...")
+    parser.add_argument("--minutes", type=float, help="begin nothing that would end after so many minutes")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--tiles", type=Path, help="folder of the magnetic tiles, in MVTec layout")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a field of the preset")
+    parser.add_argument("--fresh", action="store_true", help="do again what is done")
+    parser.add_argument("--tables", action="store_true", help="only write the tables from what is there")
+    args = parser.parse_args(arguments)
+    names = args.sets or list(BEDS)
+    args.sets = list(
+        dict.fromkeys(n for name in names for n in (GROUPS["textures"] if name == "textures" else (name,)))
+    )
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", default=DEFAULT)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
+    args = parse(parser, arguments)
+    done = True
+    if not args.tables:
+        config = preset(args.preset).replace(**read_settings(args.set))
+        variant = "-".join([args.preset, *(slug(setting) for setting in args.set)])
+        jobs = [
+            Job(variant, bed, data, method, config.replace(**bed.changes, seed=seed))
+            for seed in range(args.seeds)
+            for bed, data in find_beds(args.sets, args.tiles)
+            for method in args.methods
+            if seed == 0 or method == CPC or BASELINES[method](config, None).seeded
+        ]
+        done = carry_out_all(jobs, torch.device(args.device), minutes=args.minutes, fresh=args.fresh)
+        print(tables(reported(variant), variant))
+    for path, text in render().items():
+        if path.read_text() != text:
+            write_text(path, text)
+            print(f"written: {path.relative_to(ROOT)}")
+    return 0 if done else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
