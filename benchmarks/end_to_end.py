@@ -25,6 +25,7 @@ from cpc_fast.config import Config, preset
 from cpc_fast.loss import cpc_loss
 from cpc_fast.model import CPC
 from cpc_fast.patches import extract_patches, grid_shape
+from cpc_fast.predictions import Predictions
 from cpc_fast.scoring import Calibration, Scorer
 from cpc_fast.shifts import shift
 from cpc_fast.train import autocast, make_batch, make_optimizer, train
@@ -119,9 +120,10 @@ def plain_latents(model: CPC, images: Tensor) -> Tensor:
     return model.encoder(patches.flatten(0, 2).contiguous()).unflatten(0, patches.shape[:3])
 
 
-def plain_predictions(model: CPC, latents: Tensor) -> tuple[Tensor, Tensor]:
-    _, targets, _ = model.predictor.geometry(latents)
-    return model.predictor(model.context(latents)), targets
+def plain_predictions(predictions: Predictions) -> Tensor:
+    """(n, d): one gather and one product for each direction and step."""
+    parts = zip(predictions.sources.split(predictions.counts), predictions.weight, strict=True)
+    return torch.cat([predictions.contexts[rows] @ weight.T for rows, weight in parts])
 
 
 def plain_cpc_loss(predictions: Tensor, candidates: Tensor, targets: Tensor, negatives: Tensor | None) -> Tensor:
@@ -138,12 +140,13 @@ def plain_loss(model: CPC, images: Tensor, shifted: Tensor | None, seed: int) ->
     config, count = model.config, len(images)
     everything = plain_latents(model, images if shifted is None else torch.cat([images, shifted]))
     latents = everything[:count]
-    predictions, targets = plain_predictions(model, latents)
+    predictions = model.predictor(model.context(latents))
+    targets, made = predictions.targets, plain_predictions(predictions)
     if config.negatives == "sampled":
         own = latents.flatten(0, 2)
         drawn = draw_negatives(Negatives(config.negatives_count, seed), targets, len(own), len(targets))
-        return plain_cpc_loss(predictions, own, targets, drawn)
-    return plain_cpc_loss(predictions, everything.flatten(0, 2), targets, None)
+        return plain_cpc_loss(made, own, targets, drawn)
+    return plain_cpc_loss(made, everything.flatten(0, 2), targets, None)
 
 
 class PlainScorer(Scorer):
@@ -153,14 +156,15 @@ class PlainScorer(Scorer):
         with torch.no_grad():
             pixels = self.model.standardise(image)
             latents = plain_latents(self.model, pixels[None])
-            predictions, targets = plain_predictions(self.model, latents)
-            own = (predictions * latents.flatten(0, 2)[targets]).sum(-1, keepdim=True)
-            logits = torch.cat([own, predictions @ self.bank.T], 1)
+            predictions = self.model.predictor(self.model.context(latents))
+            targets, made = predictions.targets, plain_predictions(predictions)
+            own = (made * latents.flatten(0, 2)[targets]).sum(-1, keepdim=True)
+            logits = torch.cat([own, made @ self.bank.T], 1)
             losses = F.cross_entropy(logits, torch.zeros_like(targets), reduction="none")
-            sources, targets, counts = self.model.predictor.geometry(latents)
         _, height, width = pixels.shape
         shape = grid_shape(height, width, self.config.patch_size, self.config.patch_stride)
-        return losses, sources, targets, counts, shape
+        sources = predictions.sources % (shape[0] * shape[1])
+        return losses, sources, targets, predictions.counts, shape
 
 
 # --- the contests ---------------------------------------------------------------------------------------------------
@@ -216,15 +220,15 @@ def training(
 
     with torch.no_grad(), autocast(device):
         everything = model.latents(pixels if shifted is None else torch.cat([pixels, shifted]))
-        predictions, targets = plain_predictions(model, everything[:batch])
-    leaves = [t.detach().requires_grad_() for t in (predictions, everything)]
+        predictions = model.predictor(model.context(everything[:batch]))
+    leaves = [t.detach().requires_grad_() for t in (predictions.contexts, predictions.weight, everything)]
 
     def our_loss() -> None:
-        extra = None if shifted is None else leaves[1][batch:].flatten(0, 2)
+        contexts, weight, everything = leaves
         with autocast(device):
             loss = cpc_loss(
-                leaves[0], leaves[1][:batch], targets, negatives=config.negatives, count=config.negatives_count,
-                shifted=extra,
+                predictions._replace(contexts=contexts, weight=weight), everything, negatives=config.negatives,
+                count=config.negatives_count, shifted=len(everything) - batch,
             )  # fmt: skip
         loss.backward()
 
@@ -233,11 +237,14 @@ def training(
     def plain_part() -> None:
         from cpc_kernels import Negatives, draw_negatives
 
-        own, negatives = plain_leaves[1].flatten(0, 2), None
+        contexts, weight, everything = plain_leaves
+        targets, negatives = predictions.targets, None
         if config.negatives == "sampled":
-            own = plain_leaves[1][:batch].flatten(0, 2)
-            negatives = draw_negatives(Negatives(config.negatives_count, 3), targets, len(own), len(targets))
-        plain_cpc_loss(plain_leaves[0], own, targets, negatives).backward()
+            everything = everything[:batch]
+            rows = len(everything.flatten(0, 2))
+            negatives = draw_negatives(Negatives(config.negatives_count, 3), targets, rows, len(targets))
+        made = plain_predictions(predictions._replace(contexts=contexts, weight=weight))
+        plain_cpc_loss(made, everything.flatten(0, 2), targets, negatives).backward()
 
     return Contest(
         f"training step, {name}, {side} px, batch {batch}", device, {"ours": ours, "plain eager fp32": theirs}, batch,

@@ -40,26 +40,25 @@ class MaskedConv(nn.Conv2d):
 
 
 class ContextNet(nn.Module):
-    """Contexts for each direction: (b, gy, gx, d) -> one (b, gy, gx, d) per direction.
+    """Contexts: (b, gy, gx, d) -> (a, b, gy, gx, d), a = 1 when the directions share theirs, else one for each.
 
-    >>> len(ContextNet("masked-conv", features=8, directions=2)(torch.zeros(1, 4, 4, 8)))
-    2
+    >>> ContextNet("masked-conv", features=8, directions=2)(torch.zeros(1, 4, 4, 8)).shape
+    torch.Size([2, 1, 4, 4, 8])
     """
 
     def __init__(self, kind: str, features: int, directions: int) -> None:
         super().__init__()
-        self.directions = directions
         self.nets = nn.ModuleList()
         if kind == "masked-conv":
             for _ in range(directions):
                 self.nets.append(nn.Sequential(MaskedConv(features), nn.ReLU(), MaskedConv(features)))
 
-    def forward(self, latents: Latents) -> list[Contexts]:
+    def forward(self, latents: Latents) -> Contexts:
         if not self.nets:
-            return [latents] * self.directions
+            return latents[None]
         contexts = []
         for direction, net in enumerate(self.nets):
             turned = turn(latents, direction)
             seen = turned + net(turned.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             contexts.append(turn_back(seen, direction))
-        return contexts
+        return torch.stack(contexts)

@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cpc_kernels import info_nce_stats
-
 from .config import Config
 from .contexts import ContextNet
 from .latents import PatchEncoder, encode
-from .loss import bank_losses, cpc_loss
+from .loss import accuracy, bank_losses, cpc_loss
 from .patches import extract_patches
 from .predictions import Predictor
 from .shapes import Images, Latents, Losses
@@ -78,21 +76,15 @@ class CPC(nn.Module):
 
     def forward(self, images: Images, shifted: Images | None = None, seed: int = 0) -> StepResult:
         """The loss of a batch; `shifted` are transformed images whose patches are further wrong answers."""
-        count = len(images)
-        everything = self.latents(images if shifted is None else torch.cat([images, shifted]))
-        latents = everything[:count]
-        extra = None if shifted is None else everything[count:].flatten(0, 2)
-        predictions = self.predictor(self.context(latents))
-        _, targets, _ = self.predictor.geometry(latents)
+        latents = self.latents(images if shifted is None else torch.cat([images, shifted]))
+        own = latents[: len(images)]
+        predictions = self.predictor(self.context(own))
         config = self.config
         loss = cpc_loss(
-            predictions, latents, targets, negatives=config.negatives, count=config.negatives_count, seed=seed,
-            shifted=extra,
+            predictions, latents, negatives=config.negatives, count=config.negatives_count, seed=seed,
+            shifted=len(latents) - len(images),
         )  # fmt: skip
-        with torch.no_grad():  # a few predictions are enough for a progress line
-            few = torch.linspace(0, len(predictions) - 1, min(256, len(predictions)), device=targets.device).long()
-            ranks = info_nce_stats(predictions[few], latents.flatten(0, 2), targets[few]).rank
-        return StepResult(loss, (ranks == 0).float().mean())
+        return StepResult(loss, accuracy(predictions, own))
 
     @torch.no_grad()
     def surprise(self, image: Tensor, bank: Tensor) -> tuple[Losses, Tensor, Tensor, list[int]]:
@@ -103,5 +95,6 @@ class CPC(nn.Module):
         """
         latents = self.latents(image[None])
         predictions = self.predictor(self.context(latents))
-        sources, targets, counts = self.predictor.geometry(latents)
-        return bank_losses(predictions, latents, targets, bank), sources, targets, counts
+        patches = latents.shape[1] * latents.shape[2]
+        losses = bank_losses(predictions, latents, bank)
+        return losses, predictions.sources % patches, predictions.targets, predictions.counts

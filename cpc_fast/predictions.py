@@ -1,29 +1,49 @@
 """contexts -> predictions: for each direction and step, a linear map W_k of the context.
 
 The geometry is arithmetic: looking `offset` cells in a direction from every patch whose target lies in the grid.
-Predictions come in the order (direction, step, image, row, column).
+Predictions come in the order (direction, step, image, row, column). They are named here and computed inside the loss,
+which needs no copy of a context.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .contexts import DIRECTIONS
-from .shapes import Contexts, Predictions
+from .shapes import Contexts, Sources, Targets
+
+
+class Predictions(NamedTuple):
+    """Row i says W_k contexts[sources[i]] about latent targets[i]; counts[k] rows in turn belong to step k."""
+
+    contexts: Tensor  # (m, d)
+    weight: Tensor  # (directions * K, d, d)
+    sources: Sources
+    targets: Targets
+    counts: list[int]
+
+    def thinned(self, most: int) -> Predictions:
+        """Every so manieth row, at most `most`."""
+        every = max(1, -(-len(self.sources) // most))
+        before = [-(-end // every) for end in accumulate(self.counts, initial=0)]
+        counts = [end - start for start, end in pairwise(before)]
+        return self._replace(sources=self.sources[::every], targets=self.targets[::every], counts=counts)
 
 
 @lru_cache(maxsize=64)
 def geometry(
-    shape: tuple[int, int, int], offsets: tuple[int, ...], directions: int, device: torch.device
+    shape: tuple[int, int, int], offsets: tuple[int, ...], directions: int, device: torch.device, apart: bool = False
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Which context speaks about which target, for a grid of (b, gy, gx) patches.
 
     Returns sources (n,) and targets (n,), flat indices into (b, gy, gx), and how many predictions each
-    (direction, step) makes, in the order of the predictions.
+    (direction, step) makes, in the order of the predictions. apart: the directions have contexts of their own, and
+    sources are indices into (directions, b, gy, gx).
 
     >>> sources, targets, counts = geometry((1, 7, 7), (2, 3), 1, torch.device("cpu"))
     >>> counts, (targets - sources).unique()
@@ -32,22 +52,23 @@ def geometry(
     b, gy, gx = shape
     cells = torch.arange(b * gy * gx, device=device).view(b, gy, gx)
     sources, targets, counts = [], [], []
-    for dy, dx in DIRECTIONS[:directions]:
+    for i, (dy, dx) in enumerate(DIRECTIONS[:directions]):
         for offset in offsets:
             y, x = dy * offset, dx * offset
             source = cells[:, max(0, -y) : gy - max(0, y), max(0, -x) : gx - max(0, x)] if abs(y) < gy and abs(x) < gx \
                 else cells[:, :0]  # fmt: skip
-            sources.append(source.reshape(-1))
-            targets.append(sources[-1] + y * gx + x)
-            counts.append(sources[-1].numel())
+            source = source.reshape(-1)
+            sources.append(source + i * cells.numel() if apart else source)
+            targets.append(source + y * gx + x)
+            counts.append(source.numel())
     return torch.cat(sources), torch.cat(targets), counts
 
 
 class Predictor(nn.Module):
     """W of all directions and steps, bias-free as in CPC: weight (directions * K, D, D).
 
-    >>> Predictor(features=8, offsets=(2, 3), directions=1)([torch.zeros(1, 7, 7, 8)]).shape
-    torch.Size([63, 8])
+    >>> Predictor(features=8, offsets=(2, 3), directions=1)(torch.zeros(1, 1, 7, 7, 8)).counts
+    [35, 28]
     """
 
     def __init__(self, features: int, offsets: tuple[int, ...], directions: int) -> None:
@@ -57,13 +78,7 @@ class Predictor(nn.Module):
         for weight in self.weight:
             nn.init.orthogonal_(weight.data)
 
-    def geometry(self, latents: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-        b, gy, gx, _ = latents.shape
-        return geometry((b, gy, gx), self.offsets, self.directions, latents.device)
-
-    def forward(self, contexts: list[Contexts]) -> Predictions:
-        sources, _, counts = self.geometry(contexts[0])
-        rows = sources.split(counts)
-        flat = [context.flatten(0, 2) for context in contexts]
-        steps = len(self.offsets)
-        return torch.cat([F.linear(flat[i // steps][rows[i]], self.weight[i]) for i in range(len(counts))])
+    def forward(self, contexts: Contexts) -> Predictions:
+        a, b, gy, gx, _ = contexts.shape
+        where = geometry((b, gy, gx), self.offsets, self.directions, contexts.device, a > 1)
+        return Predictions(contexts.flatten(0, 3), self.weight, *where)

@@ -2,9 +2,9 @@
 
     images -> patches -> latents -> contexts -> predictions -> losses
 
-b images of c channels, h x w pixels; a grid of gy x gx patches, p pixels a side; d features; n predictions, one for
-each (direction, step, context patch) whose target lies inside the grid. The test suite checks these shapes at every
-call (jaxtyping); in use they cost nothing.
+b images of c channels, h x w pixels; a grid of gy x gx patches, p pixels a side; d features; a contexts of each patch
+(1, or as many as directions); n predictions, one for each (direction, step, context patch) whose target lies inside the
+grid. The test suite checks these shapes at every call (jaxtyping); in use they cost nothing.
 """
 
 from jaxtyping import Float, Int
@@ -13,8 +13,8 @@ from torch import Tensor
 Images = Float[Tensor, "b c h w"]  # standardised: each image has mean 0 and variance 1
 Patches = Float[Tensor, "b gy gx c p p"]
 Latents = Float[Tensor, "b gy gx d"]  # what a patch looks like
-Contexts = Float[Tensor, "b gy gx d"]  # what is known when standing at a patch
-Predictions = Float[Tensor, "n d"]  # W_k c: what should be seen some cells ahead
-Targets = Int[Tensor, " n"]  # which latent (flattened b, gy, gx) each prediction is about
+Contexts = Float[Tensor, "a b gy gx d"]  # what is known when standing at a patch
+Sources = Int[Tensor, " n"]  # whose context each prediction is made from
+Targets = Int[Tensor, " n"]  # which latent (flattened b, gy, gx) it is about
 Losses = Float[Tensor, " n"]  # InfoNCE of each prediction
 AnomalyMap = Float[Tensor, "h w"]

@@ -7,13 +7,13 @@
     dc_n = sum_k W_k^T dp_nk,   dW_k = sum_n dp_nk c_n^T         or, on the other side, of z W_k alike
 
 Which contexts speak about which step is either everything (N x K rows) or listed: `sources` name the context of every
-row, sorted by step, `counts` how many rows each step has. Listed rows are projected one product per step on a CPU; on
-a GPU in one product for all steps, of which the rows asked for are kept. Nothing but the projection itself is stored:
-the contexts that a step reads are gathered again in backward, and added to one gradient.
+row, sorted by step, `counts` how many rows each step has. Listed rows are projected one product per step; on a GPU,
+where at least half of everything is asked for, in one product of which these rows are kept. Nothing but the projection
+itself is stored: the contexts that a step reads are gathered again in backward, and added to one gradient.
 
 The cheaper side is projected. Contexts: P C D + P S' D multiply-adds, P the number of rows, S' the candidates that each
-is scored against. Candidates: K M C D + P S' C. (Three times as many with gradients.) Drawn negatives are the same on
-both sides.
+is scored against. Candidates: K M C D + P S' C, and P C D where the positives are vectors of their own. (Three times as
+many with gradients.) Drawn negatives are the same on both sides.
 """
 
 import math
@@ -124,7 +124,8 @@ def _project_rows(contexts, weights, sources, counts, impl):
         return torch.cat([contexts[read] @ weights[k].T for k, _, read in _parts(sources, counts)] or [
             contexts.new_zeros(0, weights.shape[1])
         ])  # fmt: skip
-    return project(contexts, weights, sources, list(counts), contexts.device.type != "cpu")
+    at_once = contexts.device.type != "cpu" and 2 * len(sources) >= len(contexts) * len(counts)
+    return project(contexts, weights, sources, list(counts), at_once)
 
 
 # --- the door ---------------------------------------------------------------------------------------------------------
@@ -174,10 +175,11 @@ def check(op, contexts, weights, candidates, positives, negatives, sources, coun
         )
 
 
-def cheaper_side(rows: int, steps: int, m: int, scored: int, d: int, c: int) -> str:
-    """Whose projection costs fewer multiply-adds; `scored`: candidates that each row is scored against."""
+def cheaper_side(rows: int, steps: int, m: int, scored: int, d: int, c: int, vectors: bool = False) -> str:
+    """Whose projection costs fewer multiply-adds; `scored`: candidates that each row is scored against; `vectors`: the
+    positives are, and would be projected with the candidates."""
     contexts = rows * c * d + rows * scored * d
-    candidates = steps * m * c * d + rows * scored * c
+    candidates = (steps * m + rows * vectors) * c * d + rows * scored * c
     return "contexts" if contexts <= candidates else "candidates"
 
 
@@ -198,7 +200,7 @@ def _run(
     drawn = isinstance(negatives, Negatives)
     scored = m if negatives is None else negatives.count if drawn else negatives.shape[-1]
     if side == "auto":
-        side = cheaper_side(rows, steps, m, scored, d, c)
+        side = cheaper_side(rows, steps, m, scored, d, c, vectors)
     options = {"scale": scale, "anchor_ids": anchor_ids, "impl": impl}
     dense, sampled = (info_nce_stats, sampled_info_nce_stats) if stats else (info_nce, sampled_info_nce)
 

@@ -6,10 +6,10 @@ import torch
 from cpc_fast.config import Config, preset
 from cpc_fast.contexts import DIRECTIONS, ContextNet
 from cpc_fast.errors import CpcFastError, UsageError
-from cpc_fast.loss import cpc_loss
+from cpc_fast.loss import accuracy, bank_losses, cpc_loss
 from cpc_fast.model import CPC
 from cpc_fast.patches import extract_patches, grid_shape
-from cpc_fast.predictions import geometry
+from cpc_fast.predictions import Predictions, Predictor, geometry
 from cpc_kernels import Negatives, draw_negatives, reference
 
 SMALL = Config(width=8, stem=4, patch_size=16, patch_stride=8, steps=2)
@@ -80,30 +80,73 @@ def test_each_patch_is_encoded_alone():
     assert differs.sum() == 1
 
 
+def made(predictions: Predictions) -> torch.Tensor:
+    """Predictions as they are defined, one at a time."""
+    step = torch.repeat_interleave(torch.arange(len(predictions.counts)), torch.tensor(predictions.counts))
+    return torch.einsum("ndc,nc->nd", predictions.weight[step], predictions.contexts[predictions.sources])
+
+
+@pytest.mark.parametrize("kind", ["none", "masked-conv"])
+@pytest.mark.parametrize("shifted", [0, 2])
 @pytest.mark.parametrize("negatives", ["batch", "other-images", "sampled"])
-def test_the_loss_is_the_reference_loss(negatives):
+def test_the_loss_is_the_reference_loss(negatives, shifted, kind):
     torch.manual_seed(1)
-    latents, predictions = torch.randn(3, 4, 4, 8), torch.randn(20, 8)
-    targets, shifted = torch.randint(48, (20,)), torch.randn(5, 8)
-    flat = latents.flatten(0, 2)
-    got = cpc_loss(
-        predictions, latents, targets, negatives=negatives, count=6, seed=3, reduction="none",
-        shifted=None if negatives == "sampled" else shifted,
-    )  # fmt: skip
+    latents = torch.randn(3 + shifted, 4, 4, 8, requires_grad=True)
+    context, predictor = ContextNet(kind, 8, 4), Predictor(8, (1, 2), 4)
+    predictions = predictor(context(latents[:3]))
+    targets, flat = predictions.targets, latents.flatten(0, 2)
+    n = len(targets)
+    got = cpc_loss(predictions, latents, negatives=negatives, count=6, seed=3, shifted=shifted, reduction="none")
     if negatives == "sampled":
-        drawn = draw_negatives(Negatives(6, 3), targets[:, None], len(flat), len(targets))
+        drawn = draw_negatives(Negatives(6, 3), targets[:, None], 48, n)
         expected = reference.sampled_info_nce(
-            predictions[:, None], flat, targets[:, None], drawn, exclude_positives=True, reduction="none"
+            made(predictions)[:, None], flat[:48], targets[:, None], drawn, exclude_positives=True, reduction="none"
         )[:, 0]
     else:
-        allowed = torch.ones(20, 53, dtype=torch.bool)
+        allowed = torch.ones(n, len(flat), dtype=torch.bool)
         if negatives == "other-images":
-            allowed[:, :48] = targets[:, None] // 16 != torch.arange(48) // 16
-        allowed[torch.arange(20), targets] = False
-        scores = predictions @ torch.cat([flat, shifted]).T
+            allowed = targets[:, None] // 16 != torch.arange(len(flat)) // 16
+        allowed[torch.arange(n), targets] = False
+        scores = made(predictions) @ flat.T
         lse = scores.masked_fill(~allowed, -torch.inf).logsumexp(1)
         expected = torch.nn.functional.softplus(lse - scores.gather(1, targets[:, None])[:, 0])
     torch.testing.assert_close(got, expected)
+    inputs = latents, predictor.weight, *context.parameters()
+    for ours, theirs in zip(
+        *(torch.autograd.grad(x.sum(), inputs, retain_graph=True) for x in (got, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "masked-conv"])
+def test_a_bank_takes_the_place_of_the_batch(kind):
+    torch.manual_seed(2)
+    latents, bank = torch.randn(1, 4, 5, 8), torch.randn(30, 8)
+    predictions = Predictor(8, (1, 2), 4)(ContextNet(kind, 8, 4)(latents))
+    own = (made(predictions) * latents.flatten(0, 2)[predictions.targets]).sum(1)
+    expected = torch.nn.functional.softplus((made(predictions) @ bank.T).logsumexp(1) - own)
+    torch.testing.assert_close(bank_losses(predictions, latents, bank), expected)
+
+
+def test_accuracy_counts_right_answers():
+    torch.manual_seed(3)
+    latents = torch.nn.functional.normalize(torch.randn(2, 4, 4, 8), dim=-1)
+    predictions = Predictor(8, (1, 2), 2)(latents[None])
+    right = (made(predictions) @ latents.flatten(0, 2).T).argmax(1) == predictions.targets
+    assert accuracy(predictions, latents) == right.float().mean()
+    assert accuracy(predictions, latents, most=7) == right[:: -(-len(right) // 7)].float().mean()
+
+
+@pytest.mark.parametrize("most", [1, 5, 20, 100])
+def test_thinned_predictions_are_some_of_them(most):
+    predictions = Predictor(4, (1, 2, 9), 4)(torch.randn(4, 1, 3, 4, 4))
+    few, steps = predictions.thinned(most), torch.arange(12)
+    assert len(few.sources) == sum(few.counts) <= most
+    rows = list(zip(*(p.tolist() for p in (predictions.sources, predictions.targets)), strict=True))
+    assert set(zip(few.sources.tolist(), few.targets.tolist(), strict=True)) <= set(rows)
+    every = -(-len(rows) // min(most, len(rows)))
+    step = torch.repeat_interleave(steps, torch.tensor(predictions.counts))[::every]
+    assert torch.equal(step, torch.repeat_interleave(steps, torch.tensor(few.counts)))
 
 
 @pytest.mark.parametrize("name", ["cpu-demo", "quality", "paper"])
