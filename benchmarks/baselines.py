@@ -14,7 +14,6 @@ maximum as the score: what cpc_fast.evaluate.score_all asks for. Images come and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,15 +32,11 @@ from cpc_fast.patches import extract_patches
 from cpc_fast.train import autocast
 
 
-@dataclass(frozen=True)
 class Answer:
-    """float32 (h, w), and its maximum."""
+    """A map, float32 (h, w), and a score, its maximum unless another is given."""
 
-    map: np.ndarray
-
-    @property
-    def score(self) -> float:
-        return float(self.map.max())
+    def __init__(self, map: np.ndarray, score: float | None = None) -> None:
+        self.map, self.score = map, float(map.max()) if score is None else score
 
 
 def stretch(pixels: np.ndarray, size: tuple[int, ...]) -> np.ndarray:

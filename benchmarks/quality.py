@@ -29,6 +29,7 @@ from .report import between, table
 from .sets import BEDS, GROUPS, ROOT, Bed
 from .trials import CPC, DEFAULT, METHODS, SHEETS, Job, Record, carry_out_all, load
 
+SEEDS = 3
 DOCUMENT = ROOT / "docs" / "results.md"
 COLUMNS = {
     "image AUROC": ("image", "auroc"), "image AP": ("image", "ap"),
@@ -127,7 +128,7 @@ def _origin(records: Sequence[Record], variant: str) -> str:
     def told(name: str) -> str:
         return ", ".join(dict.fromkeys(str(record["environment"][name]) for record in records))
 
-    seeds = {record["identity"]["seed"] for record in records if record["identity"]["method"] == CPC}
+    seeds = {record["identity"]["seed"] for record in records}
     fits = [r["seconds"]["fit"] for r in records if r["identity"]["method"] == CPC and r["seconds"]["fit"]]
     took = f" A fit took {duration(min(fits))} to {duration(max(fits))}." if fits else ""
     return (
@@ -163,11 +164,13 @@ def find_beds(names: Sequence[str], tiles: Path | None) -> list[tuple[Bed, Path]
     return found
 
 
-def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
-    """The options that every run here takes."""
+def parse(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, default_sets: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The options that benchmarks.quality and benchmarks.ablate share."""
     choices = (*BEDS, "textures")
     parser.add_argument("--sets", nargs="+", choices=choices, metavar="SET", help=f"of: {', '.join(choices)}")
-    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ...")
+    parser.add_argument("--seeds", type=int, help="how many: 0, 1, ...")
     parser.add_argument("--minutes", type=float, help="begin nothing that would end after so many minutes")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--tiles", type=Path, help="folder of the magnetic tiles, in MVTec layout")
@@ -193,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         variant = "-".join([args.preset, *(slug(setting) for setting in args.set)])
         jobs = [
             Job(variant, bed, data, method, config.replace(**bed.changes, seed=seed))
-            for seed in range(args.seeds)
+            for seed in range(args.seeds or SEEDS)
             for bed, data in find_beds(args.sets, args.tiles)
             for method in args.methods
             if seed == 0 or method == CPC or BASELINES[method](config, None).seeded
@@ -203,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     for path, text in render().items():
         if path.read_text() != text:
             write_text(path, text)
-            print(f"written: {path.relative_to(ROOT)}")
+            print(f"written: {path}")
     return 0 if done else 1
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -42,6 +42,14 @@ CPC, DEFAULT = "cpc", "quality"
 METHODS = (CPC, *BASELINES)
 
 
+class Reading(Protocol):
+    """Another way to read fitted detectors; `name` tells all of its settings."""
+
+    @property
+    def name(self) -> str: ...
+    def make(self, config: Config, detectors: Sequence[Detector]) -> Baseline: ...
+
+
 @dataclass(frozen=True)
 class Job:
     """One result to be had: what is fitted, on what, and judged by what."""
@@ -52,23 +60,34 @@ class Job:
     method: str
     config: Config
     part: str = "report"
+    reading: Reading | None = None  # what is made of the detectors fitted for `fits`, in place of one of its own
+    fits: tuple[Job, ...] = ()
 
     @property
     def path(self) -> Path:
-        part = "" if self.part == "report" else f"-{self.part}"
+        part = f"-{self.part}" if self.bed.halved and self.part != "report" else ""
         return STORE / self.variant / slug(self.bed.name) / f"{slug(self.method)}-{self.config.seed}{part}.json"
 
     @property
     def run(self) -> Path:
         return RUNS / self.variant / f"{slug(self.bed.name)}-{self.config.seed}-{fingerprint(self.data, ())[:6]}"
 
-    def baseline(self, detector: Detector | None = None) -> Baseline:
-        return BASELINES[self.method](self.config, detector)
+    @property
+    def fitted(self) -> bool:
+        """Whether it fits a detector of its own."""
+        return self.method == CPC and self.reading is None
+
+    def baseline(self, detectors: Sequence[Detector] = ()) -> Baseline:
+        if self.reading:
+            return self.reading.make(self.config, detectors)
+        return BASELINES[self.method](self.config, detectors[0] if detectors else None)
 
     def identity(self) -> Record:
         """What must be the same for a stored result to be this one."""
         config = json.loads(json.dumps(self.config.to_json()))
-        if self.method == CPC:
+        if self.reading:
+            settings = {"reading": self.reading.name, "of": [job.identity()["settings"] for job in self.fits]}
+        elif self.method == CPC:
             settings = config
         elif self.method == "latent neighbour":
             settings = config | {"neighbours of": "our latents"}
@@ -113,7 +132,7 @@ def carry_out(job: Job, device: torch.device, on_step: OnStep = None) -> tuple[R
     """The record of a job, what it scored, and the threshold that its sheet draws (nan: none)."""
     tests = job.bed.tests(job.data, job.part)
     started = time.perf_counter()
-    if job.method == CPC:
+    if job.fitted:
         detector, fitting = detector_of(job, device, on_step)
         begun = time.perf_counter()
         found = evaluate(detector, job.data, tests=tests)
@@ -121,8 +140,8 @@ def carry_out(job: Job, device: torch.device, on_step: OnStep = None) -> tuple[R
         metrics, scored = {name: found.metrics[name] for name in names}, found.scored
         threshold = detector.threshold.value
     else:
-        needs = job.method == "latent neighbour"
-        method = job.baseline(detector_of(job, device, on_step)[0] if needs else None)
+        needs = job.fits or ((job,) if job.method == "latent neighbour" else ())
+        method = job.baseline([detector_of(other, device, on_step)[0] for other in needs])
         images = ImageCache(find_train(job.data), size=job.config.image_size, channels=job.config.channels)
         method.fit(images)
         begun = time.perf_counter()
@@ -147,12 +166,14 @@ class Clock:
 
     def add(self, record: Record) -> None:
         told, seconds = record["identity"], record["seconds"]
-        if told["method"] != CPC or seconds["fit"] is not None:  # a fit taken up in its middle tells nothing
-            self.seconds.setdefault((told["method"], told["set"]), []).append(seconds["all"])
+        if seconds["fit"] is not None:  # a fit taken up in its middle tells nothing
+            method = "reading" if "reading" in told["settings"] else told["method"]
+            self.seconds.setdefault((method, told["set"]), []).append(seconds["all"])
 
     def expects(self, job: Job) -> float | None:
-        same = self.seconds.get((job.method, job.bed.name))
-        alike = [second for (method, _), all in self.seconds.items() if method == job.method for second in all]
+        kind = "reading" if job.reading else job.method
+        same = self.seconds.get((kind, job.bed.name))
+        alike = [second for (method, _), all in self.seconds.items() if method == kind for second in all]
         known = same or alike
         return sum(known) / len(known) if known else None
 
@@ -182,11 +203,11 @@ def carry_out_all(jobs: Sequence[Job], device: torch.device, *, minutes: float |
             print(f"{title}: would end after the {minutes:g} minutes given; go on with the same command.", flush=True)
             return False
         print(title, flush=True)
-        if fresh and job.method == CPC:
+        if fresh and job.fitted:
             (job.run / "model.safetensors").unlink(missing_ok=True)
         told = False
 
-        def on_step(step: Progress, waiting: int = sum(j.method == CPC for j in todo[i:])) -> None:
+        def on_step(step: Progress, waiting: int = sum(j.fitted for j in todo[i:])) -> None:
             nonlocal told
             done = (step.epoch - 1) * step.steps + step.step
             if not told and done >= max(10, step.steps * step.epochs // 50):
@@ -200,7 +221,7 @@ def carry_out_all(jobs: Sequence[Job], device: torch.device, *, minutes: float |
         record, scored, threshold = carry_out(job, device, on_step)
         write_text(job.path, json.dumps(record, indent=1, allow_nan=False) + "\n")
         clock.add(record)
-        if job.method == CPC and job.part == "report":
+        if job.fitted and job.part == "report":
             write_sheet(job, scored, threshold)
         image, pixel = record["metrics"]["image"], record["metrics"]["pixel"]
         print(

@@ -1,0 +1,221 @@
+"""One factor at a time: what each choice of a preset is worth, by the rows of ablations.toml.
+
+    python -m benchmarks.ablate                         every row that is not done, one seed, textures and tiles
+    python -m benchmarks.ablate --factors score pooling --sets grass
+    python -m benchmarks.ablate --split report          the images that are reported; only for what is chosen already
+    python -m benchmarks.ablate --tables                only write docs/ablations.md anew
+
+Judged on the textures and on the validation half of the magnetic tiles, and kept as trials.py keeps them, under
+results/quality/ablations/<preset>/<row>. The base is the preset itself: its fits are those of benchmarks.quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cpc_fast.config import Config, preset, read_settings
+from cpc_fast.errors import UsageError
+from cpc_fast.saving import write_text
+
+from .ledger import slug
+from .quality import find_beds, of_group, parse
+from .readings import Merge, Other
+from .report import between, table
+from .sets import BEDS, GROUPS, ROOT, Bed
+from .trials import CPC, Job, Reading, Record, carry_out_all, load
+
+TABLE, DOCUMENT = Path(__file__).with_name("ablations.toml"), ROOT / "docs" / "ablations.md"
+COLUMNS = [
+    (group, name, path)
+    for group in ("textures", "magnetic tiles")
+    for name, path in (
+        ("image AUROC", ("image", "auroc")), ("pixel AUROC", ("pixel", "auroc")), ("AU-PRO", ("pixel", "au_pro_0.30"))
+    )
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of ablations.toml: one of changes, shifts_without, read and merge."""
+
+    factor: str
+    name: str
+    why: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    shifts_without: tuple[str, ...] = ()
+    read: dict[str, Any] = field(default_factory=dict)
+    merge: tuple[str, ...] = ()
+
+    @property
+    def slug(self) -> str:
+        return slug(f"{self.factor}-{self.name}")
+
+    def config(self, base: Config) -> Config:
+        changes = {name: tuple(value) if isinstance(value, list) else value for name, value in self.changes.items()}
+        if self.shifts_without:
+            changes["shifts"] = tuple(shift for shift in base.shifts if shift not in self.shifts_without)
+        return base.replace(**changes)
+
+
+@dataclass(frozen=True)
+class Ablations:
+    """The table: a base, and rows that each change one thing of it."""
+
+    preset: str
+    changes: dict[str, Any]
+    seeds: int
+    rows: list[Row]
+
+    @classmethod
+    def read(cls, path: Path | None = None) -> Ablations:
+        """Raises UsageError for a row that asks for nothing, or for two things, or for what there is not."""
+        path = path or TABLE
+        told = tomllib.loads(path.read_text(encoding="utf-8"))
+        rows = [Row(**row) for row in told["row"]]
+        names = [row.name for row in rows if not row.read and not row.merge]
+        base = preset(told["preset"]).replace(**told["changes"])
+        for row in rows:
+            asked = sum(map(bool, (row.changes, row.shifts_without, row.read, row.merge)))
+            if asked != 1:
+                raise UsageError(
+                    f"{path.name}: row {row.name!r} asks for {asked} things; give it one of changes, shifts_without, "
+                    "read and merge."
+                )
+            if missing := set(row.merge) - set(names):
+                raise UsageError(f"{path.name}: row {row.name!r} merges {sorted(missing)}, which no row fits.")
+            row.config(base)  # raises for a field or value that there is not
+            Other(**row.read)
+        if len({row.slug for row in rows}) < len(rows):
+            raise UsageError(f"{path.name}: two rows have the same factor and name.")
+        return cls(told["preset"], told["changes"], told["seeds"], rows)
+
+    @property
+    def variant(self) -> str:
+        return "-".join([self.preset, *(slug(f"{name}={value}") for name, value in self.changes.items())])
+
+    def variant_of(self, row: Row | None) -> str:
+        return self.variant if row is None else f"ablations/{self.variant}/{row.slug}"
+
+    @property
+    def base(self) -> Config:
+        return preset(self.preset).replace(**self.changes)
+
+    def asks_nothing(self, row: Row, **fixed: Any) -> bool:
+        """Whether the base is what the row asks for, where a set fixes these fields."""
+        return not row.read and not row.merge and row.config(self.base).replace(**fixed) == self.base.replace(**fixed)
+
+    def jobs(self, beds: Sequence[tuple[Bed, Path]], rows: Sequence[Row], seeds: int, part: str) -> list[Job]:
+        """The base first, then each row that asks for something."""
+        return [
+            self._job(row, bed, data, seed, part)
+            for seed in range(seeds)
+            for row in (None, *rows)
+            for bed, data in beds
+            if row is None or not self.asks_nothing(row, **bed.changes)
+        ]
+
+    def _job(self, row: Row | None, bed: Bed, data: Path, seed: int, part: str) -> Job:
+        config = (self.base if row is None else row.config(self.base)).replace(**bed.changes, seed=seed)
+        fits: tuple[Job, ...] = ()
+        reading: Reading | None = None
+        if row is not None and (row.read or row.merge):
+            members = [None, *(other for name in row.merge for other in self.rows if other.name == name)]
+            fits = tuple(self._job(member, bed, data, seed, part) for member in members)
+            reading = Merge(("base", *row.merge)) if row.merge else Other(**row.read)
+        return Job(self.variant_of(row), bed, data, CPC, config, part, reading, fits)
+
+
+def judged(ablations: Ablations, row: Row | None, part: str = "validation") -> list[Record]:
+    wanted = {"all", part}
+    return [record for record in load(ablations.variant_of(row)) if record["identity"]["part"] in wanted]
+
+
+def tables(ablations: Ablations, part: str = "validation") -> str:
+    """Every row with its difference from the base."""
+
+    def means(row: Row | None) -> list[float | None]:
+        records = judged(ablations, row, part)
+        found = [of_group(records, GROUPS[group], CPC, path) for group, _, path in COLUMNS]
+        known = [[value for value in values if value is not None] for values in found]
+        return [float(np.mean(values)) if values else None for values in known]
+
+    base = means(None)
+    if not any(value is not None for value in base):
+        return "Not measured yet: `python -m benchmarks.ablate` measures it."
+    rows = [("**the preset**", "", *("-" if value is None else f"**{value:.3f}**" for value in base), "")]
+    missing, same = [], []
+    for row in ablations.rows:
+        if ablations.asks_nothing(row):
+            same.append(f"{row.factor}: {row.name}")
+            continue
+        values = means(row)
+        if all(value is None for value in values):
+            missing.append(f"{row.factor}: {row.name}")
+            continue
+        cells = [
+            "-" if value is None else f"{value:.3f}" + ("" if zero is None else f" ({value - zero:+.3f})")
+            for value, zero in zip(values, base, strict=True)
+        ]
+        rows.append((row.factor, row.name, *cells, row.why))
+    records = [record for row in (None, *ablations.rows) for record in judged(ablations, row, part)]
+    seeds = {record["identity"]["seed"] for record in records}
+    commits = ", ".join(dict.fromkeys(record["environment"]["commit"] for record in records))
+    devices = ", ".join(dict.fromkeys(record["environment"]["device"] for record in records))
+    head = ("factor", "change", *(f"{group}, {name}" for group, name, _ in COLUMNS), "why it is tried")
+    changed = "".join(f", {name} {value}" for name, value in ablations.changes.items())
+    text = (
+        f"{table(head, rows)}\n\nPreset `{ablations.preset}`{changed}; in brackets the difference from it; seeds "
+        f"{', '.join(map(str, sorted(seeds)))}; {devices}, commit {commits}."
+    )
+    for title, names in (("The preset's own choice by now", same), ("Not measured yet", missing)):
+        text += f"\n\n{title}: {'; '.join(names)}." if names else ""
+    return text
+
+
+def render() -> dict[Path, str]:
+    """docs/ablations.md as the stored results make it."""
+    return {DOCUMENT: between(DOCUMENT, "ablations", tables(Ablations.read()))}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ablate", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--factors", nargs="+", help="only rows of these factors")
+    parser.add_argument("--rows", nargs="+", help="only rows of these names")
+    parser.add_argument("--split", choices=("validation", "report"), default="validation")
+    parser.add_argument("--preset", help="another base than the table's")
+    args = parse(
+        parser, arguments, default_sets=[name for name in BEDS if name in (*GROUPS["textures"], "magnetic tiles")]
+    )
+    ablations, done = Ablations.read(), True
+    if not args.tables:
+        if args.preset or args.set:
+            changes = {} if args.preset else ablations.changes
+            ablations = Ablations(
+                args.preset or ablations.preset, changes | read_settings(args.set), ablations.seeds, ablations.rows
+            )
+        rows = [
+            row
+            for row in ablations.rows
+            if (not args.factors or row.factor in args.factors) and (not args.rows or row.name in args.rows)
+        ]
+        jobs = ablations.jobs(find_beds(args.sets, args.tiles), rows, args.seeds or ablations.seeds, args.split)
+        done = carry_out_all(jobs, torch.device(args.device), minutes=args.minutes, fresh=args.fresh)
+        print(tables(ablations, args.split))
+    for path, text in render().items():
+        if path.read_text() != text:
+            write_text(path, text)
+            print(f"written: {path}")
+    return 0 if done else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

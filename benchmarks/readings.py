@@ -1,0 +1,175 @@
+"""A fitted detector read in another way: other losses, bank, calibration or pooling, without fitting anew.
+
+form          loss = softplus(lse - s_p); lse: of the negatives' scores; positive = -s_p;
+              margin = max over negatives of s_j - s_p; rank: how many negatives score above the positive
+calibration   both; step: of each direction and step alone; place: of each position alone; none
+pool          image score: max, mean or top (mean of the highest 1%) of the map; learned: the mean of the three, each
+              less its mean on held-out normal images and over its spread there
+bank_size     how many normal latents
+Merged        the mean of the maps of several detectors (patches of several sizes), each calibrated by its own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cpc_fast.bank import reservoir
+from cpc_fast.config import Config
+from cpc_fast.detector import Detector, split
+from cpc_fast.model import CPC
+from cpc_fast.scoring import Calibration, Scorer, calibrate
+from cpc_fast.train import autocast
+from cpc_kernels import info_nce_stats
+
+from .baselines import Answer, Baseline
+
+FORMS = ("loss", "lse", "positive", "margin", "rank")
+CALIBRATIONS = ("both", "step", "place", "none")
+
+
+def top(map: np.ndarray) -> float:
+    """The mean of the highest hundredth."""
+    count = max(1, map.size // 100)
+    return float(np.partition(map.ravel(), -count)[-count:].mean())
+
+
+POOLS: dict[str, Callable[[np.ndarray], float]] = {
+    "max": lambda map: float(map.max()),
+    "mean": lambda map: float(map.mean()),
+    "top": top,
+}
+
+
+class Form(nn.Module):
+    """A model whose losses are of another form."""
+
+    def __init__(self, model: CPC, form: str) -> None:
+        super().__init__()
+        self.model, self.config, self.form = model, model.config, form
+
+    def standardise(self, image: np.ndarray) -> Tensor:
+        return self.model.standardise(image)
+
+    @torch.no_grad()
+    def surprise(self, image: Tensor, bank: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        model = self.model
+        latents = model.latents(image[None])
+        predictions = model.predictor(model.context(latents))
+        sources, targets, counts = model.predictor.geometry(latents)
+        own = latents.flatten(0, 2)[targets]
+        stats = info_nce_stats(predictions, bank, own)
+        if self.form == "margin":
+            nearest = torch.cat([(rows.float() @ bank.float().T).amax(1) for rows in predictions.split(4096)])
+            values = nearest - stats.positive
+        else:
+            values = {
+                "loss": stats.loss, "lse": stats.lse, "positive": -stats.positive, "rank": stats.rank.float()
+            }[self.form]  # fmt: skip
+        return values, sources, targets, counts
+
+
+@dataclass(frozen=True)
+class Other:
+    """How to read a detector otherwise; the defaults read it as it reads itself."""
+
+    form: str = "loss"
+    calibration: str = "both"
+    pool: str = "max"
+    bank_size: int = 0  # 0: the detector's own bank
+
+    def __post_init__(self) -> None:
+        for name, known in (("form", FORMS), ("calibration", CALIBRATIONS), ("pool", (*POOLS, "learned"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}.")
+
+    @property
+    def name(self) -> str:
+        return ", ".join(
+            f"{f.name} {getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default
+        )
+
+    def make(self, config: Config, detectors: Sequence[Detector]) -> Baseline:
+        return Reread(config, detectors[0], self)
+
+
+class Reread(Baseline):
+    """One detector, read as `how` says."""
+
+    def __init__(self, config: Config, detector: Detector, how: Other) -> None:
+        super().__init__(config)
+        self.detector, self.how = detector, how
+
+    def learn(self, images: list[np.ndarray]) -> None:
+        model, bank, how = self.detector.model, self.detector.bank, self.how
+        training, held_out = split(len(images), self.config)
+        if how.bank_size:
+            with torch.inference_mode(), autocast(bank.device):
+                rows = (model.latents(model.standardise(images[i])[None]).flatten(0, 2).float() for i in training)
+                bank = reservoir(rows, how.bank_size, self.config.seed)
+        form = Form(model, how.form)
+        self.scorer = Scorer(form, bank)  # type: ignore[arg-type]
+        normal = [images[i] for i in held_out]
+        found = calibrate(self.scorer, normal)
+        zero, one = found.step_mean.new_zeros(1, 1), found.step_mean.new_ones(1, 1)
+        if how.calibration == "step":
+            found = Calibration(found.step_mean, found.step_spread, zero, one)
+        elif how.calibration != "both":
+            flat = Calibration(0 * found.step_mean, 0 * found.step_spread + 1, zero, one)
+            found = flat if how.calibration == "none" else self._places(flat, normal)
+        self.scorer.calibration = found
+        self.normal = dict.fromkeys(POOLS, (0.0, 1.0))
+        if how.pool == "learned":
+            maps = [self.surprise(image) for image in normal]
+            for name, pool in POOLS.items():
+                scores = [pool(map) for map in maps]
+                self.normal[name] = float(np.mean(scores)), float(np.std(scores)) + 1e-9
+
+    def _places(self, flat: Calibration, normal: list[np.ndarray]) -> Calibration:
+        """Means and spreads of each position, of losses as they are."""
+        self.scorer.calibration = flat
+        grids = [self.scorer.surprise(image).grid for image in normal]
+        if len({grid.shape for grid in grids}) > 1 or len(grids) < 2:
+            every = torch.cat([grid.flatten() for grid in grids])
+            return Calibration(flat.step_mean, flat.step_spread, every.mean()[None, None], every.std()[None, None])
+        stack = torch.stack(grids)
+        return Calibration(flat.step_mean, flat.step_spread, stack.mean(0), stack.std(0).clamp_min(1e-6))
+
+    def surprise(self, image: np.ndarray) -> np.ndarray:
+        return self.scorer.map(image, image.shape[:2]).cpu().numpy()
+
+    def inspect(self, image: np.ndarray) -> Answer:
+        map = super().inspect(image).map
+        pools = POOLS if self.how.pool == "learned" else {self.how.pool: POOLS[self.how.pool]}
+        scores = [(pool(map) - self.normal[name][0]) / self.normal[name][1] for name, pool in pools.items()]
+        return Answer(map, float(np.mean(scores)))
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The mean of the maps of several detectors."""
+
+    names: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return "merged: " + ", ".join(self.names)
+
+    def make(self, config: Config, detectors: Sequence[Detector]) -> Baseline:
+        return Merged(config, detectors)
+
+
+class Merged(Baseline):
+    def __init__(self, config: Config, detectors: Sequence[Detector]) -> None:
+        super().__init__(config)
+        self.detectors = detectors
+
+    def learn(self, images: list[np.ndarray]) -> None:
+        """Nothing is left to learn."""
+
+    def inspect(self, image: np.ndarray) -> Answer:
+        return Answer(np.mean([detector.inspect(image).map for detector in self.detectors], axis=0))
