@@ -64,14 +64,18 @@ def precision(dtype: torch.dtype, device: torch.device):
 
 
 class Chunks:
-    """Walks over the rows; holds the one buffer of scores, which every method edits in place."""
+    """Walks over the rows; holds the one buffer of scores, which every method edits in place.
 
-    def __init__(self, anchors, candidates, positives, scale, anchor_ids, candidate_ids):
+    elsewhere: an index of M stands for a positive that is not among these candidates; its score reads 0.
+    """
+
+    def __init__(self, anchors, candidates, positives, scale, anchor_ids, candidate_ids, elsewhere=False):
         self.dtype = compute_dtype(anchors.dtype)
         self.anchors, self.candidates = anchors, candidates.to(self.dtype)
         self.indexed = not positives.is_floating_point()
         self.positives, self.scale = positives, scale
         self.anchor_ids, self.candidate_ids = anchor_ids, candidate_ids
+        self.here = positives < len(candidates) if elsewhere and self.indexed else None
         m = max(len(candidates), 1)
         low, high = CHUNK_ROWS
         self.rows = min(max(CHUNK_SCORES // m // 64 * 64, low), high)
@@ -88,6 +92,9 @@ class Chunks:
     def active(self, i):  # (R,)
         return self.positives[i] >= 0 if self.indexed else None
 
+    def place(self, i):  # (R,) among these candidates; anything where ignored or elsewhere
+        return self.positives[i].clamp(min=0, max=None if self.here is None else len(self.candidates) - 1)
+
     def q(self, i):  # (R, D), zero where ignored
         q = self.anchors[i].to(self.dtype)
         return q.where(self.active(i)[:, None], 0.0) if self.indexed else q
@@ -103,9 +110,14 @@ class Chunks:
         else:
             torch.addmm(s, q, self.candidates.T, beta=0, alpha=self.alpha, out=s)
         if self.indexed:
-            index = self.positives[i].clamp(min=0).long()[:, None]
-            positive = s.gather(1, index)[:, 0].where(self.active(i), 0.0)
-            s.scatter_(1, index, -torch.inf)
+            index = self.place(i).long()[:, None]
+            positive = s.gather(1, index)
+            if self.here is None:
+                s.scatter_(1, index, -torch.inf)
+            else:
+                s.scatter_(1, index, positive.masked_fill(self.here[i, None], -torch.inf))
+                positive = positive.where(self.here[i, None], 0.0)
+            positive = positive[:, 0].where(self.active(i), 0.0)
         else:
             positive = (q * self.own(i)).sum(1).mul_(self.scale)
         if self.anchor_ids is not None:
@@ -120,8 +132,9 @@ def sigmoid_weight(lse: Tensor, positive: Tensor, active: Tensor | None) -> Tens
 
 
 def chunked_forward(
-    anchors, candidates, positives, scale, anchor_ids, candidate_ids, need_expectation, need_rank, fold=None
-):
+    anchors, candidates, positives, scale, anchor_ids, candidate_ids, need_expectation, need_rank, fold=None,
+    elsewhere=False,
+):  # fmt: skip
     """loss, lse, positive, rank (N,) and O (N, D); with `fold` = (dq, dk, dv, dscale, all zero or empty), the
     gradients of the sum of losses are added there as well, and O is not kept."""
     n, m, device = len(anchors), len(candidates), anchors.device
@@ -136,7 +149,7 @@ def chunked_forward(
             positive.copy_((anchors * positives).sum(1) * scale)
         return loss, lse, positive, rank, expectation
     with precision(anchors.dtype, device):
-        chunks = Chunks(anchors, candidates, positives, scale, anchor_ids, candidate_ids)
+        chunks = Chunks(anchors, candidates, positives, scale, anchor_ids, candidate_ids, elsewhere)
         for i in chunks:
             q, active = chunks.q(i), chunks.active(i)
             s, own_score = chunks.scores(i, q)
@@ -179,14 +192,16 @@ def chunked_forward(
     return loss, lse, positive, rank, expectation
 
 
-def chunked_backward_candidates(weight, lse, anchors, candidates, positives, scale, anchor_ids, candidate_ids):
+def chunked_backward_candidates(
+    weight, lse, anchors, candidates, positives, scale, anchor_ids, candidate_ids, elsewhere=False
+):
     """dk (M, D) from w (N,): the scores of each chunk computed again."""
     dk = torch.zeros(candidates.shape, dtype=compute_dtype(anchors.dtype), device=anchors.device)
     if dk.numel() == 0 or len(anchors) == 0:
         return dk
     lse = lse.where(lse != -torch.inf, 0.0)
     with precision(anchors.dtype, anchors.device):
-        chunks = Chunks(anchors, candidates, positives, scale, anchor_ids, candidate_ids)
+        chunks = Chunks(anchors, candidates, positives, scale, anchor_ids, candidate_ids, elsewhere)
         for i in chunks:
             q = chunks.q(i)
             s, _ = chunks.scores(i, q)
@@ -195,7 +210,8 @@ def chunked_backward_candidates(weight, lse, anchors, candidates, positives, sca
                 pull = pull.where(chunks.active(i)[:, None], 0.0)
             dk.addmm_(s.sub_(lse[i, None]).exp_().T, pull)
             if chunks.indexed:
-                dk.index_add_(0, positives[i].clamp(min=0), pull.neg_())
+                pull = pull.neg_() if chunks.here is None else pull.neg_().where(chunks.here[i, None], 0.0)
+                dk.index_add_(0, chunks.place(i), pull)
     return dk
 
 

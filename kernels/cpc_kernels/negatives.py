@@ -69,14 +69,16 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
-def draw_negatives(negatives: Negatives, positives: Tensor | None, pool_size: int, rows: int, steps: int = 1) -> Tensor:
+def draw_negatives(
+    negatives: Negatives, positives: Tensor | None, pool_size: int, rows: int | Tensor, steps: int = 1
+) -> Tensor:
     """The pool indices that `negatives` stands for.
 
     idx = (base + 1 + u mod (M - 1)) mod M with positives by index, else u mod M (see this file's header).
 
     positives: (N, K) or (N,) integer indices (-1: ignored row), or anything else (vectors, None) for draws from the
-    whole pool; pool_size M; rows N; steps K. Returns int64 (N, S), or (N, K, S) when `negatives.per_step`; -1
-    everywhere when the pool has nothing to draw.
+    whole pool; pool_size M; rows N, or (N,) integers, the number n of each row; steps K. Returns int64 (N, S), or
+    (N, K, S) when `negatives.per_step`; -1 everywhere when the pool has nothing to draw.
 
     >>> draw_negatives(Negatives(3, seed=0), torch.tensor([0, 1]), pool_size=8, rows=2).shape
     torch.Size([2, 3])
@@ -87,14 +89,15 @@ def draw_negatives(negatives: Negatives, positives: Tensor | None, pool_size: in
         device = negatives.seed.device
     drawn_steps = steps if negatives.per_step else 1
     choices = pool_size - 1 if indexed else pool_size
+    n = rows if isinstance(rows, Tensor) else torch.arange(rows, device=device)
+    rows = len(n)
     if choices <= 0:
         drawn = torch.full((rows, drawn_steps, negatives.count), -1, dtype=torch.int64, device=device)
         return drawn if negatives.per_step else drawn[:, 0]
     seed = negatives.seed_tensor(device)
     s = torch.arange((negatives.count + 3) // 4, device=device)
-    n = torch.arange(rows, device=device)[:, None, None]
     k = torch.arange(drawn_steps, device=device)[:, None]
-    words = philox((s, n, k, torch.zeros_like(s)), (seed & LOW, (seed >> 32) & LOW))
+    words = philox((s, n[:, None, None], k, torch.zeros_like(s)), (seed & LOW, (seed >> 32) & LOW))
     u = torch.stack(torch.broadcast_tensors(*words), -1).flatten(2)[..., : negatives.count]  # (N, K or 1, S)
     if indexed:
         base = positives.reshape(rows, steps)[:, :drawn_steps, None].to(torch.int64).clamp(min=0)

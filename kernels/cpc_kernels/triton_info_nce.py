@@ -391,7 +391,7 @@ def exponentials_kernel(
     if INDEXED:
         positive = tl.load(p_index + i_r)
         kept = positive >= 0
-        raw_p = tl.load(p_row + tl.maximum(positive, 0), mask=kept, other=0.0)
+        raw_p = tl.load(p_row + tl.maximum(positive, 0), mask=kept & (positive < m), other=0.0)
     else:
         raw_p = tl.load(p_raw + i_r)
     if HAS_IDS:
@@ -482,13 +482,15 @@ def forward(
     need_expectation: bool = True,
     *,
     need_rank: bool = True,
+    elsewhere: bool = False,
     input_precision: str | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, lse, positive score, rank (N,) int64 and O (N, D), in float32 (float64 for float64).
 
     anchors (N, D), candidates (M, D): one dtype, any strides. positives: (N,) int64, -1 ignored, or (N, D) vectors.
-    scale (1,). Rank and O are empty (0,) when not needed. input_precision: "tf32", "tf32x3" or "ieee" for float32
+    scale (1,). Rank and O are empty (0,) when not needed. elsewhere: an index of M stands for a positive that is not
+    among these candidates; its score reads 0. input_precision: "tf32", "tf32x3" or "ieee" for float32
     tiles (default: `launching.default_precision`; chunks multiply as torch is told to). splits: pieces of the
     candidates (default: as the device needs).
     """
@@ -516,10 +518,11 @@ def forward(
     raw = anchors.new_empty(n, dtype=acc)
     if not (chunked and indexed):
         vectors = candidates if indexed else positives
+        own = rows.where(rows < m, -1) if indexed and elsewhere else rows
         tile = launch.tile("positive", d)
         launch(
             "positive", positive_kernel, (triton.cdiv(n, tile.rows),),
-            anchors, vectors, rows, raw, n, d, *anchors.stride(), *vectors.stride(),
+            anchors, vectors, own, raw, n, d, *anchors.stride(), *vectors.stride(),
             INDEXED=indexed, EVEN_D=d % tile.features == 0, **launch.dot(),
             BN=tile.rows, BD=tile.features, **tile.options(),
         )  # fmt: skip

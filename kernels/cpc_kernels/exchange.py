@@ -1,0 +1,115 @@
+"""What the ranks of a torch.distributed group tell each other: how many rows each holds, all rows, and sums.
+
+Every function here is a collective: all ranks of the group call it, in the same order. The gradients are those of the
+sum of what all ranks differentiate: DistributedDataParallel, which averages the parameters' gradients over W ranks,
+turns W identical losses into the gradient of one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.autograd.function import once_differentiable
+
+from .info_nce import compute_dtype
+
+
+def rank_and_world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
+    """This process's rank and how many there are; (0, 1) where torch.distributed is not in use."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def everyones(numbers: list[int], device: torch.device, group: dist.ProcessGroup | None = None) -> list[list[int]]:
+    """The same few integers of every rank, in rank order. On a GPU the host waits for them."""
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    world = rank_and_world(group)[1]
+    if world == 1:
+        return [numbers]
+    gathered = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(gathered, own, group=group)
+    return torch.stack(gathered).tolist()
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How many rows each rank holds. Rows are numbered through, rank after rank."""
+
+    counts: list[int]
+    rank: int
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def world(self) -> int:
+        return len(self.counts)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    def first(self, rank: int | None = None) -> int:
+        """The number of a rank's first row; this rank's by default."""
+        return sum(self.counts[: self.rank if rank is None else rank])
+
+
+def shares(count: int, device: torch.device, group: dist.ProcessGroup | None = None) -> Shares:
+    """Tell everyone how many rows this rank holds."""
+    rank, _ = rank_and_world(group)
+    return Shares([each[0] for each in everyones([count], device, group)], rank, group)
+
+
+def gather_rows(rows: Tensor, of: Shares) -> Tensor:
+    """(n, ...) of every rank, n as it may be -> (total, ...), without gradients."""
+    rows, most = rows.detach(), max(of.counts)
+    if of.world == 1:
+        return rows
+    padded = torch.zeros((most, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in of.counts]
+    if padded.numel():
+        dist.all_gather(gathered, padded, group=of.group)
+    return torch.cat([each[:count] for each, count in zip(gathered, of.counts, strict=True)])
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, of):
+        ctx.of = of
+        return gather_rows(rows, of)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        total = grad.to(compute_dtype(grad.dtype), copy=True).contiguous()  # what every rank wants of every row
+        if total.numel():
+            dist.all_reduce(total, group=ctx.of.group)
+        first = ctx.of.first()
+        return total[first : first + ctx.of.counts[ctx.of.rank]].to(grad.dtype), None
+
+
+def gather_rows_with_grad(rows: Tensor, of: Shares) -> Tensor:
+    """(n, ...) of every rank -> (total, ...); a row's gradient is the sum of what all ranks ask of it."""
+    return rows if of.world == 1 else _GatherRows.apply(rows, of)
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, group):
+        ctx.group = group
+        value = value.detach().clone()
+        dist.all_reduce(value, group=group)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def total(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The sum over all ranks, the same on each; the gradient is the sum of what all ranks ask of it."""
+    return value if rank_and_world(group)[1] == 1 else _Total.apply(value, group)
