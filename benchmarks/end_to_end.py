@@ -183,7 +183,7 @@ def training(
     device: torch.device, *, name: str = "cpu-demo", side: int = 256, batch: int = 8, **changes: Any
 ) -> Contest:
     """One optimisation step of a preset on `batch` images."""
-    config = preset(name).replace(batch_size=batch, **changes)
+    config = preset(name).replace(batch_size=batch, **changes).fitted_to([side])
     images = make_images(batch, side, config.channels)
     model = make_model(config, device)
     model.measure_pixels(images)
@@ -255,7 +255,7 @@ def training(
 
 def scoring(device: torch.device, *, name: str = "cpu-demo", side: int = 256, **changes: Any) -> Contest:
     """One image, uint8 in memory to a map in memory."""
-    config = preset(name).replace(**changes)
+    config = preset(name).replace(**changes).fitted_to([side])
     image = make_images(1, side, config.channels)[0]
     model = make_model(config, device).eval()
     model.measure_pixels([image])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +34,7 @@ class Config:
     patch_size: int = 32
     patch_stride: int = 16
     crop: int | None = None  # side of the square window seen in training, at most (None: just) the smallest image's
+    made_for: int | None = None  # fit doubles or halves the lengths above, and stem, for images of another size
     # patches -> latents
     width: int = 32  # channels of the first residual stage; latents have 4 * width features
     stem: int = 4  # stride of the first convolution
@@ -89,6 +93,7 @@ class Config:
         need(self.skip >= 0, "skip", "0 or more")
         need(self.image_size is None or self.image_size >= self.patch_size, "image_size", "at least patch_size")
         need(self.crop is None or self.crop >= self.patch_size, "crop", "at least patch_size")
+        need(self.made_for is None or self.made_for >= self.patch_size, "made_for", "at least patch_size")
         need(0 < self.calibration_share < 1, "calibration_share", "between 0 and 1")
         need(0 < self.target_fpr < 1, "target_fpr", "between 0 and 1")
         need(self.schedule in ("cosine", "constant"), "schedule", "cosine or constant")
@@ -111,7 +116,35 @@ class Config:
         if unknown:
             names = ", ".join(f.name for f in dataclasses.fields(self))
             raise UsageError(f"config: no field called {', '.join(sorted(unknown))}. There are: {names}.")
+        if changes.keys() & {"patch_size", "patch_stride", "crop", "stem"}:
+            changes.setdefault("made_for", None)  # a length set by hand stays
         return dataclasses.replace(self, **changes)
+
+    def fitted_to(self, sides: Sequence[int]) -> Config:
+        """The config for images with these shorter sides (pixels, after image_size), its lengths final.
+
+        patch_size, patch_stride, crop and stem are doubled as long as the typical (median) image keeps 7/8 of the size
+        they were made for in units of a patch, and the smallest holds four patches side by side; they are halved until
+        it does. So a patch stays the same share of the image, and scoring costs the same at any resolution.
+
+        >>> fitted = preset("cpu-demo").fitted_to([256, 256, 300])
+        >>> fitted.patch_size, fitted.patch_stride, fitted.stem
+        (64, 32, 4)
+        """
+        if self.made_for is None:
+            return self
+        four = self.patch_size + 3 * self.patch_stride
+        factor = min(statistics.median(sides) / (0.875 * self.made_for), min(sides) / four)
+        power = math.floor(math.log2(max(factor, 1e-9)))
+        power = min(max(power, -int(math.log2(self.stem))), int(math.log2(8 // self.stem)))
+
+        def scale(length: int) -> int:
+            return max(1, int(length * 2.0**power))
+
+        return self.replace(
+            patch_size=scale(self.patch_size), patch_stride=scale(self.patch_stride), stem=scale(self.stem),
+            crop=None if self.crop is None else scale(self.crop),
+        )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary, for config.json and metrics.json."""
@@ -127,7 +160,7 @@ class Config:
 
 # On small patches of textures: few steps and the mean of the weights, since more steps learn the photograph by heart.
 _TEXTURES = Config(
-    crop=96, width=16, stem=2, context="masked-conv", shift_copies=2, batch_size=8,
+    crop=96, made_for=128, width=16, stem=2, context="masked-conv", shift_copies=2, batch_size=8,
     shifts=("noise", "shuffle", "sharpen", "invert", "warp", "magnify"),
     epochs=8, learning_rate=2e-3, schedule="constant", jitter=0.03, flips=True,
 )  # fmt: skip

@@ -174,6 +174,8 @@ class Detector:
         else:
             source, images = f"{len(data)} arrays", [_prepare(image, config) for image in data]
             names = [f"Image {i}" for i in range(len(images))]
+        made_for = config.made_for
+        config = config.fitted_to([min(image.shape[:2]) for image in images])
         _check_sizes(images, names, config)
         training, held_out = split(len(images), config)
         torch.manual_seed(config.seed)
@@ -202,6 +204,8 @@ class Detector:
             "data": source,
             "normal images": f"{len(images)} ({len(training)} to learn from, {len(held_out)} for the threshold)",
             "image size": " and ".join(f"{h} x {w}" for h, w in sorted(shapes)) if len(shapes) < 4 else "varying",
+            "patches": f"{config.patch_size} x {config.patch_size} pixels, one every {config.patch_stride}"
+            + (", chosen for images of this size" if made_for else ""),
             "epochs": str(config.epochs),
         }
         detector = cls(model, scorer.bank, scorer.calibration, threshold, trained_on, pace)

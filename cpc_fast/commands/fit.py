@@ -59,6 +59,7 @@ def fit(
         command = shlex.join([*again, "--resume", *more])
         return stopped(f"Stopped; {done} of {config.epochs} epochs are saved in {out}. Go on with: {command}")
     say(f"Fitted on {detector.trained_on['normal images']} normal images.")
+    say(f"Patches of {detector.trained_on['patches']}.")
     say(f"Scores above {detector.threshold.value:.4g} are anomalous.")
     if detector.threshold.note:
         say(detector.threshold.note)

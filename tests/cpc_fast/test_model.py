@@ -188,3 +188,15 @@ def test_a_config_survives_json():
     assert Config.from_json(config.to_json()) == config
     with pytest.raises(UsageError, match="There are: cpu-demo"):
         preset("papper")
+
+
+@pytest.mark.parametrize(
+    ("sides", "patch", "stem"),
+    [([128], 32, 2), ([160], 32, 2), ([256], 64, 4), ([256, 300, 105], 32, 2), ([512], 128, 8), ([4096], 128, 8),
+     ([64], 16, 1), ([40], 16, 1)],
+)  # fmt: skip
+def test_patches_grow_with_the_images(sides, patch, stem):
+    fitted = preset("cpu-demo").fitted_to(sides)
+    assert (fitted.patch_size, fitted.patch_stride, fitted.stem, fitted.crop) == (patch, patch // 2, stem, 3 * patch)
+    assert fitted.fitted_to([1024]) == fitted  # once fitted, lengths are final
+    assert preset("cpu-demo").replace(patch_size=16).fitted_to([512]).patch_size == 16  # and so are those set by hand
