@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from cpc_fast.datasets import TEXTURES, write_elpv, write_textures
-from cpc_fast.images import TestImage, find_test
+from cpc_fast.images import TestImage
+from cpc_fast.layouts import find_test
 
 ROOT = Path(__file__).parents[1]
 TILES = ROOT.parent / "shared" / "data" / "magnetic_tile"

@@ -23,7 +23,8 @@ from cpc_fast.config import Config
 from cpc_fast.detector import Detector
 from cpc_fast.errors import CpcFastError
 from cpc_fast.evaluate import evaluate, measure, score_all
-from cpc_fast.images import ImageCache, find_train
+from cpc_fast.images import ImageCache
+from cpc_fast.layouts import find_train
 from cpc_fast.progress import duration
 from cpc_fast.report import contact_sheet
 from cpc_fast.saving import checkpoint_config, write_text, write_whole

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from .bank import reservoir
 from .config import Config, preset
 from .errors import CpcFastError, UsageError
-from .images import ImageCache, find_train, quoted, read_image, resize, to_channels
+from .images import ImageCache, quoted, read_image, resize, to_channels
+from .layouts import find_train
 from .model import CPC
 from .saving import Checkpoint, load_run, save_run
 from .scoring import Calibration, Scorer, calibrate

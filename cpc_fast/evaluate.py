@@ -27,7 +27,8 @@ import torch
 
 from .detector import Detector, Prediction
 from .errors import CpcFastError
-from .images import TestImage, find_test, quoted, read_image, read_mask
+from .images import TestImage, quoted, read_image, read_mask
+from .layouts import find_test
 from .metrics import image_metrics, pixel_metrics
 from .saving import write_text
 from .scored import Scored
@@ -53,7 +54,8 @@ def evaluate(
 
     Args:
         detector: from Detector.fit or Detector.load.
-        data: a folder with test/good, test/<defect> and, if there are masks, ground_truth/<defect>; train is not read.
+        data: a category in any layout of layouts.py, as test/{good,<defect>} and ground_truth/<defect>; its train is
+            not read.
         tests: judge these alone, a part of what find_test finds in `data`.
         on_image: called with how many images are done and how many there are.
 
@@ -124,7 +126,7 @@ def score_all(
         image = read_image(test.path)
         truth = None
         if test.mask_path:
-            truth = read_mask(test.mask_path, image.shape[:2])
+            truth = read_mask(test.mask_path, image.shape[:2], test.labels)
         elif test.defect == "good" and has_masks:
             truth = np.broadcast_to(np.False_, image.shape[:2])  # nothing is wrong with it, and it costs no memory
         try:

@@ -38,13 +38,17 @@ class ImageError(CpcFastError):
 
 @dataclass(frozen=True)
 class TestImage:
-    """An image to judge: `defect` is "good" when it is normal; `mask_path` is None without a mask, always for good."""
+    """An image to judge: `defect` is "good" when it is normal; `mask_path` is None without a mask, always for good.
+
+    A mask may be a folder of several, one for each region. With `labels`, any value of a mask but 0 is defective.
+    """
 
     __test__ = False  # not a test case, whatever pytest makes of the name
 
     path: Path
     defect: str
     mask_path: Path | None
+    labels: bool = False
 
 
 def quoted(path: str | os.PathLike) -> str:
@@ -71,22 +75,26 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     return pixels
 
 
-def read_mask(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
+def read_mask(path: str | os.PathLike, size: tuple[int, int], labels: bool = False) -> np.ndarray:
     """Read a ground-truth mask as bool (H, W): true where a value reaches half of its range (128 or 32768).
 
     `size` is (H, W) of the image it belongs to; a mask of another size raises ImageError, as does one whose values are
-    all below half range without being all zero (labels 0 and 1, most likely). A colour mask is true where any channel
-    is.
+    all below half range without being all zero (labels 0 and 1, most likely: with `labels`, any value but 0 is true). A
+    colour mask is true where any channel is; a folder of masks where any of them is.
 
     Example: `read_mask("000_mask.png", (128, 128)).dtype` -> `bool`.
     """
     path = Path(path)
+    if os.path.isdir(path):
+        return np.any([read_mask(one, size, labels) for one in find_images(path)], axis=0)
     values = _decode(path).max(axis=2)  # (H, W)
     if values.shape != tuple(size):
         raise ImageError(
             f"The mask {quoted(path)} is {_size(values.shape)} px, but its image is {_size(size)} px (height x width); "
             "save the mask at the size of the image."
         )
+    if labels:
+        return values > 0
     if 0 < values.max() < 128:
         raise ImageError(
             f"The mask {quoted(path)} holds values up to {values.max()} of 255, so nothing reaches half of the range; "
@@ -163,37 +171,50 @@ def find_train(root: str | os.PathLike) -> list[Path]:
     )
 
 
-def find_test(root: str | os.PathLike) -> list[TestImage]:
+def find_test(
+    root: str | os.PathLike, *, test: str = "test", truth: str = "ground_truth", good: str = "good"
+) -> list[TestImage]:
     """The images to judge, sorted by path: root/test/<defect>/<name>.png, with ground_truth/<defect>/<name>_mask.png.
 
-    A defect with no folder in ground_truth has no masks; where the folder is there, each image must have its mask.
-    Raises UsageError. Example: `find_test("data/textures/brick")[0].defect` -> `"blur"`.
+    A mask may also be called as its image, or be a folder <name> of masks. A defect with no folder in ground_truth has
+    no masks; where the folder is there, each image must have its mask. `test`, `truth` and `good` are what a layout
+    calls these folders (layouts.py). Raises UsageError.
+
+    Example: `find_test("data/textures/brick")[0].defect` -> `"blur"`.
     """
     root = Path(root)
     find_images(root)
-    test = root / "test"
-    if not os.path.isdir(test):
+    folders = root / test
+    if not os.path.isdir(folders):
         raise UsageError(
             f"{quoted(root)} has no folder test; name one with test/good and test/<defect> inside."
             f"{_categories(root, 'test')}"
         )
-    find_images(test)
+    find_images(folders)
     found = []
-    for folder in sorted(entry for entry in test.iterdir() if os.path.isdir(entry) and not entry.name.startswith(".")):
-        truth = root / "ground_truth" / folder.name
-        masks = None
-        if folder.name != "good" and os.path.isdir(truth):
-            masks = {path.stem: path for path in find_images(truth)}
+    for folder in sorted(
+        entry for entry in folders.iterdir() if os.path.isdir(entry) and not entry.name.startswith(".")
+    ):
+        known = root / truth / folder.name
+        if folder == (root / truth):  # a layout with its truth among the tests
+            continue
+        masks, several = None, {}
+        if folder.name != good and os.path.isdir(known):
+            masks = {path.stem: path for path in find_images(known)}
+            several = {path.name: path for path in known.iterdir() if os.path.isdir(path) and find_images(path)}
         for path in find_images(folder):
-            mask = None
-            if masks is not None and (mask := masks.get(f"{path.stem}_mask") or masks.get(path.stem)) is None:
-                raise UsageError(
-                    f"{quoted(path)} has no mask: expected {quoted(truth / (path.stem + '_mask.png'))}; "
-                    f"add it, or remove {quoted(truth)} to evaluate without masks."
-                )
-            found.append(TestImage(path, folder.name, mask))
+            mask, labels = None, False
+            if masks is not None:
+                mask = masks.get(f"{path.stem}_mask") or masks.get(path.stem) or several.get(path.stem)
+                labels = mask is not None and mask == several.get(path.stem)
+                if mask is None:
+                    raise UsageError(
+                        f"{quoted(path)} has no mask: expected {quoted(known / (path.stem + '_mask.png'))}; "
+                        f"add it, or remove {quoted(known)} to evaluate without masks."
+                    )
+            found.append(TestImage(path, "good" if folder.name == good else folder.name, mask, labels))
     if not found:
-        raise UsageError(f"{quoted(test)} holds no images; expected test/good/*.png and test/<defect>/*.png.")
+        raise UsageError(f"{quoted(folders)} holds no images; expected {test}/{good}/*.png and {test}/<defect>/*.png.")
     return found
 
 

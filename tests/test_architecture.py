@@ -13,7 +13,7 @@ PACKAGE, KERNELS = ROOT / "cpc_fast", ROOT / "kernels" / "cpc_kernels"
 # A module imports only from modules to its left. A new module finds its place here first.
 ORDER = (
     "version", "errors", "shapes", "config",
-    "images", "inputs", "runs", "datasets",
+    "images", "layouts", "inputs", "runs", "datasets",
     "patches", "shifts", "latents", "contexts", "predictions", "loss", "bank", "anomaly_map", "segments",
     "scored", "metrics", "report",
     "model", "train", "scoring", "saving", "detector", "evaluate", "answers", "doctor", "progress", "commands", "cli",

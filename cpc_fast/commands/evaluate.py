@@ -27,7 +27,7 @@ def evaluate(
     """Compare with the truth: metrics.json, a table, report.html."""
     out = out or run
     check_device(device)
-    from ..images import find_test
+    from ..layouts import find_test
     from ..runs import need_detector
 
     need_detector(run)

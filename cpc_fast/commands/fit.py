@@ -37,7 +37,7 @@ def fit(
 ) -> int:
     """Learn what is normal."""
     check_device(device)
-    from ..images import find_train
+    from ..layouts import find_train
     from ..runs import need_checkpoint, refuse_run
 
     find_train(data)
