@@ -14,6 +14,7 @@ from .errors import UsageError
 NORMS = ("group", "layer", "none")
 CONTEXTS = ("none", "masked-conv")
 NEGATIVES = ("batch", "other-images", "sampled")
+ACROSS_RANKS = ("auto", "local", "gathered", "ring")
 SHIFTS = ("quarter-turn", "magnify", "noise", "blur", "intensity", "sharpen", "shuffle", "invert", "warp")
 
 
@@ -47,6 +48,7 @@ class Config:
     # predictions -> loss
     negatives: str = "batch"
     negatives_count: int = 16  # per anchor; for "sampled" only
+    across_ranks: str = "auto"  # in training on several ranks, whose latents count: "local", "gathered", "ring"
     shifts: tuple[str, ...] = ()  # transformed copies of each batch whose latents are further wrong answers
     shift_copies: int = 1  # how many such copies of each image
     # training
@@ -73,6 +75,9 @@ class Config:
         need(self.norm in NORMS, "norm", f"one of {', '.join(NORMS)}{why}")
         need(self.context in CONTEXTS, "context", f"one of {', '.join(CONTEXTS)}")
         need(self.negatives in NEGATIVES, "negatives", f"one of {', '.join(NEGATIVES)}")
+        need(self.across_ranks in ACROSS_RANKS, "across_ranks", f"one of {', '.join(ACROSS_RANKS)}")
+        rings = self.across_ranks != "ring" or self.negatives != "sampled"
+        need(rings, "across_ranks", "auto, local or gathered with sampled negatives, for which there is no ring")
         need(self.directions in (1, 2, 4), "directions", "1, 2 or 4")
         need(self.standardise in ("set", "image"), "standardise", "set or image")
         need(self.channels in (1, 3), "channels", "1 (grayscale) or 3 (colour)")

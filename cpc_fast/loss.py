@@ -11,7 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpc_kernels import Negatives, bilinear_info_nce, bilinear_info_nce_stats
+from cpc_kernels import (
+    Negatives,
+    bilinear_info_nce,
+    bilinear_info_nce_across_ranks,
+    bilinear_info_nce_stats,
+)
+from cpc_kernels.exchange import everyones, rank_and_world
 
 from .predictions import Predictions
 from .shapes import Latents, Losses
@@ -26,8 +32,9 @@ def cpc_loss(
     seed: int = 0,
     shifted: int = 0,
     reduction: str = "mean",
+    across_ranks: str = "auto",
 ) -> Tensor:
-    """The contrastive loss of a batch.
+    """The contrastive loss of a batch, which may lie across the ranks of torch.distributed.
 
     Args:
         predictions: n of them, about patches of the images that are not shifted.
@@ -38,7 +45,9 @@ def cpc_loss(
         seed: of the draw; the same seed draws the same patches on every device.
         shifted: how many of the b images, the last ones, are transformed copies. Their patches are further wrong
             answers for "batch" and "other-images", and never drawn for "sampled".
-        reduction: "none" gives (n,), "mean" and "sum" a scalar.
+        reduction: "none" gives (n,), "mean" and "sum" a scalar, of all ranks.
+        across_ranks: where there are several, whose patches are candidates: "local", this rank's own; "gathered" or
+            "ring", everybody's; "auto" chooses between those by size. All ranks call this together.
 
     >>> from cpc_fast.predictions import Predictor
     >>> z = torch.randn(2, 3, 3, 8)
@@ -47,17 +56,43 @@ def cpc_loss(
     """
     contexts, weight, sources, targets, counts = predictions
     drawn = anchor_images = candidate_images = None
+    images, patches = len(latents), latents.shape[1] * latents.shape[2]
     if negatives == "sampled":
         drawn = Negatives(count, seed)
-        latents = latents[: len(latents) - shifted]
+        images -= shifted
+        latents = latents[:images]
     elif negatives == "other-images":
-        patches = latents.shape[1] * latents.shape[2]
-        candidate_images = torch.arange(latents.shape[0] * patches, device=latents.device) // patches
+        candidate_images = torch.arange(images * patches, device=latents.device) // patches
         anchor_images = targets // patches
-    return bilinear_info_nce(
-        contexts, weight, latents.flatten(0, 2), targets, drawn, sources=sources, counts=counts,
-        anchor_ids=anchor_images, candidate_ids=candidate_images, reduction=reduction,
+    options = {"sources": sources, "counts": counts, "reduction": reduction}
+    rank, world = rank_and_world()
+    if world == 1:
+        tags = {"anchor_ids": anchor_images, "candidate_ids": candidate_images}
+        return bilinear_info_nce(contexts, weight, latents.flatten(0, 2), targets, drawn, **tags, **options)
+    held = [each[0] for each in everyones([images], latents.device)]  # images of each rank
+    before = sum(held[:rank])
+    if negatives == "other-images":
+        anchor_images, candidate_images = anchor_images + before, candidate_images + before
+    if drawn is not None and across_ranks != "local":
+        options["rows"] = rows_of_all(counts, images, before, sum(held), latents.device)
+    return bilinear_info_nce_across_ranks(
+        contexts, weight, latents.flatten(0, 2), targets + before * patches, drawn,
+        anchor_ids=anchor_images, candidate_ids=candidate_images, exchange=across_ranks, **options,
     )  # fmt: skip
+
+
+def rows_of_all(counts: list[int], images: int, before: int, total: int, device: torch.device) -> Tensor:
+    """(n,) which prediction of the whole batch, of `total` images, each of these is; `before` come before ours.
+
+    >>> rows_of_all([4, 2], images=2, before=1, total=3, device=torch.device("cpu"))
+    tensor([2, 3, 4, 5, 7, 8])
+    """
+    parts, start = [], 0
+    for count in counts:  # of a direction and step; images follow each other within it
+        each = count // max(images, 1)
+        parts.append(torch.arange(count, device=device) + start + before * each)
+        start += total * each
+    return torch.cat(parts)
 
 
 def bank_losses(predictions: Predictions, latents: Latents, bank: Tensor) -> Losses:

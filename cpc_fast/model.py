@@ -82,7 +82,7 @@ class CPC(nn.Module):
         config = self.config
         loss = cpc_loss(
             predictions, latents, negatives=config.negatives, count=config.negatives_count, seed=seed,
-            shifted=len(latents) - len(images),
+            shifted=len(latents) - len(images), across_ranks=config.across_ranks,
         )  # fmt: skip
         return StepResult(loss, accuracy(predictions, own))
 

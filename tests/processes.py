@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-PRELOAD = ["torch", "torch.distributed", "cpc_kernels", "cpc_fast.dropin"]
+PRELOAD = ["torch", "torch.distributed", "cpc_kernels", "cpc_fast.dropin", "cpc_fast.detector"]
 SECONDS = 60
 
 

@@ -7,7 +7,7 @@ from .bilinear_info_nce import bilinear_info_nce, bilinear_info_nce_stats
 from .capabilities import Capability, capabilities
 from .info_nce import InfoNCEStats, info_nce, info_nce_stats
 from .negatives import Negatives, draw_negatives
-from .ring_info_nce import info_nce_across_ranks, sampled_info_nce_across_ranks
+from .ring_info_nce import bilinear_info_nce_across_ranks, info_nce_across_ranks, sampled_info_nce_across_ranks
 from .sampled_info_nce import sampled_info_nce, sampled_info_nce_stats
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "InfoNCEStats",
     "Negatives",
     "bilinear_info_nce",
+    "bilinear_info_nce_across_ranks",
     "bilinear_info_nce_stats",
     "capabilities",
     "draw_negatives",

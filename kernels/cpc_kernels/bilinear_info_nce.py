@@ -118,7 +118,7 @@ project.register_autograd(_backward, setup_context=_save)
 once_differentiable(project_backward, "bilinear_info_nce")
 
 
-def _project_rows(contexts, weights, sources, counts, impl):
+def project_rows(contexts, weights, sources, counts, impl):
     """(P, D), by plain torch where second derivatives are wanted."""
     if impl == "reference":
         return torch.cat([contexts[read] @ weights[k].T for k, _, read in _parts(sources, counts)] or [
@@ -206,7 +206,7 @@ def _run(
 
     if side == "contexts":
         if listed:
-            anchors = _project_rows(contexts, weights, sources, counts, impl)  # (P, D)
+            anchors = project_rows(contexts, weights, sources, counts, impl)  # (P, D)
         else:
             anchors = (contexts @ weights.reshape(steps * d, c).T).view(n, steps, d)
         if not stats:

@@ -16,12 +16,16 @@ blocks in the candidates' dtype and W in float32, with ids 8 bytes more for each
 Where all candidates are few they are gathered instead: one exchange, and the kernels as they are for one process.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .bilinear_info_nce import project_rows
 from .capabilities import triton_module
 from .exchange import Shares, everyones, gather_rows, gather_rows_with_grad, rank_and_world, total
 from .info_nce import (
@@ -233,6 +237,17 @@ def chosen(op: str, exchange: str, of: Shares, candidates: Tensor) -> str:
     return exchange
 
 
+def own_places(op: str, what: str, indices: Tensor, of: Shares) -> Tensor:
+    """For exchange="local": indices into this rank's rows."""
+    own = local_places(indices, of.rank, of)
+    if not own.is_floating_point() and bool((own == of.counts[of.rank]).any()):
+        raise IndexError(
+            f'{op}: with exchange="local" the {what} of rank {of.rank} must lie among its own candidates, '
+            f"{of.first()} to {of.first() + of.counts[of.rank] - 1}."
+        )
+    return own
+
+
 def reduce(loss: Tensor, counted: Tensor | int, reduction: str, group) -> Tensor:
     """`loss` summed over this rank's rows, or each of them; the same number on every rank, unless none."""
     if reduction == "none":
@@ -295,13 +310,7 @@ def info_nce_across_ranks(
     options = {"scale": scale, "anchor_ids": anchor_ids, "impl": impl}
     one = "none" if reduction == "none" else "sum"
     if exchange == "local":
-        if indexed:
-            positives = local_places(positives, of.rank, of)
-            if bool((positives == len(candidates)).any()):
-                raise IndexError(
-                    f'{op}: with exchange="local" the positives of rank {of.rank} must lie among its own candidates, '
-                    f"{of.first()} to {of.first() + len(candidates) - 1}."
-                )
+        positives = own_places(op, "positives", positives, of)
         loss = info_nce(anchors, candidates, positives, candidate_ids=candidate_ids, reduction=one, **options)
     elif exchange == "gathered":
         everybody = gather_rows_with_grad(candidates, of) if learning else gather_rows(candidates, of)
@@ -343,7 +352,7 @@ def sampled_info_nce_across_ranks(
     pools in rank order. Drawn negatives are those that one process with the whole batch draws: `rows` (N,) is the
     number that each anchor has there; by default the anchors are counted through, rank after rank.
     exchange: "gathered" (also auto): every rank gets the whole pool, since a ring would bring each anchor every block
-    for the few rows it wants of it; "local": this rank's pool alone, and indices count in it.
+    for the few rows it wants of it; "local": this rank's pool alone (which positives and listed negatives lie in).
     Everything else, the mean, and what the gradients are: `info_nce_across_ranks` and `sampled_info_nce`.
 
     >>> q, z = torch.randn(8, 16), torch.randn(32, 16)
@@ -365,7 +374,11 @@ def sampled_info_nce_across_ranks(
     learning = torch.is_grad_enabled() and pool.requires_grad
     any_learning = torch.is_grad_enabled() and any(t.requires_grad for t in (anchors, pool, positives, scale))
     of, of_anchors, learning = agree(op, anchors, pool, anchor_ids is not None, [learning, any_learning], group)
-    if chosen(op, exchange, of, pool) != "local" and of.world > 1:
+    if chosen(op, exchange, of, pool) == "local":
+        positives = own_places(op, "positives", positives, of)
+        if isinstance(negatives, Tensor):
+            negatives = own_places(op, "negatives", negatives, of)
+    elif of.world > 1:
         pool = gather_rows_with_grad(pool, of) if learning else gather_rows(pool, of)
         pool_ids = None if pool_ids is None else gather_rows(pool_ids.long(), of)
         if isinstance(negatives, Negatives):
@@ -390,3 +403,36 @@ def listed(negatives: Negatives, positives: Tensor, pool_size: int, rows: Tensor
         return drawn if len(shape) == 2 or drawn.ndim == 2 else drawn[:, 0]
     each = drawn if drawn.ndim == 3 else drawn[:, None].expand(-1, steps, -1)
     return each.where(each != positives[..., None], -1)
+
+
+def bilinear_info_nce_across_ranks(
+    contexts: Tensor,
+    weights: Tensor,
+    candidates: Tensor,
+    positives: Tensor,
+    negatives: Tensor | Negatives | None = None,
+    *,
+    sources: Tensor,
+    counts: Sequence[int],
+    rows: Tensor | None = None,
+    impl: str = "auto",
+    **options: Any,
+) -> Tensor:
+    """`bilinear_info_nce` of listed rows, over a batch that lies across the ranks: the contexts are projected here.
+
+    loss_i = softplus(log sum_{j negative, on any rank} exp(s_ij) - s_i,p),   s_ij = scale z_j^T W_k c_sources[i]
+
+    contexts (N, C), weights (K, D, C), sources (P,), counts: this rank's, as for `bilinear_info_nce`. The rest, options
+    too, as `info_nce_across_ranks`, or `sampled_info_nce_across_ranks` where negatives are given.
+
+    >>> contexts, weights, latents = torch.randn(6, 8), torch.randn(2, 16, 8), torch.randn(9, 16)
+    >>> sources, positives = torch.tensor([0, 1, 2, 0]), torch.tensor([3, 4, 5, 6])
+    >>> bilinear_info_nce_across_ranks(contexts, weights, latents, positives, sources=sources, counts=[3, 1]).shape
+    torch.Size([])
+    """
+    contexts, weights = autocast(contexts.device, contexts, weights)
+    anchors = project_rows(contexts, weights, sources, counts, impl)
+    if negatives is None:
+        return info_nce_across_ranks(anchors, candidates, positives, impl=impl, **options)
+    options["pool_ids"] = options.pop("candidate_ids", None)
+    return sampled_info_nce_across_ranks(anchors, candidates, positives, negatives, rows=rows, impl=impl, **options)

@@ -1,0 +1,76 @@
+"""Training on several gloo processes: one process's loss, gradients and weights."""
+
+import copy
+
+import pytest
+import torch
+from samples import TINY_CONFIG
+from torch.nn.parallel import DistributedDataParallel
+
+from cpc_fast.errors import UsageError
+from cpc_fast.model import CPC
+from tests import processes
+
+IMAGES = {2: [(3, 1), (4, 0)], 4: [(2, 1, 1, 0)]}
+CASES = [
+    {"negatives": negatives, "across_ranks": exchange, "context": context}
+    for negatives, exchange, context in [
+        ("batch", "ring", "masked-conv"),
+        ("other-images", "ring", "none"),
+        ("batch", "gathered", "none"),
+        ("sampled", "auto", "none"),
+    ]
+]
+
+
+def whole_batch():
+    g = torch.Generator().manual_seed(5)
+    return (torch.randn(4, 1, 48, 48, generator=g, dtype=torch.float64) for _ in range(2))
+
+
+def model_of(case):
+    torch.manual_seed(0)
+    return CPC(TINY_CONFIG.replace(**case)).double()
+
+
+def gradients(model):
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def step(rank, world):
+    """(loss, gradients) of every case and share of the images, after DistributedDataParallel has averaged."""
+    answers = []
+    for case in CASES:
+        for counts in IMAGES[world]:
+            own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+            images, shifted = whole_batch()
+            model = DistributedDataParallel(model_of(case))
+            loss = model(images[own], shifted[own], seed=7).loss
+            loss.backward()
+            answers.append((loss.detach(), gradients(model)))
+    return answers
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_step_of_ddp_is_that_of_one_process(world, tmp_path):
+    answers = processes.run(world, step, tmp_path)
+    at = 0
+    for case in CASES:
+        images, shifted = whole_batch()
+        model = model_of(case)
+        alone = copy.deepcopy(model)
+        loss = alone(images, shifted, seed=7).loss
+        loss.backward()
+        for counts in IMAGES[world]:
+            for rank in range(world):
+                found, grads = answers[rank][at]
+                what = f"{case} {counts} rank {rank}"
+                torch.testing.assert_close(found, loss.detach(), rtol=1e-12, atol=0, msg=lambda m, w=what: f"{w}: {m}")
+                for ours, theirs in zip(grads, gradients(alone), strict=True):
+                    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12, msg=lambda m, w=what: f"{w}: {m}")
+            at += 1
+
+
+def test_there_is_no_ring_for_sampled_negatives():
+    with pytest.raises(UsageError, match="across_ranks is 'ring'; it must be auto, local or gathered with sampled"):
+        TINY_CONFIG.replace(negatives="sampled", across_ranks="ring")
