@@ -22,7 +22,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .info_nce import InfoNCEStats, autocast, info_nce, info_nce_stats, once_differentiable, reduce, spell
+from .info_nce import (
+    InfoNCEStats,
+    autocast,
+    info_nce,
+    info_nce_stats,
+    once_differentiable,
+    reduce,
+    refuse_transforms,
+    spell,
+)
 from .negatives import Negatives, draw_negatives
 from .sampled_info_nce import sampled_info_nce, sampled_info_nce_stats
 
@@ -189,6 +198,8 @@ def _run(
 ):  # fmt: skip
     contexts, weights, candidates, positives = autocast(contexts.device, contexts, weights, candidates, positives)
     check(op, contexts, weights, candidates, positives, negatives, sources, counts, side)
+    if not stats:
+        refuse_transforms(op, impl, contexts, weights, candidates, positives, scale)
     steps, d, c = weights.shape
     contexts = contexts.reshape(-1, c)
     n, m = len(contexts), len(candidates)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .capabilities import FAST_BF16, triton_module
@@ -224,14 +225,16 @@ def own_vectors(positives: Tensor, candidates: Tensor) -> Tensor:
     return candidates[positives.clamp(min=0)]
 
 
-def check_indices(op: str, what: str, indices: Tensor, size: int, lowest: int = -1) -> None:
+def check_indices(op: str, what: str, indices: Tensor, size: int, lowest: int = -1, pool: str = "candidates") -> None:
     """On the CPU, where looking is free."""
     if indices.device.type != "cpu" or indices.numel() == 0:
         return
     low, high = (int(v) for v in torch.aminmax(indices))
     if low < lowest or high >= size:
+        where = "candidates have" if pool == "candidates" else "the pool has"
+        ignored = "; -1 is ignored" if lowest < 0 else ""
         raise IndexError(
-            f"{op}: {what} must lie between {lowest} and {size - 1} (there are {size} candidates). "
+            f"{op}: {what} must lie between {lowest} and {size - 1} ({where} {size} rows{ignored}). "
             f"Got values from {low} to {high}."
         )
 
@@ -520,6 +523,8 @@ def scale_tensor(op: str, scale: float | Tensor, anchors: Tensor) -> Tensor:
     """(1,) in the compute dtype, differentiable when scale is a tensor."""
     dtype = compute_dtype(anchors.dtype)
     if not isinstance(scale, Tensor):
+        if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"{op}: scale must be a number or a tensor of one element. Got {scale!r}.")
         return torch.full((1,), scale, dtype=dtype, device=anchors.device)
     if scale.numel() != 1:
         raise ValueError(f"{op}: scale must be a number or a tensor of one element. Got shape {tuple(scale.shape)}.")
@@ -567,6 +572,23 @@ def choose(impl: str, device: torch.device) -> str:
     return "triton" if device.type in ("cuda", "xpu") else "chunked"
 
 
+def refuse_transforms(op: str, impl: str, *given: float | Tensor) -> None:
+    """torch.func's derivatives end in an error that names nothing, and those of forward mode in silent zeros."""
+    if impl == "reference" or torch.compiler.is_compiling():
+        return
+    functional, forward = torch._C._are_functorch_transforms_active(), forward_ad._current_level >= 0
+    for tensor in [t for t in given if isinstance(t, Tensor)] if functional or forward else ():
+        derived = forward and forward_ad.unpack_dual(tensor).tangent is not None
+        while functional and not derived and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            derived = torch._C._functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        if derived:
+            raise RuntimeError(
+                f"{op}: torch.func's derivatives and forward mode do not go through this op; use backward() or "
+                'torch.autograd.grad, or impl="reference", which takes every transform.'
+            )
+
+
 def learns(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
@@ -606,6 +628,7 @@ def info_nce(
     anchors, candidates, positives = autocast(anchors.device, anchors, candidates, positives)
     check("info_nce", anchors, candidates, positives, anchor_ids, candidate_ids, impl, reduction)
     impl = choose(impl, anchors.device)
+    refuse_transforms("info_nce", impl, anchors, candidates, positives, scale)
     scale = scale_tensor("info_nce", scale, anchors)
     if not positives.is_floating_point():
         positives = positives.long()

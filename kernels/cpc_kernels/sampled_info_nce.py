@@ -32,6 +32,7 @@ from .info_nce import (
     once_differentiable,
     own_vectors,
     reduce,
+    refuse_transforms,
     scale_tensor,
     sigmoid_weight,
     spell,
@@ -175,9 +176,9 @@ def sampled_op(
         )
         return loss, lse, positive, rank, none, probabilities
     if not positives.is_floating_point():
-        check_indices("sampled_info_nce", "positives", positives, len(pool))
+        check_indices("sampled_info_nce", "positives", positives, len(pool), pool="pool")
     if negatives is not None:
-        check_indices("sampled_info_nce", "negatives", negatives, len(pool))
+        check_indices("sampled_info_nce", "negatives", negatives, len(pool), pool="pool")
     if impl == "triton":
         launch = triton_module("sampled_info_nce", anchors.device).forward
         loss, lse, positive, rank, expectation = launch(*where, need_expectation)
@@ -484,6 +485,8 @@ def _run(op, anchors, pool, positives, negatives, scale, anchor_ids, pool_ids, i
     anchors, pool, positives = autocast(anchors.device, anchors, pool, positives)
     check(op, anchors, pool, positives, negatives, anchor_ids, pool_ids, impl, reduction)
     impl = choose(impl, anchors.device)
+    if not stats:
+        refuse_transforms(op, impl, anchors, pool, positives, scale)
     scale = scale_tensor(op, scale, anchors)
     flat = anchors.ndim == 2
     if flat:

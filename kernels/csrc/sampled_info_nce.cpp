@@ -249,7 +249,7 @@ void check_range(const char* what, const Tensor& indices, int64_t size) {
   const auto [low, high] = at::aminmax(indices);
   const int64_t from = low.item<int64_t>(), to = high.item<int64_t>();
   TORCH_CHECK_INDEX(from >= -1 && to < size, "sampled_info_nce: ", what, " must lie between -1 and ", size - 1,
-                    " (there are ", size, " candidates). Got values from ", from, " to ", to, ".");
+                    " (the pool has ", size, " rows; -1 is ignored). Got values from ", from, " to ", to, ".");
 }
 
 void refuse(const Tensor& positives, const OptionalTensor& negatives, int64_t size) {

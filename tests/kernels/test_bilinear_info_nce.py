@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cpc_kernels import Negatives, info_nce, reference
+from cpc_kernels import Negatives, info_nce, reference, sampled_info_nce
 from cpc_kernels.bilinear_info_nce import bilinear_info_nce, bilinear_info_nce_stats, cheaper_side, project
 
 N, K, D, C, M = 6, 3, 5, 4, 9
@@ -201,3 +201,39 @@ def test_a_context_is_gathered_not_kept(unpoisoned):
         project(contexts, weights, sources, counts, False)
     given = {t.data_ptr() for t in (contexts, weights, sources)}
     assert {t.data_ptr() for t in kept} <= given
+
+
+OPS = {
+    "info_nce": lambda q, k, w, i, **o: info_nce(q, k, i, **o),
+    "sampled_info_nce": lambda q, k, w, i, **o: sampled_info_nce(q, k, i, torch.tensor([[1, 2]] * N), **o),
+    "bilinear_info_nce": lambda q, k, w, i, **o: bilinear_info_nce(q, w, k, i[:, None].expand(N, K), **o),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, as it loads forward mode
+@pytest.mark.parametrize("name", OPS)
+def test_derivatives_that_would_be_lost_are_refused(name):
+    """Forward mode through these ops would be zero without a word, and torch.func's error would name nothing."""
+    op, draw = OPS[name], torch.Generator().manual_seed(0)
+    q, k, t = torch.randn(3, M, D, generator=draw)
+    q, t, w, i = q[:N], t[:N], torch.randn(K, D, D, generator=draw), torch.arange(N)
+
+    def forward_mode(**options):
+        with torch.autograd.forward_ad.dual_level():
+            return torch.autograd.forward_ad.unpack_dual(
+                op(torch.autograd.forward_ad.make_dual(q, t), k, w, i, **options)
+            ).tangent
+
+    ways = {
+        "grad": lambda **o: (torch.func.grad(lambda x: op(x, k, w, i, **o))(q) * t).sum(),
+        "scale": lambda **o: torch.func.grad(lambda s: op(q, k, w, i, scale=s, **o))(torch.tensor(1.0)),
+        "jvp": lambda **o: torch.func.jvp(lambda x: op(x, k, w, i, **o), (q,), (t,))[1],
+        "forward mode": forward_mode,
+    }
+    for way in ways.values():
+        with pytest.raises(RuntimeError, match=rf"{name}: .* use backward\(\) or .* impl=\"reference\""):
+            way()
+    reference_of = {way: float(ways[way](impl="reference")) for way in ways}
+    assert reference_of["grad"] == pytest.approx(reference_of["jvp"])
+    assert reference_of["jvp"] == pytest.approx(reference_of["forward mode"])
+    assert torch.func.grad(lambda x: op(q, k, w, i) + x.sum())(q).shape == q.shape  # nothing of it is derived

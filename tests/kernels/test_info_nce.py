@@ -321,7 +321,13 @@ BAD = [
     ),
     ({"positives": torch.zeros(32, 12)}, ValueError, r"vectors \(N, D\) must be \(32, 128\)"),
     ({"positives": torch.full((32,), 48)}, IndexError, r"must lie between -1 and 47 .* Got values from 48 to 48"),
-    ({"positives": torch.full((32,), -2)}, IndexError, r"Got values from -2 to -2"),
+    (
+        {"positives": torch.full((32,), -2)},
+        IndexError,
+        r"candidates have 48 rows; -1 is ignored\). Got values from -2 to",
+    ),
+    ({"scale": "x"}, TypeError, r"scale must be a number or a tensor of one element. Got 'x'."),
+    ({"scale": None}, TypeError, r"scale must be a number or a tensor of one element. Got None."),
     (
         {"candidates": torch.zeros(48, 128, dtype=torch.float64)},
         TypeError,

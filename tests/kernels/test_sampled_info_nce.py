@@ -350,6 +350,11 @@ BAD = [
     ),
     ({"positives": torch.full((5, 2), 7)}, IndexError, r"positives must lie between -1 and 6 .* from 7 to 7"),
     ({"negatives": torch.full((5, 3), 7)}, IndexError, r"negatives must lie between -1 and 6 .* from 7 to 7"),
+    (
+        {"negatives": torch.full((5, 3), 7), "impl": "gather"},
+        IndexError,
+        r"negatives must lie between -1 and 6 \(the pool has 7 rows; -1 is ignored\)",
+    ),
     ({"negatives": torch.zeros(5, 3)}, TypeError, r"integer indices or Negatives\(count, seed\). Got torch.float32"),
     ({"negatives": torch.zeros(4, 3, dtype=torch.long)}, ValueError, r"negatives must be \(N, S\), shared .* \(4, 3\)"),
     ({"pool_ids": torch.zeros(7, dtype=torch.long)}, ValueError, r"pool_ids was given without anchor_ids"),
