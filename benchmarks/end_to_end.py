@@ -28,7 +28,7 @@ from cpc_fast.patches import extract_patches, grid_shape
 from cpc_fast.predictions import Predictions
 from cpc_fast.scoring import Calibration, Scorer
 from cpc_fast.shifts import shift
-from cpc_fast.train import autocast, make_batch, make_optimizer, train
+from cpc_fast.train import Position, autocast, make_batch, make_optimizer, train
 
 from . import measure
 
@@ -208,7 +208,7 @@ def training(
     def ours() -> None:
         nonlocal done
         done += 1
-        train(model, images, config.replace(epochs=done + 1), optimizer=optimizer, first_epoch=done)
+        train(model, images, config.replace(epochs=done + 1), optimizer=optimizer, position=Position(done))
 
     def theirs() -> None:
         pixels, shifted = make()

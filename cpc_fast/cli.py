@@ -1,7 +1,7 @@
 """The command line: `cpc-fast demo | fit | evaluate | predict | data | doctor`, each in its own file of commands/.
 
 What fails is one sentence on standard error: exit code 2 where the command was asked for in a way that cannot work, 1
-where it failed, 130 after Ctrl-C; a traceback with --debug only.
+where it failed, 130 after Ctrl-C, 0 after SIGTERM with everything saved; a traceback with --debug only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .commands.doctor import doctor
 from .commands.evaluate import evaluate
 from .commands.fit import fit
 from .commands.predict import predict
-from .errors import CpcFastError
+from .errors import CpcFastError, Stopped
 from .version import __version__
 
 app = typer.Typer(
@@ -69,6 +69,9 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, Stopped):
+            complain(str(error))
+            return error.exit_code
         if isinstance(error, CpcFastError):
             complain(f"Error: {error}")
             return error.exit_code

@@ -16,6 +16,16 @@ CONTEXTS = ("none", "masked-conv")
 NEGATIVES = ("batch", "other-images", "sampled")
 ACROSS_RANKS = ("auto", "local", "gathered", "ring")
 SHIFTS = ("quarter-turn", "magnify", "noise", "blur", "intensity", "sharpen", "shuffle", "invert", "warp")
+KINDS = {
+    "int": ((int,), "a whole number"), "int | None": ((int, type(None)), "a whole number, or none"),
+    "float": ((float, int), "a number"), "str": ((str,), "a text"), "bool": ((bool,), "true or false"),
+    "tuple[str, ...]": ((tuple,), "a list of names"),
+}  # fmt: skip
+# Far beyond use; a config that somebody else wrote can ask for no more memory than this.
+LIMITS = {
+    "image_size": 1 << 16, "patch_size": 4096, "patch_stride": 4096, "crop": 1 << 16, "made_for": 1 << 16, "width": 4096, "steps": 64,
+    "negatives_count": 1 << 24, "shift_copies": 64, "epochs": 10**6, "batch_size": 1 << 20, "bank_size": 1 << 24,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,12 @@ class Config:
             if not ok:
                 raise UsageError(f"config: {name} is {getattr(self, name)!r}; it must be {must}.")
 
+        for field in dataclasses.fields(self):
+            kinds, takes = KINDS[str(field.type)]
+            value = getattr(self, field.name)
+            need(type(value) in kinds, field.name, takes)
+            need(type(value) is not float or math.isfinite(value), field.name, "finite")
+        need(all(type(name) is str for name in self.shifts), "shifts", f"drawn from {', '.join(SHIFTS)}")
         why = " (batch statistics would tell patches about each other)" if self.norm == "batch" else ""
         need(self.norm in NORMS, "norm", f"one of {', '.join(NORMS)}{why}")
         need(self.context in CONTEXTS, "context", f"one of {', '.join(CONTEXTS)}")
@@ -83,18 +99,12 @@ class Config:
         need(self.channels in (1, 3), "channels", "1 (grayscale) or 3 (colour)")
         need(self.stem in (1, 2, 4, 8), "stem", "1, 2, 4 or 8")
         need(set(self.shifts) <= set(SHIFTS), "shifts", f"drawn from {', '.join(SHIFTS)}")
-        counts = (
-            "patch_size",
-            "patch_stride",
-            "width",
-            "steps",
-            "negatives_count",
-            "epochs",
-            "batch_size",
-            "bank_size",
-        )
-        for name in counts:
-            need(getattr(self, name) >= 1, name, "at least 1")
+        for name, most in LIMITS.items():
+            if (value := getattr(self, name)) is not None:
+                need(value >= 1, name, "at least 1")
+                need(value <= most, name, f"at most {most}")
+        need(self.skip <= 4096, "skip", "at most 4096")
+        need(0 <= self.seed < 1 << 32, "seed", "from 0 to 4294967295")
         need(self.skip >= 0, "skip", "0 or more")
         need(self.image_size is None or self.image_size >= self.patch_size, "image_size", "at least patch_size")
         need(self.crop is None or self.crop >= self.patch_size, "crop", "at least patch_size")
@@ -104,6 +114,8 @@ class Config:
         need(self.schedule in ("cosine", "constant"), "schedule", "cosine or constant")
         need(0 <= self.averaging < 1, "averaging", "at least 0 and below 1")
         need(self.learning_rate > 0, "learning_rate", "positive")
+        need(self.weight_decay >= 0, "weight_decay", "0 or more")
+        need(self.jitter >= 0, "jitter", "0 or more")
 
     @property
     def offsets(self) -> tuple[int, ...]:

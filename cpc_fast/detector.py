@@ -6,6 +6,7 @@ both, so an image is flagged if and only if its mask is not empty.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,15 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from .bank import reservoir
+from .checkpoint import Checkpoint
 from .config import Config, preset
-from .errors import CpcFastError, UsageError
+from .errors import CpcFastError, Stopped, UsageError
 from .images import ImageCache, quoted, read_image, resize, to_channels
 from .layouts import find_train
 from .model import CPC
-from .saving import Checkpoint, load_run, save_run
+from .saving import load_run, locked, save_run
 from .scoring import Calibration, Scorer, calibrate
 from .segments import Segment, find_segments
-from .train import Progress, autocast, make_optimizer, train
+from .train import Position, Progress, autocast, make_optimizer, train
 
 DIRECTION_NAMES = ("down", "up", "right", "left")
 
@@ -149,6 +151,7 @@ class Detector:
         device: str | torch.device = "cpu",
         encoder: nn.Module | None = None,
         on_step: Callable[[Progress], None] | None = None,
+        stop: Callable[[], bool] | None = None,
         **changes: object,
     ) -> Detector:
         """Learn what is normal.
@@ -157,14 +160,16 @@ class Detector:
             data: a folder in MVTec layout (its train/good is used) or a flat folder of normal images; or the images
                 themselves, uint8 (h, w, c).
             config: a Config or the name of a preset; `changes` replace some of its fields.
-            out: a run folder: a checkpoint after every epoch, and at the end the detector.
+            out: a run folder: a checkpoint after every epoch, and at the end the detector. One process at a time.
             resume: go on from the checkpoint in `out`, to the same weights as without the interruption.
             device: where to compute, "cpu" or "cuda".
             encoder: a module that maps patches (n, c, p, p) to vectors (n, d), in place of the built-in ResNet.
             on_step: called with a Progress after each training step.
+            stop: asked after each step and each image whether to stop there.
 
         Raises UsageError for a folder without images or a `resume` that does not fit, CpcFastError for images that
-        cannot be used.
+        cannot be used, a run folder that another process writes, or a loss that is not finite, Stopped where `stop`
+        said so, with everything saved in `out`.
         """
         config = (preset(config) if isinstance(config, str) else config).replace(**changes)
         device = torch.device(device)
@@ -179,45 +184,60 @@ class Detector:
         config = config.fitted_to([min(image.shape[:2]) for image in images])
         _check_sizes(images, names, config)
         training, held_out = split(len(images), config)
-        torch.manual_seed(config.seed)
-        model = CPC(config, encoder).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        optimizer = make_optimizer(model, config)
-        checkpoint = None if out is None else Checkpoint(Path(out), model, optimizer, config)
-        first_epoch = checkpoint.begin(resume) if checkpoint else 0
-        pace: float | None = None
+        with contextlib.nullcontext() if out is None else locked(Path(out)):
+            torch.manual_seed(config.seed)
+            model = CPC(config, encoder).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            optimizer = make_optimizer(model, config)
+            checkpoint = None if out is None else Checkpoint(Path(out), model, optimizer, config)
+            position = checkpoint.begin(resume) if checkpoint else Position()
+            pace: float | None = None
 
-        def watch(progress: Progress) -> None:
-            nonlocal pace
-            pace = progress.images_per_s
-            if on_step:
-                on_step(progress)
+            def watch(progress: Progress) -> None:
+                nonlocal pace
+                pace = progress.images_per_s
+                if on_step:
+                    on_step(progress)
 
-        train(
-            model, [images[i] for i in training], config, optimizer=optimizer, first_epoch=first_epoch,
-            on_step=watch, on_epoch=checkpoint.save if checkpoint else None,
-        )  # fmt: skip
-        scorer = Scorer(model, _make_bank(model, (images[i] for i in training), config))
-        scorer.calibration = calibrate(scorer, [images[i] for i in held_out])
-        scores = [scorer.map(images[i], images[i].shape[:2]).max().item() for i in held_out]
-        threshold = Threshold.from_scores(scores, config.target_fpr)
-        shapes = {image.shape[:2] for image in (images[i] for i in range(len(images)))}
-        trained_on = {
-            "data": source,
-            "normal images": f"{len(images)} ({len(training)} to learn from, {len(held_out)} for the threshold)",
-            "image size": " and ".join(f"{h} x {w}" for h, w in sorted(shapes)) if len(shapes) < 4 else "varying",
-            "patches": f"{config.patch_size} x {config.patch_size} pixels, one every {config.patch_stride}"
-            + (", chosen for images of this size" if made_for else ""),
-            "epochs": str(config.epochs),
-        }
-        detector = cls(model, scorer.bank, scorer.calibration, threshold, trained_on, pace)
-        if out is not None:
-            detector.save(out)
-        return detector
+            train(
+                model, [images[i] for i in training], config, optimizer=optimizer, position=position,
+                on_step=watch, save=checkpoint.save if checkpoint else None, stop=stop,
+            )  # fmt: skip
+
+            def read(which: list[int]) -> Iterator[np.ndarray]:
+                for i in which:
+                    if stop and stop():
+                        raise Stopped("Stopped after the last epoch, before the threshold was found.")
+                    yield images[i]
+
+            scorer = Scorer(model, _make_bank(model, read(training), config))
+            scorer.calibration = calibrate(scorer, list(read(held_out)))
+            scores = [scorer.map(image, image.shape[:2]).max().item() for image in read(held_out)]
+            threshold = Threshold.from_scores(scores, config.target_fpr)
+            shapes = {image.shape[:2] for image in (images[i] for i in range(len(images)))}
+            trained_on = {
+                "data": source,
+                "normal images": f"{len(images)} ({len(training)} to learn from, {len(held_out)} for the threshold)",
+                "image size": " and ".join(f"{h} x {w}" for h, w in sorted(shapes)) if len(shapes) < 4 else "varying",
+                "patches": f"{config.patch_size} x {config.patch_size} pixels, one every {config.patch_stride}"
+                + (", chosen for images of this size" if made_for else ""),
+                "epochs": str(config.epochs),
+            }
+            detector = cls(model, scorer.bank, scorer.calibration, threshold, trained_on, pace)
+            if out is not None:
+                detector._write(Path(out))
+            return detector
 
     # ------------------------------------------------------------------------------------------------ keep
 
     def save(self, run: str | os.PathLike) -> None:
-        """Write the detector into a run folder (config.json, model.safetensors), whole or not at all."""
+        """Write the detector into a run folder (config.json, model.safetensors), whole or not at all.
+
+        Raises CpcFastError where another process writes there, or where it cannot be written.
+        """
+        with locked(Path(run)):
+            self._write(Path(run))
+
+    def _write(self, run: Path) -> None:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors["bank"] = self.bank
         for name in Calibration.__dataclass_fields__:
@@ -228,7 +248,7 @@ class Detector:
             "train_images_per_s": self.train_images_per_s,
             "features": self.bank.shape[1],
         }
-        save_run(Path(run), tensors, self.config, about)
+        save_run(run, tensors, self.config, about)
 
     @classmethod
     def load(
@@ -238,22 +258,26 @@ class Detector:
 
         Raises CpcFastError when the folder holds no detector, one of another version, or weights that are not finite.
         """
-        tensors, config, about = load_run(Path(run))
+        tensors, config, about = load_run(Path(run), encoder)
         device = torch.device(device)
-        model = CPC(config, encoder).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
         try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
+            threshold = Threshold(**about["threshold"])
+            trained_on = {str(name): str(value) for name, value in about["trained_on"].items()}
+            pace = about.get("train_images_per_s")
+            numbers = [threshold.value, threshold.target_fpr, threshold.guaranteed_fpr, threshold.count, pace or 0.0]
+            if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+                raise ValueError("a number that is none")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = ascii(str(error)[:100])
             raise CpcFastError(
-                f"The weights in {quoted(run)} do not fit its config ({' '.join(str(error).split())[:200]}); "
-                "if it was fitted with an encoder of your own, hand the same one to load, else fit again."
+                f"The record in {quoted(run)} cannot be read ({reason}); restore it from a copy, or fit again."
             ) from None
+        model = CPC(config, encoder).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        model.load_state_dict({n.removeprefix("model."): v for n, v in tensors.items() if n.startswith("model.")})
         calibration = Calibration(
             **{name: tensors[f"calibration.{name}"].to(device) for name in Calibration.__dataclass_fields__}
         )
-        bank, threshold = tensors["bank"].to(device), Threshold(**about["threshold"])
-        return cls(model, bank, calibration, threshold, about["trained_on"], about.get("train_images_per_s"))
+        return cls(model, tensors["bank"].to(device), calibration, threshold, trained_on, pace)
 
     # ------------------------------------------------------------------------------------------------ use
 

@@ -11,3 +11,9 @@ class UsageError(CpcFastError):
     """Something was asked for in a way that cannot work; the command line exits with 2."""
 
     exit_code = 2
+
+
+class Stopped(CpcFastError):
+    """Not an error: it was asked to stop (SIGTERM), and what was done is saved. The command line exits with 0."""
+
+    exit_code = 0

@@ -45,12 +45,14 @@ class CPC(nn.Module):
     def __init__(self, config: Config, encoder: nn.Module | None = None) -> None:
         super().__init__()
         self.config = config
+        features = config.features
         if encoder is None:
             encoder = PatchEncoder(config.channels, config.width, config.stem, config.norm)
+        else:
+            with torch.no_grad():
+                side = config.patch_size
+                features = encode(encoder, torch.zeros(1, 1, 1, config.channels, side, side)).shape[-1]
         self.encoder = encoder
-        with torch.no_grad():
-            side = config.patch_size
-            features = encode(encoder, torch.zeros(1, 1, 1, config.channels, side, side)).shape[-1]
         self.context = ContextNet(config.context, features, config.directions)
         self.predictor = Predictor(features, config.offsets, config.directions)
 

@@ -31,7 +31,8 @@ def duration(seconds: float) -> str:
 def describe(step: Step) -> str:
     """Loss, contrastive accuracy, images per second and time left."""
     left = f", {duration(step.seconds_left)} left" if step.seconds_left >= 0.5 else ""
-    return f"loss {step.loss:.3f}, accuracy {step.accuracy:.1%}, {step.images_per_s:.0f} images/s{left}"
+    skipped = f", {step.skipped} steps skipped (not finite)" if step.skipped else ""
+    return f"loss {step.loss:.3f}, accuracy {step.accuracy:.1%}, {step.images_per_s:.0f} images/s{left}{skipped}"
 
 
 def _live(console: Console) -> Progress:

@@ -2,15 +2,19 @@
 
 RUN/config.json             the choices, the version, the threshold, what it was trained on
 RUN/model.safetensors       weights, bank and calibration: the detector
-RUN/checkpoint.safetensors  weights, optimiser and epoch while training
+RUN/checkpoint.safetensors  the state of the training (checkpoint.py)
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +26,15 @@ from torch import Tensor, nn
 from .config import Config
 from .errors import CpcFastError, UsageError
 from .images import quoted
-from .runs import CHECKPOINT, DETECTOR, need_checkpoint, need_file, need_run, refuse_run
+from .model import CPC
+from .runs import DETECTOR, need_file, need_run
 from .version import __version__
 
 FORMAT = 1  # of the run folder; raised when an older reader would misread it
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+
+Spec = tuple[torch.dtype | None, tuple[int, ...]]  # what a tensor in a file is; None: of a type not written here
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -57,6 +66,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def remove_asides(path: Path) -> None:
+    """Remove what killed processes left of their attempts to write `path`; only under the lock of its folder."""
+    for aside in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        aside.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """A text file, whole or not at all."""
     write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
@@ -68,21 +83,72 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any])
     write_whole(path, lambda aside: save_file(plain, aside, {"about": json.dumps(about)}))
 
 
-def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The inverse of write_tensors. Raises CpcFastError for a file that is missing, damaged or not finite."""
+def read_tensors(
+    path: Path, what: str, expect: Callable[[dict[str, Any]], dict[str, Spec]] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The inverse of write_tensors.
+
+    `expect` turns the record into the name, type and shape of every tensor there must be (a length of -1 is free);
+    they are compared with the header before a tensor is read. Raises CpcFastError for a file that is missing, damaged,
+    other than expected, or not finite.
+    """
     need_file(path.parent, path.name, what)
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CpcFastError(f"{quoted(path)} is damaged ({error}); restore it from a copy, or fit again.") from None
+            if not isinstance(about, dict):
+                raise ValueError("its record is no JSON object")
+            names = file.keys()
+            if expect is not None:
+                slices = {name: file.get_slice(name) for name in names}
+                found = {name: (DTYPES.get(s.get_dtype()), tuple(s.get_shape())) for name, s in slices.items()}
+                _compare(path, found, expect(about))
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise CpcFastError(
+            f"{quoted(path)} is damaged ({_short(error)}); restore it from a copy, or fit again."
+        ) from None
     for name, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise CpcFastError(
                 f"{quoted(path)} holds weights that are not finite ({name}); restore a copy, or fit again."
             )
     return tensors, about
+
+
+def _compare(path: Path, found: dict[str, Spec], expected: dict[str, Spec]) -> None:
+    def fits(name: str) -> bool:
+        (dtype, shape), (wanted, lengths) = found[name], expected[name]
+        same = len(shape) == len(lengths) and all(b in (-1, a) for a, b in zip(shape, lengths, strict=True))
+        return dtype == wanted and same
+
+    def said(name: str, specs: dict[str, Spec]) -> str:
+        dtype, shape = specs[name]
+        return f"{str(dtype).removeprefix('torch.')} {tuple('any' if n < 0 else n for n in shape)}"
+
+    wrong = [f"{name!r} is missing" for name in expected if name not in found]
+    wrong += [f"{name!r} is not expected" for name in found if name not in expected]
+    wrong += [
+        f"{name!r} is {said(name, found)}, not {said(name, expected)}"
+        for name in found
+        if name in expected and not fits(name)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CpcFastError(
+            f"The weights in {quoted(path)} do not fit its config ({_short('; '.join(wrong[:3]))}{more}); "
+            "if it was fitted with an encoder of your own, hand the same one to load, else fit again."
+        )
+
+
+def model_specs(config: Config, encoder: nn.Module | None = None) -> dict[str, Spec]:
+    """What the weights of a model of this config are, by name; the built-in encoder's without any memory for them."""
+    if encoder is None:
+        with torch.device("meta"):
+            model = CPC(config)
+    else:
+        model = CPC(config, encoder)
+    return {f"model.{name}": (value.dtype, tuple(value.shape)) for name, value in model.state_dict().items()}
 
 
 def versions() -> dict[str, str]:
@@ -97,85 +163,87 @@ def save_run(run: Path, tensors: dict[str, Tensor], config: Config, about: dict[
     write_text(run / "config.json", json.dumps(record, indent=2) + "\n")
 
 
-def load_run(run: Path) -> tuple[dict[str, Tensor], Config, dict[str, Any]]:
+def load_run(run: Path, encoder: nn.Module | None = None) -> tuple[dict[str, Tensor], Config, dict[str, Any]]:
     """Read a detector: tensors, config, and the rest of its record."""
     need_run(run)
-    tensors, about = read_tensors(run / DETECTOR, "detector")
-    return tensors, _config(run, about), about
+
+    def expect(about: dict[str, Any]) -> dict[str, Spec]:
+        config = read_config(run, about)
+        specs = model_specs(config, encoder)
+        features, steps = specs["model.predictor.weight"][1][-1], config.directions * len(config.offsets)
+        specs["bank"] = (torch.float32, (-1, features))
+        for name in ("mean", "spread"):
+            specs[f"calibration.step_{name}"] = (torch.float32, (steps,))
+            specs[f"calibration.place_{name}"] = (torch.float32, (-1, -1))
+        return specs
+
+    tensors, about = read_tensors(run / DETECTOR, "detector", expect)
+    return tensors, read_config(run, about), about
 
 
-def _config(run: Path, about: dict[str, Any]) -> Config:
+def read_config(run: Path, about: dict[str, Any]) -> Config:
+    """The config in the record of a file in `run`."""
     if about.get("format") != FORMAT:
-        made = about.get("versions", {}).get("cpc_fast", "unknown")
+        made = about.get("versions")
+        made = made.get("cpc_fast", "unknown") if isinstance(made, dict) else "unknown"
         raise CpcFastError(
-            f"{quoted(run)} is from another version of cpc_fast ({made}, format {about.get('format')}; this is "
-            f"{__version__}, format {FORMAT}); use that version, or fit again."
+            f"{quoted(run)} is from another version of cpc_fast ({_short(made)}, format {_short(about.get('format'))}; "
+            f"this is {__version__}, format {FORMAT}); use that version, or fit again."
         )
     try:
         return Config.from_json(about["config"])
-    except (KeyError, TypeError, UsageError) as error:
-        raise CpcFastError(f"The config in {quoted(run)} cannot be read ({error}); fit again.") from None
+    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+        raise CpcFastError(f"The config in {quoted(run)} cannot be read ({_short(error)}); fit again.") from None
 
 
-def checkpoint_config(run: Path) -> tuple[Config, int]:
-    """The config of an interrupted run, and how many epochs of it are saved.
+@contextmanager
+def locked(folder: Path, name: str = "run.lock") -> Iterator[None]:
+    """Hold a folder for one writing process; the system lets go of it when the process ends, however it ends.
 
-    Raises UsageError where there is no checkpoint.
+    Raises CpcFastError where another process holds it, or where the folder cannot be written.
     """
-    need_checkpoint(run)
-    _, about = read_tensors(run / CHECKPOINT, "checkpoint")
-    return _config(run, about), int(about["epoch"])
+    path = folder / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed below, or held)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = _short(file.read(100)) or "of unknown number"
+                file.close()
+                raise CpcFastError(
+                    f"{quoted(folder)} is being written by another process ({holder}); wait for its end, stop it, or "
+                    "choose another folder."
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                break  # a file system without locks
+            if _same(file.fileno(), path):
+                break
+            file.close()  # its last holder has just removed it
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+    except OSError as error:
+        raise CpcFastError(
+            f"Could not make the run folder {quoted(folder)}: {error.strerror}; choose another one."
+        ) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
-class Checkpoint:
-    """The training state of a run, saved after every epoch."""
+def _same(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
 
-    def __init__(self, run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> None:
-        self.path = run / CHECKPOINT
-        self.model, self.optimizer, self.config = model, optimizer, config
 
-    def begin(self, resume: bool) -> int:
-        """How many epochs are done. Without `resume`, a run that exists is not touched."""
-        run = self.path.parent
-        try:  # before an epoch is spent on it
-            run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CpcFastError(
-                f"Could not make the run folder {quoted(run)}: {error.strerror}; choose another one."
-            ) from None
-        if not resume:
-            refuse_run(run)
-            return 0
-        tensors, about = read_tensors(self.path, "checkpoint to resume from")
-        if _config(run, about) != self.config:
-            saved, now = about["config"], json.loads(json.dumps(self.config.to_json()))
-            differ = ", ".join(
-                f"{name}: {saved.get(name)} there, {now[name]} now" for name in now if saved.get(name) != now[name]
-            )
-            raise UsageError(
-                f"{quoted(run)} was begun with another config ({differ}); resume it with the same choices."
-            )
-        self.model.load_state_dict(
-            {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-        )
-        state = self.optimizer.state_dict()
-        state["state"] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".")
-                state["state"].setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict(state)
-        for parameter, slots in self.optimizer.state.items():  # fused AdamW pairs elements by their place in memory
-            for key, value in slots.items():
-                if value.shape == parameter.shape:
-                    slots[key] = torch.empty_like(parameter).copy_(value)
-        return int(about["epoch"])
-
-    def save(self, epoch: int) -> None:
-        """After `epoch` epochs."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            for key, value in slots.items():
-                tensors[f"optimizer.{index}.{key}"] = value
-        record = {"format": FORMAT, "versions": versions(), "config": self.config.to_json(), "epoch": epoch}
-        write_tensors(self.path, tensors, record)
+def _short(what: object) -> str:
+    return ascii(" ".join(str(what).split())[:200])[1:-1]

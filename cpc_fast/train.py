@@ -1,7 +1,7 @@
 """Normal images in, a trained CPC model out.
 
-Everything random in an epoch comes from (seed, epoch), so a run that was interrupted and resumed ends with the same
-weights as one that was not.
+Everything random in an epoch comes from (seed, epoch), and a Position says how much of it was drawn, so a run that was
+interrupted after any step and resumed ends with the same weights as one that was not.
 """
 
 from __future__ import annotations
@@ -9,20 +9,35 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cpc_kernels.capabilities import FAST_BF16
 
 from .config import Config
-from .errors import CpcFastError
+from .errors import CpcFastError, Stopped
 from .model import CPC
 from .shapes import Images
 from .shifts import shift
 
 MAX_BAD_STEPS = 20
+SAVE_SECONDS = 600.0  # a long epoch is saved on the way
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is: what a checkpoint holds besides the weights and the optimiser."""
+
+    epoch: int = 0  # whole epochs
+    step: int = 0  # steps of the epoch after those
+    sampler: Tensor | None = None  # state of the epoch's generator after these steps
+    losses: tuple[float, int] = (0.0, 0)  # sum and count of the finite losses of these steps
+    loss: float | None = None  # mean of the last whole epoch
+    best: float | None = None  # lowest such mean
+    skipped: int = 0  # steps that were not finite, in all
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,7 @@ class Progress:
     accuracy: float  # share of predictions that rank their own patch first, 0..1
     images_per_s: float
     seconds_left: float
+    skipped: int = 0  # steps so far that changed nothing, because the loss or its gradient was not finite
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -88,8 +104,8 @@ def average_weights(optimizer: torch.optim.Optimizer, decay: float, step: int) -
     rate = 1 - min(decay, (1 + step) / (10 + step))
     for group in optimizer.param_groups:
         for weight in group["params"]:
-            mean = optimizer.state[weight].setdefault("average", weight.detach().clone())
-            mean.lerp_(weight.detach(), rate)
+            if state := optimizer.state.get(weight):  # none for a weight that never had a gradient: it has not moved
+                state.setdefault("average", weight.detach().clone()).lerp_(weight.detach(), rate)
 
 
 def train(
@@ -98,18 +114,22 @@ def train(
     config: Config,
     *,
     optimizer: torch.optim.Optimizer,
-    first_epoch: int = 0,
+    position: Position | None = None,
     on_step: Callable[[Progress], None] | None = None,
-    on_epoch: Callable[[int], None] | None = None,
+    save: Callable[[Position], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> None:
     """Train `model` in place on normal images, each uint8 (h, w, c); it ends with the running mean of its weights.
 
     Args:
         optimizer: from make_optimizer, with its state restored when resuming.
-        first_epoch: how many epochs are done already.
-        on_step, on_epoch: called with the progress after each step, with the number of epochs done after each epoch.
+        position: where to go on from; the beginning by default.
+        on_step: called with the progress after each step.
+        save: called after each epoch, every SAVE_SECONDS, and before Stopped or CpcFastError is raised.
+        stop: asked after each step whether to stop there.
 
-    Raises CpcFastError when the loss is not finite MAX_BAD_STEPS times in a row; such steps change nothing.
+    A step whose loss or gradient is not finite changes nothing. Raises CpcFastError after MAX_BAD_STEPS of them in a
+    row, Stopped where `stop` said so.
     """
     device = next(model.parameters()).device
     per_epoch = max(1, len(images) // config.batch_size)
@@ -117,14 +137,17 @@ def train(
     total = per_epoch * config.epochs
     smallest = min(min(image.shape[:2]) for image in images)
     side = min(config.crop or smallest, smallest)
-    started, done, bad = time.perf_counter(), 0, 0
-    if first_epoch == 0:
+    at = position or Position()
+    started, done, bad, saved = time.perf_counter(), 0, 0, time.monotonic()
+    if at.epoch == at.step == 0:
         model.measure_pixels(images)
     model.train()
-    for epoch in range(first_epoch, config.epochs):
+    for epoch in range(at.epoch, config.epochs):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
         order = torch.randperm(len(images), generator=generator).tolist()
-        for i in range(per_epoch):
+        if at.sampler is not None:
+            generator.set_state(at.sampler)
+        for i in range(at.step, per_epoch):
             step = epoch * per_epoch + i
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total, config.learning_rate, config.schedule)
@@ -133,20 +156,26 @@ def train(
             shifted = shift(copies, config.shifts, generator) if config.shifts else None
             with autocast(device):
                 result = model(batch, shifted, seed=step)
-            loss = float(result.loss.detach())
-            if math.isfinite(loss):
+            optimizer.zero_grad(set_to_none=True)
+            result.loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            loss, slope = torch.stack([result.loss.detach().float(), norm.float()]).tolist()  # one wait for the device
+            at = replace(at, epoch=epoch, step=i + 1, sampler=generator.get_state())
+            if math.isfinite(loss) and math.isfinite(slope):
                 bad = 0
-                optimizer.zero_grad(set_to_none=True)
-                result.loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 average_weights(optimizer, config.averaging, step)
+                at = replace(at, losses=(at.losses[0] + loss, at.losses[1] + 1))
             else:
                 bad += 1
+                at = replace(at, skipped=at.skipped + 1)
                 if bad >= MAX_BAD_STEPS:
+                    if save:
+                        save(at)
+                    what = f"loss was {loss}" if not math.isfinite(loss) else f"gradient's norm was {slope}"
                     raise CpcFastError(
-                        f"The loss was {loss} for {bad} steps in a row (epoch {epoch + 1}); "
-                        "the last checkpoint is kept. Try a smaller learning_rate."
+                        f"The {what} for {bad} steps in a row (epoch {epoch + 1}); they changed nothing, and the "
+                        f"weights before them are {'saved' if save else 'kept'}. Try a smaller learning_rate."
                     )
             done += 1
             if on_step:
@@ -154,10 +183,21 @@ def train(
                 left = (total - step - 1) / pace
                 accuracy = float(result.accuracy)
                 on_step(
-                    Progress(epoch + 1, config.epochs, i + 1, per_epoch, loss, accuracy, pace * size, left)
-                )  # fmt: skip
-        if on_epoch:
-            on_epoch(epoch + 1)
+                    Progress(epoch + 1, config.epochs, i + 1, per_epoch, loss, accuracy, pace * size, left, at.skipped)
+                )
+            if stop and stop():
+                if save:
+                    save(at)
+                raise Stopped(f"Stopped in epoch {epoch + 1} of {config.epochs}, after step {i + 1} of {per_epoch}.")
+            if save and time.monotonic() - saved > SAVE_SECONDS and i + 1 < per_epoch:
+                save(at)
+                saved = time.monotonic()
+        mean = at.losses[0] / at.losses[1] if at.losses[1] else None
+        best = min((loss for loss in (mean, at.best) if loss is not None), default=None)
+        at = Position(epoch=epoch + 1, loss=mean, best=best, skipped=at.skipped)
+        if save:
+            save(at)
+            saved = time.monotonic()
     with torch.no_grad():
         for weight, state in optimizer.state.items():
             weight.copy_(state["average"])

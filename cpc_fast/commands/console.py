@@ -1,8 +1,12 @@
-"""What commands print: sentences, complaints, tables."""
+"""What commands print: sentences, complaints, tables; and how they are asked to stop."""
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -20,6 +24,20 @@ def stopped(text: str) -> int:
     """The exit code after Ctrl-C."""
     complain(text)
     return 130
+
+
+@contextmanager
+def terminable() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come, as it does before a job is preempted; inside, it stops nothing by itself."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals come to the main thread only
+        yield asked.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def number(value: float | None, digits: int = 3) -> str:

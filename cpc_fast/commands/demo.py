@@ -73,9 +73,9 @@ def demo(
 
 def _fit_or_go_on(name: str, data: Path, run: Path, config: Config, device: torch.device, fresh: bool) -> Detector:
     """A run of the demo: fitted, or taken up where it was left."""
+    from ..checkpoint import checkpoint_config
     from ..detector import Detector
     from ..runs import CHECKPOINT, DETECTOR
-    from ..saving import checkpoint_config
 
     if fresh:
         for file in (DETECTOR, CHECKPOINT, "config.json"):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CpcFastError
-from .console import say, stopped
+from ..errors import CpcFastError, Stopped
+from .console import say, stopped, terminable
 from .options import Device, Settings, check_device, choose_config, choose_device
 
 if TYPE_CHECKING:
@@ -49,11 +49,15 @@ def fit(
     more = ["--device", device] if device != "auto" else []
     try:
         detector = fit_run("fit", data, out, config, torch_device, resume, tensorboard)
+    except Stopped as why:
+        raise Stopped(
+            f"{why} All of it is saved in {out}. Go on with: {shlex.join([*again, '--resume', *more])}"
+        ) from None
     except KeyboardInterrupt:
-        from ..saving import checkpoint_config
+        from ..checkpoint import checkpoint_config
 
         try:
-            done = checkpoint_config(out)[1]
+            done = checkpoint_config(out)[1].epoch
         except CpcFastError:
             return stopped("Stopped before the end of the first epoch, so nothing is saved. Begin again when you like.")
         command = shlex.join([*again, "--resume", *more])
@@ -82,7 +86,7 @@ def fit_run(
         except ImportError:
             raise CpcFastError("--tensorboard needs a package: pip install 'cpc_fast[tensorboard]'.") from None
     try:
-        with training(name) as show:
+        with terminable() as stop, training(name) as show:
 
             def on_step(step: Any) -> None:
                 nonlocal writer
@@ -94,7 +98,7 @@ def fit_run(
                     writer.add_scalar("accuracy", step.accuracy, at)
                     writer.add_scalar("images per second", step.images_per_s, at)
 
-            return Detector.fit(data, config, out=run, resume=resume, device=device, on_step=on_step)
+            return Detector.fit(data, config, out=run, resume=resume, device=device, on_step=on_step, stop=stop)
     finally:
         if writer is not None:
             writer.close()

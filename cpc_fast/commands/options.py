@@ -53,7 +53,7 @@ def choose_config(
     changes |= {name: value for name, value in options.items() if value is not None}
     base.replace(**changes)  # refused before torch is loaded to read the checkpoint
     if resume is not None and preset is None:
-        from ..saving import checkpoint_config
+        from ..checkpoint import checkpoint_config
 
         base = checkpoint_config(resume)[0]
     return base.replace(**changes)

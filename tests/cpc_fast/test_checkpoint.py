@@ -1,0 +1,242 @@
+"""A run that is stopped anywhere goes on to the same weights; one process writes a folder at a time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from samples import SET_TINY, TINY_CONFIG, make_set, texture
+from torch import nn
+
+from cpc_fast import checkpoint, saving, train
+from cpc_fast.checkpoint import checkpoint_config
+from cpc_fast.detector import Detector
+from cpc_fast.errors import CpcFastError, Stopped, UsageError
+
+IMAGES = [texture(i) for i in range(10)]
+CONFIG = TINY_CONFIG.replace(epochs=3, shifts=("noise",), flips=True)
+
+
+class Encoder(nn.Module):
+    """With dropout, so that torch's own random numbers matter, and a part that is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.map, self.drop, self.unused = nn.Linear(256, 8), nn.Dropout(0.2), nn.Linear(3, 3)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.map(patches.flatten(1)))
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = load_file(one), load_file(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("encoder", [None, Encoder], ids=["own", "dropout"])
+def test_stopped_after_every_step_it_ends_at_the_same_weights(tmp_path, encoder):
+    make = encoder or (lambda: None)
+    Detector.fit(IMAGES, CONFIG, out=tmp_path / "whole", encoder=make())
+    stops, position = 0, None
+    while position is None or position.epoch < 3:
+        steps = iter((False, True) if stops else (True,))  # after the first step, then after every second call
+        with pytest.raises(Stopped):
+            Detector.fit(
+                IMAGES, CONFIG, out=tmp_path / "cut", resume=stops > 0, encoder=make(), stop=lambda s=steps: next(s)
+            )
+        stops, position = stops + 1, checkpoint_config(tmp_path / "cut")[1]
+        assert 2 * position.epoch + position.step == min(2 * stops - 1, 6)
+    Detector.fit(IMAGES, CONFIG, out=tmp_path / "cut", resume=True, encoder=make())
+    assert stops >= 3
+    for name in ("model.safetensors", "checkpoint.safetensors", "best.safetensors"):
+        assert same(tmp_path / "whole" / name, tmp_path / "cut" / name), name
+
+
+def test_the_best_state_is_kept_and_can_be_resumed(tmp_path):
+    Detector.fit(IMAGES, CONFIG, out=tmp_path)
+    last, best = tmp_path / "checkpoint.safetensors", tmp_path / "best.safetensors"
+    _, about = saving.read_tensors(best, "checkpoint")
+    assert about["position"]["loss"] == about["position"]["best"] <= checkpoint_config(tmp_path)[1].loss
+    damaged = last.read_bytes()[:1000]
+    last.unlink()  # it may be one file with the best
+    last.write_bytes(damaged)
+    with pytest.raises(CpcFastError, match=r"is damaged.*best\.safetensors' is another state of it: copy it there"):
+        Detector.fit(IMAGES, CONFIG, out=tmp_path, resume=True)
+    last.write_bytes(best.read_bytes())
+    Detector.fit(IMAGES, CONFIG, out=tmp_path, resume=True)
+
+
+def test_a_long_epoch_is_saved_on_the_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
+    seen = []
+    save = checkpoint.Checkpoint.save
+    monkeypatch.setattr(
+        checkpoint.Checkpoint, "save", lambda self, at: (seen.append((at.epoch, at.step)), save(self, at))
+    )
+    Detector.fit(IMAGES, CONFIG, epochs=2, out=tmp_path)
+    assert seen == [(0, 1), (1, 0), (1, 1), (2, 0)]
+
+
+# Losses that are no numbers
+
+
+def spoil(monkeypatch, bad: set[int], what: str = "loss") -> None:
+    """The loss, or only its gradient, is NaN in these steps."""
+    forward = train.CPC.forward
+
+    def spoilt(self, images, shifted=None, seed=0):
+        result = forward(self, images, shifted, seed)
+        if seed in bad and what == "loss":
+            result.loss = result.loss * float("nan")
+        elif seed in bad:
+            result.loss.register_hook(lambda gradient: gradient * float("inf"))
+        return result
+
+    monkeypatch.setattr(train.CPC, "forward", spoilt)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monkeypatch, what):
+    spoil(monkeypatch, {1, 3}, what)
+    seen = []
+    detector = Detector.fit(IMAGES, CONFIG, out=tmp_path, on_step=lambda step: seen.append(step.skipped))
+    assert seen == [0, 1, 1, 2, 2, 2]
+    assert all(value.isfinite().all() for value in detector.model.state_dict().values())
+    assert checkpoint_config(tmp_path)[1].skipped == 2
+
+
+def test_after_too_many_it_stops_with_the_last_good_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "MAX_BAD_STEPS", 3)
+    spoil(monkeypatch, {3, 4, 5})
+    states = []
+    monkeypatch.setattr(
+        train, "average_weights", lambda optimizer, *_: states.append([w.detach().clone() for w in optimizer.state])
+    )
+    with pytest.raises(CpcFastError, match=r"loss was nan for 3 steps in a row \(epoch 3\); they changed nothing"):
+        Detector.fit(IMAGES, CONFIG, out=tmp_path)
+    found = load_file(tmp_path / "checkpoint.safetensors")
+    last = {tuple(weight.flatten()[:3].tolist()) for weight in states[-1]}
+    kept = {tuple(value.flatten()[:3].tolist()) for name, value in found.items() if name.startswith("model.")}
+    assert last <= kept
+    assert all(value.isfinite().all() for value in found.values())
+
+
+def test_weights_that_are_not_finite_replace_nothing(tmp_path):
+    detector = Detector.fit(IMAGES, CONFIG, epochs=1, out=tmp_path)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    optimizer = train.make_optimizer(detector.model, CONFIG)
+    detector.model.predictor.weight.data[0, 0, 0] = float("inf")
+    kept = checkpoint.Checkpoint(tmp_path, detector.model, optimizer, detector.config)
+    with pytest.raises(CpcFastError, match=r"no longer finite \(model\.predictor\.weight\), so they were not saved"):
+        kept.save(train.Position(1))
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+# Files that do not fit their config
+
+
+def rewrite(path: Path, change) -> None:
+    tensors, about = saving.read_tensors(path, "checkpoint")
+    change(tensors, about)
+    save_file(tensors, path, {"about": json.dumps(about)})
+
+
+CHANGES = {
+    "shape": (lambda t, a: t.update({"random.cpu": t["random.cpu"][None]}), "not uint8"),
+    "dtype": (lambda t, a: t.update({"model.predictor.weight": t["model.predictor.weight"].double()}), "is float64"),
+    "missing": (lambda t, a: t.pop("model.pixel_mean"), "'model.pixel_mean' is missing"),
+    "more": (lambda t, a: t.update(other=torch.zeros(1)), "'other' is not expected"),
+    "slots": (lambda t, a: a.update(slots=["optimizer.99.step"]), "its slots"),
+    "no slots": (lambda t, a: a.update(slots=None), "its slots"),
+    "random": (lambda t, a: t.update({"random.cpu": t["random.cpu"][:9]}), "its random numbers"),
+    "position": (lambda t, a: a["position"].update(epoch=-1), "its position"),
+    "no position": (lambda t, a: a.update(position="end"), "its position"),
+    "config": (lambda t, a: a["config"].update(width=10**9), "width is 1000000000"),
+    "type": (lambda t, a: a["config"].update(epochs="3"), "epochs is '3'; it must be a whole number"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_read(tmp_path, kind):
+    Detector.fit(IMAGES, CONFIG, epochs=1, out=tmp_path)
+    change, words = CHANGES[kind]
+    rewrite(tmp_path / "checkpoint.safetensors", change)
+    with pytest.raises(CpcFastError, match=words) as caught:
+        Detector.fit(IMAGES, CONFIG, epochs=1, out=tmp_path, resume=True)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_hostile_config_takes_no_memory(tmp_path):
+    """A model of the largest config there may be: told from the header, without room for its weights."""
+    Detector.fit(IMAGES, CONFIG, epochs=1, out=tmp_path)
+    rewrite(tmp_path / "model.safetensors", lambda _, about: about["config"].update(width=4096, steps=64))
+    with pytest.raises(CpcFastError, match=r"do not fit its config .*\('any', 16384\).* and \d+ more"):
+        Detector.load(tmp_path)
+
+
+# One process at a time
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from cpc_fast.saving import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_process_is_refused_and_a_dead_one_does_not_matter(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        try:
+            with pytest.raises(CpcFastError, match=f"by another process \\(process {holder.pid} on .*; wait for its"):
+                Detector.fit(IMAGES, CONFIG, out=tmp_path)
+            assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+        finally:
+            holder.kill()
+    assert (tmp_path / "run.lock").exists()  # left by the dead
+    Detector.fit(IMAGES, CONFIG, epochs=1, out=tmp_path)
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_what_a_killed_process_left_aside_is_removed(tmp_path):
+    Detector.fit(IMAGES, CONFIG, epochs=1, out=tmp_path)
+    (tmp_path / ".checkpoint.safetensors.4711.tmp").write_bytes(b"half")
+    Detector.fit(IMAGES, CONFIG, epochs=1, out=tmp_path, resume=True)
+    assert not list(tmp_path.glob(".*"))
+    with pytest.raises(UsageError, match="holds a run already"):
+        Detector.fit(IMAGES, CONFIG, out=tmp_path)
+
+
+# SIGTERM and SIGKILL
+
+
+def test_sigterm_saves_in_mid_epoch_says_so_and_exits_with_0(tmp_path):
+    data = make_set(tmp_path / "data")
+    command = [sys.executable, "-m", "cpc_fast.cli", "fit", str(data), "--out", str(tmp_path / "run"), *SET_TINY]
+    with subprocess.Popen([*command, "--epochs", "4000"], stderr=subprocess.PIPE, text=True) as fit:
+        for line in fit.stderr:
+            if "epoch 2 of" in line:
+                break
+        fit.send_signal(signal.SIGTERM)
+        said = fit.stderr.read().splitlines()
+        assert fit.wait(timeout=240) == 0
+    assert said[-1].startswith("Stopped in epoch ")
+    assert f"All of it is saved in {tmp_path / 'run'}. Go on with: cpc-fast fit" in said[-1]
+    assert checkpoint_config(tmp_path / "run")[1].epoch >= 1
+
+
+def test_killed_at_random_moments_it_ends_at_the_same_weights(tmp_path):
+    """Four kills here; `python3 -m benchmarks.kills --kills 50` does more."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "benchmarks.kills", "--kills", "4", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=600, env={**os.environ})
+    assert done.returncode == 0, done.stderr
+    assert "4 kills" in done.stdout
