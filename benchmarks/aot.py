@@ -1,9 +1,10 @@
 """Compiles every Triton tile with no GPU at hand, reads what came out, and refuses what would run badly.
 
-    python -m benchmarks.aot [--arch sm_90 ...] [--only D=256] [--module cpc_kernels.triton_info_nce ...] [--json FILE]
+    python -m benchmarks.aot [--arch sm_90 ...] [--only REGEX] [--module cpc_kernels.triton_info_nce ...] [--json FILE]
 
 For each entry of the tile table: registers, stack, shared and tensor memory, matrix instructions, blocks per
-multiprocessor; then, for named cases, the time that each unit alone would need (a PREDICTION, no measurement).
+multiprocessor, and the seconds of processor time that it took; then, for named cases, the time that each unit alone
+would need (a PREDICTION, no measurement).
 Exits 1 past a gate: stack 0, no spills, registers <= 255, shared and tensor memory within the chip's, matrix
 instructions of the chip's own kind, no float64 arithmetic. gfx942 must compile. A compiled entry is remembered until
 its source, its constants or Triton change.
@@ -29,6 +30,8 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from .cases import CASES
 
 MODULES = ("cpc_kernels.triton_info_nce", "cpc_kernels.triton_sampled_info_nce")
 CACHE = Path(__file__).parents[1] / ".cache" / "aot"
@@ -59,24 +62,8 @@ CHIPS = {
 }
 
 
-HELD = ("sm_80", "sm_90")
-"""The targets whose tiles are held to the gates by default; those of the others are estimates (ask with --arch)."""
-
-
-class Case(NamedTuple):
-    name: str
-    n: int
-    m: int
-    d: int
-
-
-CASES = (
-    Case("grid 7x7, batch 256", 10_752, 12_544, 256),
-    Case("SimCLR 8k, D 128", 8_192, 8_192, 128),
-    Case("CLIP 32k, D 256", 32_768, 32_768, 256),
-    Case("CLIP 32k, D 512", 32_768, 32_768, 512),
-    Case("bank, 4k queries", 4_096, 1_000_000, 256),
-)
+HELD = ("sm_80", "sm_90", "sm_100", "gfx942")
+"""The targets compiled by default; sm_86 (--arch sm_86) has the small tiles of gfx942."""
 
 
 @dataclass
@@ -99,19 +86,19 @@ class Report:
     doubles: int = 0
     instructions: int = 0
     blocks: int = 0  # per multiprocessor
+    seconds: float = 0.0  # of processor time, to compile and read it
 
     def failures(self) -> list[str]:
         """The gates this entry does not pass."""
         chip = CHIPS[self.arch]
         if self.error:
             return [f"does not compile: {self.error}"]
-        if chip.backend == "hip":
-            return []
         found = []
-        if self.stack or self.spills:
-            found.append(f"spills (stack {self.stack} bytes, {self.spills} local loads and stores)")
-        if self.registers > 255:
-            found.append(f"{self.registers} registers, 255 allowed")
+        if chip.backend == "cuda":
+            if self.stack or self.spills:
+                found.append(f"spills (stack {self.stack} bytes, {self.spills} local loads and stores)")
+            if self.registers > 255:
+                found.append(f"{self.registers} registers, 255 allowed")
         if self.shared > chip.shared:
             found.append(f"{self.shared} bytes of shared memory, {chip.shared} allowed")
         if self.tensor_memory > 512:
@@ -138,19 +125,26 @@ def entries(module: str, arch: str) -> dict:
 def fingerprint(entry, arch: str) -> str:
     import triton
 
-    reading = map(inspect.getsource, (Report, compile_entry, _read_cubin, _read_amdgcn))
+    reading = map(inspect.getsource, (Report, _compile, _read_cubin, _read_amdgcn))
     told = (triton.__version__, entry.kernel.cache_key, arch, *map(str, entry[:1] + entry[2:]), *reading)
     return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
 
 
 def compile_entry(module: str, arch: str, name: str) -> Report:
     """Compiles one entry and reads its machine code."""
+    entry = entries(module, arch)[name]
+    tile = (entry.tile.rows, entry.tile.columns) if entry.tile else (0, 0)
+    report = Report(arch, name, name.split()[0], entry.options["num_warps"], tile, entry.matrix)
+    began = sum(os.times()[:4])  # ptxas and cuobjdump run as children
+    _compile(entry, CHIPS[arch], report)
+    report.seconds = round(sum(os.times()[:4]) - began, 2)
+    return report
+
+
+def _compile(entry, chip: Chip, report: Report) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    entry, chip = entries(module, arch)[name], CHIPS[arch]
-    tile = (entry.tile.rows, entry.tile.columns) if entry.tile else (0, 0)
-    report = Report(arch, name, name.split()[0], entry.options["num_warps"], tile, entry.matrix)
     names = entry.kernel.arg_names
     signature = {a: "constexpr" if a in entry.constexprs else entry.signature[a] for a in names}
     attributes = {(names.index(a),): [["tt.divisibility", 16]] for a in entry.divisible}
@@ -161,7 +155,7 @@ def compile_entry(module: str, arch: str, name: str) -> Report:
     except Exception as problem:
         lines = str(problem).strip().splitlines() or [type(problem).__name__]
         report.error = lines[-1][:200]
-        return report
+        return
     report.shared = built.metadata.shared
     report.tensor_memory = getattr(built.metadata, "tmem_size", None) or 0
     if chip.backend == "hip":
@@ -172,7 +166,6 @@ def compile_entry(module: str, arch: str, name: str) -> Report:
         per_thread = max(8, math.ceil(report.registers / 8) * 8)
         by_shared = chip.shared_total // (report.shared + 1024)
         report.blocks = min(65_536 // (per_thread * threads), by_shared, 2048 // threads)
-    return report
 
 
 def _read_amdgcn(report: Report, text: str) -> None:
@@ -241,11 +234,13 @@ def compile_all(tasks: list[tuple[str, str, str]], jobs: int, cache: Path | None
 
 
 def table(reports: list[Report]) -> str:
-    head = ("target", "entry", "tile", "warps", "regs", "stack", "shared", "tmem", "matrix", "instr", "blocks/SM", "")
+    built = ("regs", "stack", "shared", "tmem", "matrix", "instr", "blocks/SM", "seconds")
+    head = ("target", "entry", "tile", "warps", *built, "")
     rows = [head]
     for r in reports:
         matrix = " ".join(f"{count} {name}" for name, count in r.matrix.items()) or "-"
-        numbers = (r.warps, r.registers, r.stack, r.shared, r.tensor_memory, matrix, r.instructions, r.blocks or "-")
+        built = (r.registers, r.stack, r.shared, r.tensor_memory, matrix, r.instructions)
+        numbers = (r.warps, *built, r.blocks or "-", r.seconds)
         verdict = "; ".join(r.failures()) or "ok"
         rows.append((r.arch, r.name, f"{r.tile[0]}x{r.tile[1]}", *map(str, numbers), verdict))  # pyright: ignore[reportArgumentType]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
@@ -253,41 +248,42 @@ def table(reports: list[Report]) -> str:
 
 
 def predictions(reports: list[Report]) -> list[dict]:
-    """Milliseconds that each unit alone would need for a case, and which of them bounds it. Data-sheet rates."""
+    """Milliseconds that each unit alone would need for a dense case, and which of them bounds it. Data-sheet rates."""
     found = []
     for chip_name, chip in CHIPS.items():
-        if not chip.tflops:
-            continue
-        for case in CASES:
+        of_chip = {r.name: r for r in reports if r.arch == chip_name}
+        for case in CASES if chip.tflops else ():
+            if case.op != "dense" or case.dtype != "bfloat16":
+                continue
             for op, products in (("scores", 1), ("forward", 2), ("backward", 2)):
-                bucket = next(b for b in (64, 128, 256, 512) if case.d <= b)
-                of_chip = {r.name: r for r in reports if r.arch == chip_name}
-                names = (f"{op}{variant} D={bucket} bf16" for variant in ("", "+ids"))
-                found_name = next((name for name in names if name in of_chip), None)
-                if found_name is None:
+                if op == "backward" and case.learns == "anchors":
                     continue
-                resident = of_chip[found_name].tile[0]
+                bucket = max(64, 1 << (case.d - 1).bit_length())
+                names = (f"{op}{ids} D={bucket} bf16{how}" for ids in ("", "+ids") for how in (" tma", ""))
+                kernel = next((of_chip[name] for name in names if name in of_chip), None)
+                if kernel is None:
+                    continue
                 rows, streamed = (case.m, case.n) if op == "backward" else (case.n, case.m)
-                scores = case.n * case.m
                 written = rows * case.d * (0 if op == "scores" else 4 if op == "forward" else 2)
                 times = {
-                    "matrix": 2 * products * scores * bucket / (chip.tflops * 1e12),
-                    "exp": scores / (16 * chip.units * chip.ghz * 1e9),
-                    "L2": math.ceil(rows / resident) * streamed * case.d * 2 / (chip.l2 * 1e12),
+                    "matrix": 2 * products * case.scores * bucket / (chip.tflops * 1e12),
+                    "exp": case.scores / (16 * chip.units * chip.ghz * 1e9),
+                    "L2": math.ceil(rows / kernel.tile[0]) * streamed * case.d * 2 / (chip.l2 * 1e12),
                     "HBM": (2 * (case.n + case.m) * case.d + written) / (chip.hbm * 1e12),
                 }
                 bound = max(times, key=times.__getitem__)
-                found.append({"arch": chip_name, "case": case.name, "op": op, "bound": bound}
+                found.append({"arch": chip_name, "case": case.name, "op": op, "kernel": kernel.name, "bound": bound}
                              | {unit: 1e3 * t for unit, t in times.items()})  # fmt: skip
     return found
 
 
 def prediction_table(rows: list[dict]) -> str:
+    width = max(len(r["case"]) for r in rows) + 2
     lines = ["PREDICTION, not measured: ms that each unit alone would need (data-sheet rates; a kernel adds up)",
-             f"{'target':8}{'case':22}{'op':10}{'matrix':>8}{'exp':>8}{'L2':>8}{'HBM':>8}  bound"]  # fmt: skip
+             f"{'target':8}{'case':{width}}{'op':10}{'matrix':>8}{'exp':>8}{'L2':>8}{'HBM':>8}  bound"]  # fmt: skip
     for r in rows:
         times = "".join(f"{r[unit]:8.3f}" for unit in ("matrix", "exp", "L2", "HBM"))
-        lines.append(f"{r['arch']:8}{r['case']:22}{r['op']:10}{times}  {r['bound']}")
+        lines.append(f"{r['arch']:8}{r['case']:{width}}{r['op']:10}{times}  {r['bound']}")
     return "\n".join(lines)
 
 
@@ -298,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
         type=lambda name: f"sm_{name}" if f"sm_{name}" in CHIPS else name,
     )  # fmt: skip
     parser.add_argument("--module", action="append", help="kernel modules (default: those of cpc_kernels)")
-    parser.add_argument("--only", action="append", default=[], help="only entries whose name contains this")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only entries in whose name this is found")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-cache", action="store_true", help="compile everything again")
     parser.add_argument("--json", type=Path, help="also write the reports and predictions there")
@@ -312,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
         for module in modules
         if hasattr(importlib.import_module(module), "aot_entries")
         for name in entries(module, arch)
-        if all(part in name for part in args.only)
+        if re.search(args.only, name)
     ]
     reports = compile_all(tasks, args.jobs, None if args.no_cache else CACHE)
     print(table(reports), end="\n\n")
@@ -325,7 +321,10 @@ def main(arguments: list[str] | None = None) -> int:
     failed = [r for r in reports if r.failures()]
     for r in failed:
         print(f"aot: {r.arch} {r.name}: {'; '.join(r.failures())}", file=sys.stderr)
-    print(f"{len(reports)} entries compiled, {len(failed)} past a gate.")
+    spent = sum(r.seconds for r in reports)
+    print(
+        f"{len(reports)} entries compiled, {len(failed)} past a gate; compiling took {spent:.0f} s of processor time."
+    )
     return 1 if failed or not reports else 0
 
 

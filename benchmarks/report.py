@@ -397,45 +397,46 @@ def predicted() -> str:
         steps = "`python -m benchmarks.aot --json FILE`, then `python -m benchmarks.report --predictions FILE`"
         return f"Not predicted yet: {steps}."
     told = json.loads(PREDICTIONS.read_text())
+    targets = list(dict.fromkeys(row["arch"] for row in told["predictions"]))
+    bounds = {(row["case"], row["op"], row["arch"]): row for row in told["predictions"]}
     rows = [
-        (
-            row["arch"],
-            row["case"],
-            row["op"],
-            *(f"{row[unit]:.3f}" for unit in ("matrix", "exp", "L2", "HBM")),
-            row["bound"],
-        )
-        for row in told["predictions"]
+        (case, op, *(bounding(bounds[case, op, target]) for target in targets))
+        for case, op in dict.fromkeys((row["case"], row["op"]) for row in told["predictions"])
     ]
-    head = ("target", "case", "kernel", "matrix, ms", "exp, ms", "L2, ms", "HBM, ms", "bound by")
-    kernels = [
-        (row["arch"], row["name"], "x".join(map(str, row["tile"])), str(row["warps"]), str(row["registers"]),
-         str(row["stack"]), f"{row['shared']:,}", str(row["blocks"] or "-"))
-        for row in told["kernels"]
-    ]  # fmt: skip
-    built = table(
-        ("target", "kernel", "tile", "warps", "registers", "stack", "shared, bytes", "blocks per SM"), kernels
-    )
-    return f"{table(head, rows)}\n\nThe kernels behind them, as compiled (triton {told['triton']}):\n\n{built}"
+    parts = [
+        "Least milliseconds in bf16, and the unit that needs them: `matrix` products, `exp`, the `L2` past which the "
+        "other side streams, `HBM`.",
+        table(("case", "kernel", *targets), rows),
+        "The kernels as compiled, D padded to the next of 64, 128, 256, 512; `+ids`: with ids and ranks; `tma`: rows "
+        f"through descriptors, else pointers (Triton {told['triton']}):",
+    ]
+    head = ("entry", "tile", "warps", "registers", "stack", "shared, bytes", "matrix instructions", "blocks per SM")
+    for target in dict.fromkeys(row[0] for row in told["kernels"]):
+        rows = [tuple(str(value) for value in row[1:]) for row in told["kernels"] if row[0] == target]
+        summary = f"<summary>{target}, {len(rows)} entries</summary>"
+        parts.append(f"<details>{summary}\n\n{table(head, rows)}\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def bounding(row: Told) -> str:
+    return f"{row[row['bound']]:.3g} {row['bound']}"
 
 
 def take_predictions(file: Path) -> None:
-    """Keep what the document shows of aot's JSON: the predictions, and the bf16 kernels they speak of."""
+    """Keep what the document shows of aot's JSON: the predictions, and every kernel in one line."""
     from importlib import metadata
 
     told = json.loads(file.read_text())
-    targets = {row["arch"] for row in told["predictions"]}
-    wanted = [
-        row for row in told["reports"] if row["arch"] in targets and " bf16" in row["name"] and "+" not in row["name"]
-    ]
-    keys = ("arch", "name", "tile", "warps", "registers", "stack", "shared", "blocks")
-    kept = {
-        "triton": metadata.version("triton"),
-        "predictions": told["predictions"],
-        "kernels": [{key: row[key] for key in keys} for row in wanted],
-    }
+    kernels = [
+        [row["arch"], row["name"], "x".join(map(str, row["tile"])), row["warps"], row["registers"], row["stack"],
+         f"{row['shared']:,}", " ".join(f"{count} {name}" for name, count in row["matrix"].items()) or "-",
+         row["blocks"] or "-"]
+        for row in told["reports"]
+    ]  # fmt: skip
+    lists = {"predictions": rounded(told["predictions"]), "kernels": kernels}
+    lines = [f' "{name}": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]" for name, rows in lists.items()]
     PREDICTIONS.parent.mkdir(parents=True, exist_ok=True)
-    PREDICTIONS.write_text(json.dumps(rounded(kept), indent=1) + "\n")
+    PREDICTIONS.write_text(",\n".join([f'{{\n "triton": "{metadata.version("triton")}"', *lines]) + "\n}\n")
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -65,8 +65,7 @@ class Launch:
         self.upcast = self.arch == "interpreter" and self.dtype == torch.bfloat16
 
     def tile(self, op: str, d: int, *, ids: bool = False, rank: bool = False) -> tiles.Tile:
-        variant = "+ids" if ids else "+rank" if rank else ""
-        return tiles.tile(op + variant, d, self.width, self.arch, self.precision)
+        return tiles.tile(op + ("+ids" if ids or rank else ""), d, self.width, self.arch, self.precision)
 
     def dot(self) -> dict:
         """The constants that a kernel with a product takes."""

@@ -3,7 +3,6 @@
 ESTIMATES all, from the registers a gathered tile takes and from L2 bandwidth against matrix units; no GPU was at hand.
 """
 
-from . import tiles
 from .tiles import Tile
 
 ELEMENTS = 4096
@@ -40,12 +39,10 @@ def gathered(d: int, count: int, arch: str) -> Tile:
     return Tile(1, columns, min(max(columns * features // 1024, 1), 8), 2, features)
 
 
-def steps(op: str, d: int, steps: int, width: int, arch: str) -> Tile:
-    """A block of steps by `columns` gathered pool rows; fewer rows when there are fewer steps."""
-    row = _INTERPRETER if arch == "interpreter" else _STEPS[op, width]
-    bucket = next((i for i, size in enumerate(tiles.BUCKETS) if d <= size), -1)
-    found = row[bucket]
-    return found._replace(rows=min(found.rows, max(16, _power_of_two(steps))), features=_features(d))
+def steps(op: str, d: int, arch: str) -> Tile:
+    """16 steps, the rows of a matrix instruction (CPC has 3 to 12), by `columns` gathered pool rows."""
+    columns = 16 if arch == "interpreter" or (op == "backward" and d > 256) else 32
+    return Tile(16, columns, 4, 2, _features(d))
 
 
 def resolve(arch: str) -> Tile:
@@ -58,13 +55,3 @@ def _power_of_two(size: int) -> int:
 
 def _features(d: int) -> int:
     return max(16, _power_of_two(d))
-
-
-T = Tile
-_INTERPRETER = (T(16, 16, 4, 2),) * 4
-_STEPS = {
-    ("forward", 16): (T(64, 64, 4, 2), T(64, 32, 4, 2), T(32, 32, 4, 2), T(16, 32, 4, 2)),
-    ("forward", 32): (T(32, 32, 4, 2), T(32, 32, 4, 2), T(16, 16, 4, 2), T(16, 16, 4, 1)),
-    ("backward", 16): (T(64, 64, 4, 2), T(64, 32, 4, 2), T(32, 32, 4, 2), T(16, 16, 4, 2)),
-    ("backward", 32): (T(32, 32, 4, 2), T(32, 32, 4, 2), T(16, 16, 4, 2), T(16, 16, 4, 1)),
-}

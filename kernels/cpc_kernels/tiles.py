@@ -2,7 +2,7 @@
 
 There is no autotuner: the table is read, and `benchmarks.aot` compiles and gates every entry. An entry is keyed by
 
-    op        which kernel, with "+rank" or "+ids" (ids and rank) where the extra registers ask for another tile
+    op        which kernel, with "+ids" where ids or a rank take the registers of a smaller tile
     D         the smallest bucket that holds it: 64, 128, 256, 512 (float32 has tiles up to 64 only)
     element   "16" (bf16, fp16), or how float32 multiplies: "tf32", "tf32x3", "ieee" (float64 too)
     arch      sm_80 (A100: 163 KB of shared memory), sm_86 (99 KB: sm_89, sm_120), sm_90, sm_100, gfx942, interpreter
@@ -36,7 +36,6 @@ BUCKETS = (64, 128, 256, 512)
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 VARIANTS: Mapping[str, Mapping[str, bool]] = {
     "": {"HAS_IDS": False, "RANK": False},
-    "+rank": {"HAS_IDS": False, "RANK": True},
     "+ids": {"HAS_IDS": True, "RANK": True},
 }
 
@@ -54,7 +53,8 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     features: int = 0  # per step; 0: all D at once, padded to a power of two
-    descriptors: bool = False  # TMA loads where the strides allow; a pointer path always exists
+    descriptors: bool = False  # TMA loads where the strides allow
+    otherwise: "Tile | None" = None  # where they do not: pointers take registers; None: the same sizes
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of a Triton launch."""
@@ -113,7 +113,7 @@ MAX_SPLITS = 256
 
 
 def tile(op: str, d: int, width: int, arch: str, precision: str = "ieee") -> Tile:
-    """The tile for one launch; `op` may end in "+rank" or "+ids", which the plain entry serves where none is listed."""
+    """The tile for one launch; `op` may end in "+ids" (ids or a rank), which the plain entry serves where none is."""
     element = "16" if width == 16 else precision
     bucket = next((b for b in BUCKETS if d <= b), BUCKETS[-1])
     for name in (op, op.split("+")[0]):
@@ -129,7 +129,7 @@ def tile(op: str, d: int, width: int, arch: str, precision: str = "ieee") -> Til
 T = Tile
 
 
-def _hopper(*rows: Tile) -> tuple[Tile, ...]:
+def _tma(*rows: Tile) -> tuple[Tile, ...]:
     return tuple(t._replace(descriptors=True) for t in rows)
 
 
@@ -138,11 +138,26 @@ _PLAIN_256 = T(128, 64, 8, 3)
 # fmt: off
 # buckets:                   64                 128                256                512
 _HOPPER = {
-    "forward": (*_hopper(    T(128, 128, 8, 3), T(128, 128, 8, 2)), _PLAIN_256, *_hopper(T(64, 64, 8, 2))),
-    "forward+rank": _hopper( T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(64, 64, 8, 2)),
-    "forward+ids": _hopper(  T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 2)),
-    "scores": _hopper(       T(128, 128, 8, 3), T(256, 64, 8, 3),  T(256, 64, 8, 3),  T(128, 32, 8, 3)),
-    "backward": _hopper(     T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 2)),
+    "forward": (*_tma(       T(128, 128, 8, 3), T(128, 128, 8, 2)), _PLAIN_256, *_tma(T(64, 64, 8, 2))),
+    "forward+ids": _tma(     T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 2)),
+    "scores": _tma(          T(128, 128, 8, 3), T(256, 64, 8, 3),  T(256, 64, 8, 3),  T(128, 32, 8, 3)),
+    "backward": _tma(        T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 2)),
+    "streamed": (            T(128, 64, 8, 3, features=64),),
+}
+_BLACKWELL = {  # products end in tensor memory, and pass through registers to be scaled
+    "forward": _tma(         T(128, 128, 8, 3, otherwise=T(128, 64, 8, 3)),
+                             T(128, 128, 8, 2, otherwise=T(128, 64, 8, 3)),
+                             T(128, 32, 8, 2, otherwise=T(64, 64, 8, 2)),
+                             T(64, 32, 8, 2)),
+    "forward+ids": _tma(     T(128, 64, 8, 3),
+                             T(128, 64, 8, 3),
+                             T(128, 32, 8, 2, otherwise=T(64, 64, 8, 2)),
+                             T(64, 32, 8, 2)),
+    "scores": _tma(          T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3)),
+    "backward": _tma(        T(128, 64, 8, 3),
+                             T(128, 64, 8, 3, otherwise=T(128, 32, 8, 3)),
+                             T(128, 32, 8, 3),
+                             T(64, 32, 8, 2)),
     "streamed": (            T(128, 64, 8, 3, features=64),),
 }
 _HOPPER_FP32 = {
@@ -150,6 +165,12 @@ _HOPPER_FP32 = {
     "scores": (              T(64, 64, 4, 2),),
     "backward": (            T(64, 32, 4, 2),),
     "streamed": (            T(64, 64, 4, 2, features=32),),
+}
+_BLACKWELL_FP32 = {
+    "forward": (             T(64, 32, 8, 2),),
+    "scores": (              T(64, 32, 8, 2),),
+    "backward": (            T(64, 32, 8, 2),),
+    "streamed": (            T(64, 32, 8, 2, features=32),),
 }
 _AMPERE = {
     "forward": (             T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 3),   T(32, 32, 8, 2)),
@@ -180,7 +201,7 @@ _SMALL_FP32 = {
 # fmt: on
 # small enough that small tests see several tiles
 _INTERPRETER = {
-    **dict.fromkeys(("forward", "scores", "backward"), (T(32, 16, 4, 2, descriptors=True),)),
+    **dict.fromkeys(("forward", "scores", "backward"), (T(32, 16, 4, 2, descriptors=True, otherwise=T(16, 16, 4, 2)),)),
     "streamed": (T(32, 16, 4, 2, features=64),),
     "positive": (T(16, 16, 4, 2, features=64),),
 }
@@ -197,7 +218,7 @@ _TABLE: dict[tuple[str, str, str, int], Tile] = {
         ("sm_80", "16", _AMPERE), ("sm_80", "any", _FP32),
         ("sm_86", "16", _SMALL), ("sm_86", "any", _SMALL_FP32),
         ("sm_90", "16", _HOPPER), ("sm_90", "any", _HOPPER_FP32),
-        ("sm_100", "16", _HOPPER), ("sm_100", "any", _HOPPER_FP32),
+        ("sm_100", "16", _BLACKWELL), ("sm_100", "any", _BLACKWELL_FP32),
         ("gfx942", "16", _SMALL), ("gfx942", "any", _SMALL_FP32),
         ("interpreter", "any", _INTERPRETER), ("any", "any", _ANY),
     )

@@ -26,7 +26,6 @@ the combine, and the two elementwise kernels of the chunked schedule, with their
 """
 
 from collections.abc import Iterator
-from itertools import product
 
 import torch
 import triton
@@ -548,7 +547,10 @@ def forward(
         return loss, lse, positive, _ranked(rank, scale), expectation
 
     op = "forward" if need_expectation else "scores" if one_pass else "streamed"
-    tile = launch.tile(op, d, ids=has_ids, rank=need_rank)
+    tile, descriptors = launch.tile(op, d, ids=has_ids, rank=need_rank), False
+    if tile.descriptors and m > 0:
+        descriptors = launch.describable(anchors, candidates)
+        tile = tile if descriptors else tile.otherwise or tile
     row_tiles = triton.cdiv(n, tile.rows)
     split_size, splits = launch.split(row_tiles, m, tile.columns, splits)
     gap, lses, ranks, expectations = loss, lse, rank, expectation  # written by the kernel when there is one
@@ -557,7 +559,6 @@ def forward(
         ranks = anchors.new_empty((splits, n) if need_rank else (0,), dtype=torch.int32)
         expectations = anchors.new_empty((splits, n, d) if need_expectation else (0,), dtype=acc)
     features = tile.features or max(16, triton.next_power_of_2(d))
-    descriptors = tile.descriptors and launch.describable(anchors, candidates) and m > 0
     launch(
         op, forward_kernel, (row_tiles, splits),
         launch.describe(anchors, tile.rows, features) if descriptors else anchors,
@@ -641,11 +642,13 @@ def backward_candidates(
                 grad[part] = product * norm if normalised else product
         return grad
 
-    tile = launch.tile("backward", d, ids=has_ids)
+    tile, descriptors = launch.tile("backward", d, ids=has_ids), False
+    if tile.descriptors:
+        descriptors = launch.describable(anchors, candidates)
+        tile = tile if descriptors else tile.otherwise or tile
     candidate_tiles = triton.cdiv(m, tile.rows)
     split_size, splits = launch.split(candidate_tiles, n, tile.columns, splits)
     features = max(16, triton.next_power_of_2(d))
-    descriptors = tile.descriptors and launch.describable(anchors, candidates)
     if descriptors and indexed:  # a descriptor cannot skip ignored rows, and 0 * NaN is NaN
         anchors = anchors.where((positives >= 0)[:, None], 0.0)
     grad = candidates.new_empty((splits, m, d), dtype=launch.accumulator if splits > 1 else candidates.dtype)
@@ -683,49 +686,42 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
         return tiles.Entry(name, kernel, signature, constexprs, tile.options(), ours, matrix, tile)
 
     unit = {"stride_ad": 1, "stride_cd": 1, "stride_vd": 1}
-    for width, element, precisions in ((16, "bf16", ("ieee",)), (32, "fp32", ("tf32x3", "ieee"))):
-        for precision in precisions:
-            if width == 32 and (precision == "tf32x3") != tiles.compiles(arch, "tf32x3"):
-                continue  # one way to multiply float32 is enough: the default of that chip
-            common = unit | {"ACC": tl.float32, "PRECISION": precision, "UPCAST": False, "EVEN_D": True}
-            label = element if width == 16 else precision
-            matrix = precision != "ieee" or width == 16
-            for bucket in (b for b in tiles.BUCKETS if b <= tiles.one_pass_max_d(width)):
-                for op, variant in product(("forward", "scores", "backward"), tiles.VARIANTS):
-                    flags = tiles.VARIANTS[variant]
-                    tile = tiles.tile(op + variant, bucket, width, arch, precision)
-                    worst = tiles.tile(op + "+ids", bucket, width, arch, precision)
-                    # ids and rank ask for the most; another form counts where its tile is another, or it is the hot one
-                    if variant == "+ids" or tile != worst or (variant == "" and op == "forward" and width == 16):
-                        for descriptors in (False, True) if tile.descriptors else (False,):
-                            source = dict.fromkeys(("anchors", "candidates"), f"*{element}")
-                            if descriptors:
-                                blocks = (tile.rows, tile.columns) if op != "backward" else (tile.columns, tile.rows)
-                                source = {
-                                    name: f"tensordesc<{element}[{rows}, {bucket}]>"
-                                    for name, rows in zip(source, blocks, strict=True)
-                                }
-                            resident, streamed = ("BM", "BN") if op == "backward" else ("BN", "BM")
-                            yield entry(
-                                f"{op}{variant} D={bucket} {label}{' tma' if descriptors else ''}",
-                                backward_candidates_kernel if op == "backward" else forward_kernel,
-                                tile, source | {"p_grad": f"*{element}"}, matrix,
-                                **common, **flags, INDEXED=True, EXPECTATION=op == "forward", STREAMED=False,
-                                SPLIT=False, DESCRIPTORS=descriptors, NORMALISED=False,
-                                **{resident: tile.rows, streamed: tile.columns, "BD": bucket},
-                            )  # fmt: skip
-            source = dict.fromkeys(("anchors", "candidates", "p_anchors", "p_vectors"), f"*{element}")
-            tile = tiles.tile("streamed", 1024, width, arch, precision)
-            yield entry(
-                f"streamed D>{tiles.one_pass_max_d(width)} {label}", forward_kernel, tile, source, matrix,
-                **common, INDEXED=True, HAS_IDS=True, RANK=True, EXPECTATION=False, STREAMED=True, SPLIT=False,
-                DESCRIPTORS=False, BN=tile.rows, BM=tile.columns, BD=tile.features,
-            )  # fmt: skip
-            tile = tiles.tile("positive", 1024, width, arch, precision)
-            yield entry(
-                f"positive {label}", positive_kernel, tile, source, matrix,
-                **common, INDEXED=True, BN=tile.rows, BD=tile.features,
-            )  # fmt: skip
+    float32 = "tf32x3" if tiles.compiles(arch, "tf32x3") else "ieee"  # the default of that chip
+    for width, element, precision in ((16, "bf16", "ieee"), (32, "fp32", float32)):
+        common = unit | {"ACC": tl.float32, "PRECISION": precision, "UPCAST": False, "EVEN_D": True}
+        label = element if width == 16 else precision
+        matrix = label != "ieee"
+        source = dict.fromkeys(("anchors", "candidates", "p_anchors", "p_vectors", "p_grad"), f"*{element}")
+        for bucket in (b for b in tiles.BUCKETS if b <= tiles.one_pass_max_d(width)):
+            # ids with rank ask for the most registers; the plain forward is the one that training runs
+            for op, variant in (("forward", ""), ("forward", "+ids"), ("scores", "+ids"), ("backward", "+ids")):
+                tile = tiles.tile(op + variant, bucket, width, arch, precision)
+                if variant == "" and width == 32:
+                    continue
+                forms = ((tile, True), (tile.otherwise or tile, False)) if tile.descriptors else ((tile, False),)
+                for tile, descriptors in forms:
+                    sizes_of = ("BM", "BN") if op == "backward" else ("BN", "BM")  # resident, streamed
+                    blocks = dict(zip(sizes_of, (tile.rows, tile.columns), strict=True))
+                    described = {"anchors": f"tensordesc<{element}[{blocks['BN']}, {bucket}]>",
+                                 "candidates": f"tensordesc<{element}[{blocks['BM']}, {bucket}]>"}  # fmt: skip
+                    yield entry(
+                        f"{op}{variant} D={bucket} {label}{' tma' if descriptors else ''}",
+                        backward_candidates_kernel if op == "backward" else forward_kernel, tile,
+                        source | (described if descriptors else {}), matrix,
+                        **common, **tiles.VARIANTS[variant], **blocks, BD=bucket, INDEXED=True, NORMALISED=False,
+                        EXPECTATION=op == "forward", STREAMED=False, SPLIT=False, DESCRIPTORS=descriptors,
+                    )  # fmt: skip
+        tile = tiles.tile("streamed", 1024, width, arch, precision)
+        yield entry(
+            f"streamed D>{tiles.one_pass_max_d(width)} {label}", forward_kernel, tile, source, matrix,
+            **common, **tiles.VARIANTS["+ids"], INDEXED=True, EXPECTATION=False, STREAMED=True, SPLIT=False,
+            DESCRIPTORS=False, BN=tile.rows, BM=tile.columns, BD=tile.features,
+        )  # fmt: skip
+        tile = tiles.tile("positive", 1024, width, arch, precision)
+        yield entry(
+            f"positive {label}", positive_kernel, tile, source, matrix,
+            **common, INDEXED=True, BN=tile.rows, BD=tile.features,
+        )  # fmt: skip
     plain = {"ACC": tl.float32, "INDEXED": True, "HAS_IDS": True, "RANK": True, "EXPECTATION": True}
     tile = tiles.tile("combine", 256, 32, arch)
     partial = {"p_gaps": "*fp32", "p_lses": "*fp32", "p_ranks": "*i32", "p_expectations": "*fp32", "splits": "i32"}

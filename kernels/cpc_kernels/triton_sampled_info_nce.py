@@ -755,15 +755,20 @@ class Problem:
         self.flags = {"INDEXED": self.indexed, "DRAWN": self.drawn}
 
     def schedule(self, asked: str | None) -> str:
+        most = sampled_tiles.steps_max_d(self.launch.width)
         if asked is not None:
             if asked == "steps" and self.per_step:
                 raise ValueError('sampled_info_nce: schedule "steps" needs negatives that the steps share.')
+            if asked == "steps" and self.d > most:
+                raise ValueError(
+                    f'sampled_info_nce: schedule "steps" holds up to {most} features of {self.launch.dtype} in '
+                    f'registers. Got {self.d}; "gathered" takes any number.'
+                )
             return asked
         if self.count and self.m * self.width <= sampled_tiles.DENSE * self.count:
             return "dense"
         shared = not self.per_step and self.steps >= sampled_tiles.STEPS
-        fits = self.d <= sampled_tiles.steps_max_d(self.launch.width)
-        return "steps" if shared and fits else "gathered"
+        return "steps" if shared and self.d <= most else "gathered"
 
     def resolve(self, part: slice, *, counts: bool) -> Tensor:
         """Rows `part` of the negatives: pool rows (R, KD, S), -1 where skipped; or counts (R, KD, M) int32."""
@@ -858,7 +863,7 @@ def forward(
     strides = (*anchors.stride(), *pool.stride(), *vectors.stride())
     flags = problem.flags | {"HAS_IDS": problem.has_ids, "EXPECTATION": need_expectation}
     if schedule == "steps":
-        tile = sampled_tiles.steps("forward", d, steps, launch.width, launch.arch)
+        tile = sampled_tiles.steps("forward", d, launch.arch)
         blocks = triton.cdiv(steps, tile.rows)
         launch(
             "forward", steps_forward_kernel, (n * blocks,), *given, blocks, *strides, *problem.negative_strides[::2],
@@ -960,7 +965,7 @@ def backward_pool(
     strides = (*anchors.stride(), *pool.stride())
     flags = problem.flags | {"HAS_IDS": problem.has_ids}
     if schedule == "steps":
-        tile = sampled_tiles.steps("backward", d, steps, launch.width, launch.arch)
+        tile = sampled_tiles.steps("backward", d, launch.arch)
         blocks = triton.cdiv(steps, tile.rows)
         launch(
             "backward", steps_backward_kernel, (n * blocks,), *shared, weights, norm, lse, grad,
@@ -1008,37 +1013,27 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
 
     listed = {"DRAWN": False, "HAS_IDS": False, "PER_STEP": True}
     drawn = {"DRAWN": True, "HAS_IDS": True, "PER_STEP": False}
-    for element, width, precision in (("bf16", 16, "ieee"), ("fp32", 32, "tf32x3"), ("fp32", 32, "ieee")):
-        if not tiles.compiles(arch, precision):
-            continue
+    float32 = "tf32x3" if tiles.compiles(arch, "tf32x3") else "ieee"  # the default of that chip
+    for element, width, precision in (("bf16", 16, "ieee"), ("fp32", 32, float32)):
         label = precision if width == 32 else element
         products = {"PRECISION": precision, "UPCAST": False, "EVEN_D": True, "EXPECTATION": True, "NORMALISED": False}
-        for variant, flags in (("listed", listed), ("drawn", drawn)):
-            for d in (b for b in tiles.BUCKETS if b <= sampled_tiles.steps_max_d(width)):
-                for op, kernel in (("forward", steps_forward_kernel), ("backward", steps_backward_kernel)):
-                    for steps in (16, 64):
-                        tile = sampled_tiles.steps(op, d, steps, width, arch)
-                        if steps > 16 and tile.rows == 16:
-                            continue
-                        yield entry(
-                            f"steps_{op} D={d} K={tile.rows} {label} {variant}", kernel, tile, element,
-                            tile.rows >= 64,  # with fewer rows, the matrix instructions are the older chips'
-                            **products, **flags, BK=tile.rows, BS=tile.columns, BD=tile.features,
-                        )  # fmt: skip
-            if precision == "ieee" and width == 32:
-                continue  # the kernels below multiply nothing by matrix
-            for d in (*tiles.BUCKETS, 1024, 2048):
-                tile = sampled_tiles.gathered(d, 128, arch)
-                for op, kernel in (("forward", gathered_forward_kernel), ("backward", gathered_backward_kernel)):
+        for d in (b for b in tiles.BUCKETS if b <= sampled_tiles.steps_max_d(width)):
+            for op, kernel in (("forward", steps_forward_kernel), ("backward", steps_backward_kernel)):
+                tile = sampled_tiles.steps(op, d, arch)
+                # drawing with ids takes the most registers
+                for variant, flags in (("listed", listed), ("drawn", drawn)) if d == 64 else (("drawn", drawn),):
                     yield entry(
-                        f"gathered_{op} D={d} {element} {variant}", kernel, tile, element,
-                        EVEN_D=True, EXPECTATION=True, **flags, BS=tile.columns, BD=tile.features,
+                        f"steps_{op} D={d} K={tile.rows} {label} {variant}", kernel, tile, element, label != "ieee",
+                        **products, **flags, BK=tile.rows, BS=tile.columns, BD=tile.features,
                     )  # fmt: skip
-                if flags["DRAWN"]:
-                    yield entry(
-                        f"segments D={d} {element}", segments_kernel, tile, element,
-                        EVEN_D=True, DRAWN=True, BE=tile.columns, BD=tile.features,
-                    )  # fmt: skip
+    # float32 or not, these compute in float32; every D holds as many elements, but for the warps of the largest
+    for d in (64, 256, 2048):
+        tile = sampled_tiles.gathered(d, 128, arch)
+        sizes_of = {"EVEN_D": True, "BD": tile.features}
+        for op, kernel in (("forward", gathered_forward_kernel), ("backward", gathered_backward_kernel)):
+            yield entry(f"gathered_{op} D={d} fp32 drawn", kernel, tile, "fp32", EXPECTATION=True, **drawn, **sizes_of,
+                        BS=tile.columns)  # fmt: skip
+        yield entry(f"segments D={d} fp32", segments_kernel, tile, "fp32", DRAWN=True, **sizes_of, BE=tile.columns)
     tile = sampled_tiles.resolve(arch)
     for counts in (False, True):
         name = "counts" if counts else "entries"

@@ -105,6 +105,9 @@ def naively(where, truth, truth_o, truth_dz, upstream):
 
 
 def possible(schedule, where):
+    q = where[0]
+    if schedule == "steps" and q.shape[-1] > sampled_tiles.steps_max_d(16 if q.dtype.itemsize == 2 else 32):
+        return False
     return schedule != "steps" or (where[3] is None and not where[6]) or (where[3] is not None and where[3].ndim == 2)
 
 
@@ -186,6 +189,10 @@ def test_dtypes(dtype, drawn):
 @pytest.mark.parametrize("d", [1, 64, 300])
 def test_features(d):
     check(problem(n=2, d=d, drawn=d == 64, scale=3.0))
+
+
+def test_many_features_in_16_bits():
+    check(problem(n=1, steps=2, m=6, s=5, d=300, dtype=torch.float16), ("steps",), ("steps",))
 
 
 def test_two_thousand_features():
@@ -319,6 +326,8 @@ def test_size_chooses_the_schedule():
     assert chosen(n=1, steps=4, m=2000, s=2, d=600, dtype=torch.float16) == "gathered"
     with pytest.raises(ValueError, match="share"):
         triton_sampled_info_nce.forward(*problem(per_step=True), schedule="steps")
+    with pytest.raises(ValueError, match=r'up to 64 features of torch.float32 in registers. Got 65; "gathered" takes'):
+        triton_sampled_info_nce.forward(*problem(d=65), schedule="steps")
 
 
 def test_chunks_of_the_dense_schedule(monkeypatch):
@@ -430,4 +439,4 @@ def test_named_ranges_reach_the_profiler():
 @pytest.mark.parametrize("arch", tiles.ARCHITECTURES)
 def test_every_entry_is_named_once(arch):
     names = [entry.name for entry in triton_sampled_info_nce.aot_entries(arch)]
-    assert len(names) == len(set(names)) > 40
+    assert len(names) == len(set(names)) > 20
