@@ -213,7 +213,7 @@ class LatentNeighbour(Baseline):
     SAMPLE = 10_000
 
     def __init__(self, config: Config, detector: Detector | None) -> None:
-        super().__init__(config)
+        super().__init__(detector.config if detector else config)
         self.model = detector.model if detector else None
 
     def _latents(self, image: np.ndarray) -> Tensor:

@@ -11,12 +11,14 @@ Merged        the mean of the maps of several detectors (patches of several size
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from cpc_fast.bank import reservoir
 from cpc_fast.config import Config
@@ -45,24 +47,25 @@ POOLS: dict[str, Callable[[np.ndarray], float]] = {
 }
 
 
-class Form(nn.Module):
-    """A model whose losses are of another form."""
+class Form(CPC):
+    """A fitted model whose losses are of another form; it shares everything with that model."""
 
-    def __init__(self, model: CPC, form: str) -> None:
-        super().__init__()
-        self.model, self.config, self.form = model, model.config, form
+    form: str
 
-    def standardise(self, image: np.ndarray) -> Tensor:
-        return self.model.standardise(image)
+    @classmethod
+    def of(cls, model: CPC, form: str) -> Form:
+        other = copy.copy(model)
+        other.__class__, other.form = cls, form  # type: ignore[assignment]
+        return other  # type: ignore[return-value]
 
     @torch.no_grad()
     def surprise(self, image: Tensor, bank: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        model = self.model
-        latents = model.latents(image[None])
-        predictions = model.predictor(model.context(latents))
-        sources, targets, counts = model.predictor.geometry(latents)
-        own = latents.flatten(0, 2)[targets]
-        stats = info_nce_stats(predictions, bank, own)
+        latents = self.latents(image[None])
+        contexts, weight, sources, targets, counts = self.predictor(self.context(latents))
+        predictions = torch.cat(
+            [F.linear(contexts[rows], matrix) for rows, matrix in zip(sources.split(counts), weight, strict=True)]
+        )
+        stats = info_nce_stats(predictions, bank, latents.flatten(0, 2)[targets])
         if self.form == "margin":
             nearest = torch.cat([(rows.float() @ bank.float().T).amax(1) for rows in predictions.split(4096)])
             values = nearest - stats.positive
@@ -70,7 +73,7 @@ class Form(nn.Module):
             values = {
                 "loss": stats.loss, "lse": stats.lse, "positive": -stats.positive, "rank": stats.rank.float()
             }[self.form]  # fmt: skip
-        return values, sources, targets, counts
+        return values, sources % (latents.shape[1] * latents.shape[2]), targets, counts
 
 
 @dataclass(frozen=True)
@@ -94,14 +97,14 @@ class Other:
         )
 
     def make(self, config: Config, detectors: Sequence[Detector]) -> Baseline:
-        return Reread(config, detectors[0], self)
+        return Reread(detectors[0], self)
 
 
 class Reread(Baseline):
     """One detector, read as `how` says."""
 
-    def __init__(self, config: Config, detector: Detector, how: Other) -> None:
-        super().__init__(config)
+    def __init__(self, detector: Detector, how: Other) -> None:
+        super().__init__(detector.config)
         self.detector, self.how = detector, how
 
     def learn(self, images: list[np.ndarray]) -> None:
@@ -111,8 +114,7 @@ class Reread(Baseline):
             with torch.inference_mode(), autocast(bank.device):
                 rows = (model.latents(model.standardise(images[i])[None]).flatten(0, 2).float() for i in training)
                 bank = reservoir(rows, how.bank_size, self.config.seed)
-        form = Form(model, how.form)
-        self.scorer = Scorer(form, bank)  # type: ignore[arg-type]
+        self.scorer = Scorer(Form.of(model, how.form), bank)
         normal = [images[i] for i in held_out]
         found = calibrate(self.scorer, normal)
         zero, one = found.step_mean.new_zeros(1, 1), found.step_mean.new_ones(1, 1)

@@ -19,15 +19,16 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
+from cpc_fast.checkpoint import checkpoint_config
 from cpc_fast.config import Config
 from cpc_fast.detector import Detector
 from cpc_fast.errors import CpcFastError
 from cpc_fast.evaluate import evaluate, measure, score_all
-from cpc_fast.images import ImageCache
+from cpc_fast.images import ImageCache, shorter_sides
 from cpc_fast.layouts import find_train
 from cpc_fast.progress import duration
 from cpc_fast.report import contact_sheet
-from cpc_fast.saving import checkpoint_config, write_text, write_whole
+from cpc_fast.saving import write_text, write_whole
 from cpc_fast.scored import Scored
 from cpc_fast.train import Progress
 
@@ -110,22 +111,23 @@ class Job:
 
 def detector_of(job: Job, device: torch.device, on_step: OnStep = None) -> tuple[Detector, float | None]:
     """Fitted, loaded, or taken up where it was left; and the seconds of a whole fit."""
+    config = job.config.fitted_to(shorter_sides(find_train(job.data), job.config.image_size))
     weights, checkpoint = (job.run / f"{name}.safetensors" for name in ("model", "checkpoint"))
     resume = False
     try:
         if weights.exists():
             detector = Detector.load(job.run, device)
-            if detector.config == job.config:
+            if detector.config == config:
                 return detector, None
         elif checkpoint.exists():
-            resume = checkpoint_config(job.run)[0] == job.config
+            resume = checkpoint_config(job.run)[0] == config
     except CpcFastError as error:  # of another version, or damaged: it is ours to replace
         print(f"  Fitting anew: {error}", flush=True)
     if not resume:
         weights.unlink(missing_ok=True)
         checkpoint.unlink(missing_ok=True)
     started = time.perf_counter()
-    detector = Detector.fit(job.data, job.config, out=job.run, resume=resume, device=device, on_step=on_step)
+    detector = Detector.fit(job.data, config, out=job.run, resume=resume, device=device, on_step=on_step)
     return detector, None if resume else time.perf_counter() - started
 
 

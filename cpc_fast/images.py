@@ -218,6 +218,23 @@ def find_test(
     return found
 
 
+def shorter_sides(paths: Sequence[str | os.PathLike], size: int | None) -> list[int]:
+    """The shorter side of each image in pixels, once scaled to `size` as an ImageCache does; only headers are read.
+
+    Raises ImageError for a file that is no image. Example: `shorter_sides(["a.png"], size=160)` -> `[160]`.
+    """
+    if size is not None:
+        return [size] * len(paths)
+    sides = []
+    for path in paths:
+        try:
+            with Image.open(path, formats=FORMATS) as picture:
+                sides.append(min(picture.size))
+        except Exception:
+            sides.append(min(read_image(path).shape[:2]))  # says what is wrong with it
+    return sides
+
+
 class ImageCache(Sequence[np.ndarray]):
     """Images decoded once: `cache[i]` is uint8 (H, W, channels), read-only.
 

@@ -9,17 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UsageError
 from .console import number, print_table, say, share, stopped
 from .evaluate import evaluate_run, make_section
-from .fit import fit_run
+from .fit import fit_or_go_on
 from .options import Device, Settings, check_device, choose_config, choose_device
 
 if TYPE_CHECKING:
-    import torch
-
-    from ..config import Config
-    from ..detector import Detector
     from ..evaluate import Evaluation
     from ..report import Section
 
@@ -50,7 +45,7 @@ def demo(
     sections: list[Section] = []
     try:
         for texture in datasets.TEXTURES:
-            detector = _fit_or_go_on(texture, out / "data" / texture, out / texture, config, torch_device, fresh)
+            detector = fit_or_go_on(texture, out / "data" / texture, out / texture, config, torch_device, fresh)
             evaluation = evaluate_run(texture, detector, out / "data" / texture)
             write_metrics(out / texture / "metrics.json", evaluation.metrics)
             evaluations[texture] = evaluation
@@ -69,27 +64,6 @@ def demo(
     say(f"  {out / 'summary.json'}   the numbers above, all of them")
     say("Your own images: cpc-fast fit FOLDER --out runs/mine")
     return 0
-
-
-def _fit_or_go_on(name: str, data: Path, run: Path, config: Config, device: torch.device, fresh: bool) -> Detector:
-    """A run of the demo: fitted, or taken up where it was left."""
-    from ..checkpoint import checkpoint_config
-    from ..detector import Detector
-    from ..runs import CHECKPOINT, DETECTOR
-
-    if fresh:
-        for file in (DETECTOR, CHECKPOINT, "config.json"):
-            (run / file).unlink(missing_ok=True)
-    elif (run / DETECTOR).exists():
-        detector = Detector.load(run, device)
-        if detector.config == config:
-            say(f"{name}: fitted before, so only evaluated (--fresh fits anew)")
-            return detector
-        raise UsageError(f"{run} was fitted with another config; fit anew with --fresh, or choose another --out.")
-    resume = (run / CHECKPOINT).exists()
-    if resume and checkpoint_config(run)[0] != config:
-        raise UsageError(f"{run} was begun with another config; fit anew with --fresh, or choose another --out.")
-    return fit_run(name, data, run, config, device, resume)
 
 
 def _write_contact_sheet(path: Path, sections: list[Section]) -> None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import UsageError
 from .console import number, print_table, say, share
-from .options import Device, check_device, choose_device
+from .options import Device, Settings, check_device, choose_device
 
 if TYPE_CHECKING:
     from ..detector import Detector
@@ -17,16 +18,46 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run folder that fit wrote.")],
-    data: Annotated[Path, typer.Argument(help="Folder with test and, for pixel metrics, ground_truth inside.")],
+    run: Annotated[Path | None, typer.Argument(help="Run folder that fit wrote.", show_default=False)] = None,
+    data: Annotated[
+        Path | None, typer.Argument(help="Folder with test and, for pixel metrics, ground_truth.", show_default=False)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for metrics.json and report.html; the run folder by default.")
     ] = None,
     device: Device = "auto",
+    all: Annotated[
+        Path | None,
+        typer.Option("--all", metavar="ROOT", help="Every category of a dataset, fitted first where no run is."),
+    ] = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="With --all: folder with a run for each category; runs/NAME by default.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="With --all: what is fitted; cpu-demo by default.")] = None,
+    settings: Settings = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="With --all: fit anew where a run is.")] = False,
+    submission: Annotated[
+        Path | None, typer.Option(help="With --all: folder for the maps that the server of MVTec AD 2 takes.")
+    ] = None,
 ) -> int:
-    """Compare with the truth: metrics.json, a table, report.html."""
-    out = out or run
+    """Compare with the truth: metrics.json, a table, report.html. RUN DATA for one set, --all ROOT for a dataset."""
     check_device(device)
+    if all is not None:
+        from .categories import evaluate_all
+
+        if run is not None or out is not None:
+            raise UsageError("evaluate --all ROOT takes no RUN, DATA or --out; --runs names where its runs are.")
+        return evaluate_all(
+            all, runs or Path("runs") / all.resolve().name, preset=preset, settings=settings, device=device,
+            fresh=fresh, submission=submission,
+        )  # fmt: skip
+    if run is None or data is None:
+        raise UsageError("evaluate needs RUN and DATA, or --all ROOT for every category of a dataset.")
+    if runs or preset or settings or fresh or submission:
+        raise UsageError(
+            "evaluate RUN DATA fits nothing: --runs, --preset, --set, --fresh, --submission go with --all."
+        )
+    out = out or run
     from ..layouts import find_test
     from ..runs import need_detector
 

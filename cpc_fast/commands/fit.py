@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CpcFastError, Stopped
+from ..errors import CpcFastError, Stopped, UsageError
 from .console import say, stopped, terminable
 from .options import Device, Settings, check_device, choose_config, choose_device
 
@@ -102,3 +102,27 @@ def fit_run(
     finally:
         if writer is not None:
             writer.close()
+
+
+def fit_or_go_on(name: str, data: Path, run: Path, config: Config, device: torch.device, fresh: bool) -> Detector:
+    """Fitted, taken up where it was left, or loaded where it was fitted before."""
+    from ..checkpoint import checkpoint_config
+    from ..detector import Detector
+    from ..images import shorter_sides
+    from ..layouts import find_train
+    from ..runs import CHECKPOINT, DETECTOR
+
+    config = config.fitted_to(shorter_sides(find_train(data), config.image_size))
+    if fresh:
+        for file in (DETECTOR, CHECKPOINT, "config.json"):
+            (run / file).unlink(missing_ok=True)
+    elif (run / DETECTOR).exists():
+        detector = Detector.load(run, device)
+        if detector.config == config:
+            say(f"{name}: fitted before, so only evaluated (--fresh fits anew)")
+            return detector
+        raise UsageError(f"{run} was fitted with another config; fit anew with --fresh, or choose another folder.")
+    resume = (run / CHECKPOINT).exists()
+    if resume and checkpoint_config(run)[0] != config:
+        raise UsageError(f"{run} was begun with another config; fit anew with --fresh, or choose another folder.")
+    return fit_run(name, data, run, config, device, resume)

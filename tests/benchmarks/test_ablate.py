@@ -159,7 +159,7 @@ def test_margin_and_rank_are_what_they_say(detector, data):
     from benchmarks.readings import Form
 
     image = detector.model.standardise(read_image(find_train(data)[0]))
-    found = {form: Form(detector.model, form).surprise(image, detector.bank)[0] for form in FORMS}
+    found = {form: Form.of(detector.model, form).surprise(image, detector.bank)[0] for form in FORMS}
     wins = found["rank"] == 0
     assert torch.equal(wins, found["margin"] <= 0)
     assert torch.allclose(found["loss"], torch.nn.functional.softplus(found["lse"] + found["positive"]), atol=1e-4)

@@ -1,0 +1,113 @@
+"""`cpc-fast evaluate --all`: every category of a dataset, and the table of them as papers print it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from .console import print_table, say, stopped
+from .evaluate import evaluate_run, make_section
+from .fit import fit_or_go_on
+from .options import choose_config, choose_device
+
+COLUMNS = {
+    "image AUROC": ("image", "auroc"), "AP": ("image", "ap"), "F1-max": ("image", "f1_max"),
+    "pixel AUROC": ("pixel", "auroc"), "pixel AP": ("pixel", "ap"),
+    "AU-PRO 0.30": ("pixel", "au_pro_0.30"), "AU-PRO 0.05": ("pixel", "au_pro_0.05"),
+}  # fmt: skip
+TEXTURES = {"carpet", "grid", "leather", "tile", "wood"}  # MVTec AD is reported as textures, objects and all
+
+
+def evaluate_all(
+    root: Path, runs: Path, *, preset: str | None, settings: list[str] | None, device: str, fresh: bool,
+    submission: Path | None,
+) -> int:  # fmt: skip
+    """A run for each category, fitted where none is; its metrics and report in it; the table in `runs`."""
+    from ..errors import UsageError
+    from ..images import quoted
+    from ..layouts import find_categories, find_private, find_test, find_train
+
+    config = choose_config(preset, {}, settings)
+    categories = find_categories(root)
+    for category in categories:  # a folder that is amiss is found before hours are spent on the others
+        find_train(category)
+        find_test(category)
+        if submission and not find_private(category):
+            raise UsageError(
+                f"{quoted(category)} has no test_private: only MVTec AD 2 takes --submission; leave it out."
+            )
+    torch_device = choose_device(device)
+    from ..evaluate import mean_metrics, write_metrics
+    from ..progress import counting
+    from ..report import write_report
+    from ..saving import write_text
+    from ..submission import write_submission
+
+    metrics: dict[str, dict[str, Any]] = {}
+    notes = []
+    try:
+        for category in categories:
+            name, run = category.name, runs / category.name
+            detector = fit_or_go_on(name, category, run, config, torch_device, fresh)
+            evaluation = evaluate_run(name, detector, category)
+            write_metrics(run / "metrics.json", evaluation.metrics)
+            write_report(run / "report.html", [make_section(name, detector, evaluation)])
+            metrics[name] = evaluation.metrics
+            if detector.threshold.note:
+                notes.append(f"{name}: {detector.threshold.note}")
+            if submission:
+                with counting(f"{name}: private images") as on_image:
+                    write_submission(detector, category, submission, on_image=on_image)
+    except KeyboardInterrupt:
+        again = [
+            "cpc-fast",
+            "evaluate",
+            "--all",
+            str(root),
+            "--runs",
+            str(runs),
+            *(["--preset", preset] if preset else []),
+        ]
+        again += [part for setting in settings or [] for part in ("--set", setting)]
+        return stopped(f"Stopped; every finished epoch is in {runs}. Go on with: {shlex.join(again)}")
+    rows = summary(metrics)
+    write_metrics(runs / "summary.json", mean_metrics(list(metrics.values())))
+    write_text(runs / "table.md", markdown(rows))
+    print_table("Percent", ("category", *COLUMNS), rows)
+    for note in notes:
+        say(note)
+    say(f"Open next: {runs / 'table.md'}; each category has its metrics.json and report.html beside it.")
+    if submission:
+        say(f"For the server: {submission}, to be checked and packed by its own script.")
+    return 0
+
+
+def summary(metrics: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A row for each category and for the means, in percent with one digit; "-" where a set has no such figure.
+
+    >>> one = {"image": {"auroc": 0.5, "ap": 1, "f1_max": None}, "pixel": dict.fromkeys(
+    ...     ("auroc", "ap", "au_pro_0.30", "au_pro_0.05"))}
+    >>> summary({"can": one})[-1][:4]
+    ('mean', '50.0', '100.0', '-')
+    """
+    groups = {name: [name] for name in metrics}
+    textures = [name for name in metrics if name in TEXTURES]
+    if len(textures) == len(TEXTURES) and len(metrics) > len(textures):
+        groups["mean of textures"] = textures
+        groups["mean of objects"] = [name for name in metrics if name not in TEXTURES]
+    groups["mean"] = list(metrics)
+    rows = []
+    for title, names in groups.items():
+        cells = []
+        for part, key in COLUMNS.values():
+            known = [metrics[name][part][key] for name in names if metrics[name][part][key] is not None]
+            cells.append(f"{100 * sum(known) / len(known):.1f}" if known else "-")
+        rows.append((title, *cells))
+    return rows
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    head = ("category, %", *COLUMNS)
+    lines = [head, ("---", *["--:"] * len(COLUMNS)), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '_') for cell in line)} |\n" for line in lines)

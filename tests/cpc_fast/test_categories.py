@@ -1,0 +1,90 @@
+"""`evaluate --all`: a run for each category, the table of papers, the tree that the server of MVTec AD 2 takes."""
+
+import json
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from samples import SET_TINY, make_set
+from test_layouts import make_ad2
+
+from cpc_fast.cli import run
+from cpc_fast.commands.categories import COLUMNS, TEXTURES, markdown, summary
+
+OPTIONS = [*SET_TINY, "--set", "epochs=1", "--set", "made_for=48", "--device", "cpu"]
+
+
+def test_every_category_is_fitted_once_and_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("nut", "bolt"):
+        make_set(tmp_path / "parts" / name, train=6, good=2, holes=2)
+    command = ["evaluate", "--all", "parts", *OPTIONS]
+    assert run(command) == 0
+    lines = (tmp_path / "runs" / "parts" / "table.md").read_text().splitlines()
+    assert lines[0] == "| category, % | " + " | ".join(COLUMNS) + " |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| bolt", "| nut", "| mean"]
+    told = json.loads((tmp_path / "runs/parts/nut/metrics.json").read_text())
+    assert f"{100 * told['image']['auroc']:.1f}" in lines[3]
+    assert (tmp_path / "runs/parts/bolt/report.html").is_file()
+    assert (tmp_path / "runs/parts/summary.json").is_file()
+    capsys.readouterr()
+    assert run(command) == 0
+    assert "nut: fitted before, so only evaluated" in capsys.readouterr().out
+    assert run([*command, "--set", "width=16"]) == 2
+    assert "was fitted with another config; fit anew with --fresh" in capsys.readouterr().err
+    assert run([*command, "--submission", "maps"]) == 2
+    assert "bolt' has no test_private: only MVTec AD 2 takes --submission" in capsys.readouterr().err
+
+
+def test_the_tree_for_the_server(tmp_path, capsys):
+    category = make_ad2(tmp_path / "data")
+    maps, runs = tmp_path / "maps", tmp_path / "runs"
+    command = ["evaluate", "--all", str(category.parent), "--runs", str(runs), "--submission", str(maps), *OPTIONS]
+    assert run(command) == 0
+    files = sorted(str(path.relative_to(maps)) for path in maps.rglob("*") if path.is_file())
+    places = ("test_private/000_regular", "test_private/001_regular", "test_private_mixed/000_mixed")
+    private = [f"can/{place}" for place in (*places, "test_private_mixed/001_mixed")]
+    assert files == [
+        *(f"anomaly_images/{name}.tiff" for name in private),
+        *(f"anomaly_images_thresholded/{name}.png" for name in private),
+    ]
+    threshold = json.loads((runs / "can" / "metrics.json").read_text())["threshold"]["value"]
+    for name in private:
+        values = tifffile.imread(maps / "anomaly_images" / f"{name}.tiff")
+        mask = np.asarray(Image.open(maps / "anomaly_images_thresholded" / f"{name}.png"))
+        assert (values.dtype, values.shape) == (np.float16, (48, 48))
+        assert (mask.dtype, mask.shape) == (np.uint8, (48, 48))
+        assert set(np.unique(mask)) <= {0, 255}
+        assert ((values.astype(float) > threshold + 0.01) <= (mask == 255)).all()
+    assert "to be checked and packed by its own script" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate"], "evaluate needs RUN and DATA, or --all ROOT"),
+        (["evaluate", "run"], "evaluate needs RUN and DATA, or --all ROOT"),
+        (["evaluate", "run", "--all", "root"], "--all ROOT takes no RUN, DATA or --out"),
+        (["evaluate", "run", "data", "--fresh"], "evaluate RUN DATA fits nothing"),
+        (["evaluate", "--all", "nowhere"], "There is no folder 'nowhere'"),
+    ],
+)
+def test_what_does_not_go_together(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_means_of_mvtec_ad():
+    def one(value: float) -> dict:
+        keys = {"image": ("auroc", "ap", "f1_max"), "pixel": ("auroc", "ap", "au_pro_0.30", "au_pro_0.05")}
+        return {part: dict.fromkeys(names, value) for part, names in keys.items()}
+
+    rows = summary({name: one(0.9) for name in TEXTURES} | {"bottle": one(0.7), "pill": one(0.8)})
+    assert [row[:2] for row in rows[-3:]] == [
+        ("mean of textures", "90.0"),
+        ("mean of objects", "75.0"),
+        ("mean", "85.7"),
+    ]
+    assert "a_b" in markdown([("a|b", *["-"] * len(COLUMNS))])
