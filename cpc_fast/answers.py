@@ -1,7 +1,7 @@
 """What `cpc-fast predict` leaves on disk: an answer for each image, under names that cannot do harm.
 
     OUT/scores.csv          path, name, score, flagged, threshold, number of segments, the largest one
-    OUT/predictions.json    the same with every segment, and what was skipped and why
+    OUT/predictions.json    the same with every segment's outline, and why: see _entry; what was skipped
     OUT/overlays/NAME.png   the map laid over the image, the mask outlined
     OUT/masks/NAME.png      0 and 255
     OUT/maps/NAME.tiff      float32 scores, in the units of scores.csv (with tiff=True)
@@ -25,12 +25,13 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from .detector import Detector, Prediction
+from .detector import Detector, Explanation, Prediction
 from .errors import CpcFastError
 from .images import quoted, read_image
-from .inputs import plan
+from .inputs import has_colour, plan
 from .report import mask_outline, overlay, printable
 from .saving import write_text, write_whole
+from .segments import outline
 from .version import __version__
 
 COLUMNS = (
@@ -45,6 +46,7 @@ class Answers:
 
     images: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
+    in_colour: int = 0  # of the images
 
     @property
     def flagged(self) -> int:
@@ -57,6 +59,7 @@ def predict(
     out: str | os.PathLike,
     *,
     tiff: bool = False,
+    min_area: int = 1,
     on_image: Callable[[int, int], None] | None = None,
     on_skip: Callable[[str], None] | None = None,
 ) -> Answers:
@@ -65,6 +68,7 @@ def predict(
     Args:
         images: files and folders.
         out: the folder to write to; answers of an earlier call there are replaced, an image of `images` never is.
+        min_area: regions of fewer pixels are left out, and an image with no region left is not flagged.
         on_image, on_skip: called with how many are done of how many, and with why an image was skipped.
 
     Raises UsageError where nothing can be found or an input would be overwritten, CpcFastError where `out` cannot be
@@ -77,7 +81,8 @@ def predict(
         for done, (path, name) in enumerate(inputs, start=1):
             try:
                 image = read_image(path)
-                answer = detector.inspect(image)
+                answer = detector.inspect(image, min_area)
+                why = detector.explain(image) if answer.flagged else None
             except CpcFastError as error:
                 reason = str(error) if quoted(path) in str(error) else f"{quoted(path)}: {error}"
                 answers.skipped.append({"path": _text(path), "reason": printable(reason)})
@@ -85,12 +90,13 @@ def predict(
                     on_skip(reason)
             else:
                 _write_pictures(detector, image, answer, {kind: out / kind / f"{name}{kinds[kind]}" for kind in kinds})
-                answers.images.append(_entry(detector, path, name, answer, kinds))
+                answers.images.append(_entry(detector, path, name, answer, why, kinds))
+                answers.in_colour += has_colour(image)
             if on_image:
                 on_image(done, len(inputs))
     finally:
         if answers.images or answers.skipped:
-            _write_lists(detector, answers, out)
+            _write_lists(detector, answers, out, min_area)
     return answers
 
 
@@ -108,7 +114,15 @@ def _write_png(path: Path, pixels: np.ndarray) -> None:
     write_whole(path, lambda aside: Image.fromarray(pixels).save(aside, "PNG"))
 
 
-def _entry(detector: Detector, path: Path, name: str, answer: Prediction, kinds: dict[str, str]) -> dict[str, Any]:
+def _entry(
+    detector: Detector, path: Path, name: str, answer: Prediction, why: Explanation | None, kinds: dict[str, str]
+) -> dict[str, Any]:
+    """One image in predictions.json.
+
+    segments[].outline: closed polygons of [y, x] (segments.py). most_surprising: of a flagged image, the patch that is,
+    its box, the direction and step (`worst`) that found it so, and the mean loss of each direction and step in units
+    of its normal spread.
+    """
     return {
         "path": _text(path),
         "name": name,
@@ -118,11 +132,12 @@ def _entry(detector: Detector, path: Path, name: str, answer: Prediction, kinds:
         "height": answer.map.shape[0],
         "width": answer.map.shape[1],
         "files": [f"{kind}/{name}{suffix}" for kind, suffix in kinds.items()],
-        "segments": [asdict(segment) for segment in answer.segments],
+        "segments": [{**asdict(segment), "outline": outline(answer.mask, segment)} for segment in answer.segments],
+        "most_surprising": None if why is None else asdict(why),
     }
 
 
-def _write_lists(detector: Detector, answers: Answers, out: Path) -> None:
+def _write_lists(detector: Detector, answers: Answers, out: Path, min_area: int) -> None:
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -137,6 +152,7 @@ def _write_lists(detector: Detector, answers: Answers, out: Path) -> None:
     record = {
         "version": __version__,
         "threshold": detector.threshold.value,
+        "min_area": min_area,
         "images": answers.images,
         "skipped": answers.skipped,
     }

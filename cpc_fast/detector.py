@@ -81,7 +81,7 @@ class Prediction:
         map: float32 (h, w), a score for each pixel of the original image.
         mask: bool (h, w), the pixels above the threshold.
         segments: the connected regions of the mask, highest peak first.
-        flagged: whether the score is above the threshold.
+        flagged: whether the score is above the threshold, and a region of min_area pixels, too.
     """
 
     score: float
@@ -288,13 +288,15 @@ class Detector:
     def inspect(self, image: np.ndarray, min_area: int = 1) -> Prediction:
         """One image, uint8 (h, w, c) or (h, w), at its original resolution.
 
+        Regions of fewer than `min_area` pixels are left out of mask and segments; the score is not changed. Colour is
+        turned into grey for a model of one channel, and grey is repeated for one of three.
         The answer depends on this image alone: to the last bit the same in any company and order.
         """
         original = image.shape[:2]
         map = self.scorer.map(_prepare(image, self.config), original).cpu().numpy()
         mask, segments = find_segments(map, self.threshold.value, min_area)
         score = float(map.max())
-        return Prediction(score, map, mask, segments, score > self.threshold.value)
+        return Prediction(score, map, mask, segments, score > self.threshold.value and bool(segments))
 
     def predict(self, images: Sequence[str | os.PathLike | np.ndarray]) -> Predictions:
         """Score several images, paths or uint8 arrays: scores, maps and masks at the original resolution."""

@@ -325,9 +325,9 @@ def _decode(path: Path) -> np.ndarray:
     except ImageError:
         raise
     except UnidentifiedImageError:
+        named = ", whatever its name says" if path.suffix.lower() in SUFFIXES else ""
         raise ImageError(
-            f"{quoted(path)} is not an image in a known format ({', '.join(FORMATS)}), whatever its name says; "
-            "convert or remove it."
+            f"{quoted(path)} is not an image in a known format ({', '.join(FORMATS)}){named}; convert or remove it."
         ) from None
     except Image.DecompressionBombError:
         raise ImageError(

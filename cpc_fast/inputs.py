@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
+import numpy as np
+
 from .errors import UsageError
 from .images import SUFFIXES, quoted
 
@@ -54,6 +56,11 @@ def find_inputs(images: Sequence[str | os.PathLike]) -> list[tuple[Path, str]]:
         taken.add(name.casefold())
         inputs.append((path, name))
     return inputs
+
+
+def has_colour(image: np.ndarray) -> bool:
+    """Whether uint8 (h, w, c) shows any colour: one saved as RGB may be grey all over."""
+    return image.shape[2] == 3 and bool((image[..., :1] != image[..., 1:]).any())
 
 
 def _walk(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ def grid_shape(height: int, width: int, size: int, stride: int) -> tuple[int, in
     if min(height, width) < size:
         raise CpcFastError(
             f"An image of {height} x {width} pixels is smaller than one patch ({size} pixels); "
-            "use larger images, a smaller patch_size, or set image_size to enlarge them."
+            "use one at the scale of the images that are fitted on. (A fit with image_size enlarges small ones.)"
         )
     return -(-(height - size) // stride) + 1, -(-(width - size) // stride) + 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import CpcFastError, UsageError
@@ -20,6 +21,13 @@ def need_file(run: Path, name: str, what: str) -> None:
     """Raises CpcFastError where the file is missing; `what` says in a word what it would hold."""
     if not (run / name).is_file():
         raise CpcFastError(f"There is no {what} in {quoted(run)} ({name} is missing); run fit first.")
+
+
+def refuse_swapped(run: Path, others: Sequence[Path], command: str) -> None:
+    """Raises UsageError where the run folder was named in another place than the first."""
+    swapped = [other for other in others if (other / DETECTOR).is_file()]
+    if swapped and not (run / DETECTOR).is_file():
+        raise UsageError(f"The run folder comes first, and {quoted(swapped[0])} is one: cpc-fast {command}.")
 
 
 def need_detector(run: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from skimage.measure import label, regionprops
+from skimage.measure import approximate_polygon, find_contours, label, regionprops
 
 
 @dataclass(frozen=True)
@@ -50,3 +50,24 @@ def find_segments(scores: np.ndarray, threshold: float, min_area: int = 1) -> tu
         peak_at = (int(y) + top, int(x) + left)
         segments.append(Segment((top, left, bottom, right), int(region.area), float(inside.max()), peak_at))
     return mask, sorted(segments, key=lambda segment: -segment.peak)
+
+
+def outline(mask: np.ndarray, segment: Segment, tolerance: float = 0.25) -> list[list[list[float]]]:
+    """A segment of a mask as closed polygons of [y, x]: its outer border first, then its holes.
+
+    Whole numbers are the centres of pixels, so a border runs half-way between two pixels; the corners left out move it
+    by at most `tolerance` pixels.
+
+    >>> mask, segments = find_segments(np.pad(np.ones((2, 3)), 4), 0.5)
+    >>> outline(mask, segments[0])[0][:2]
+    [[5.5, 6.0], [5.5, 4.0]]
+    """
+    top, left, bottom, right = segment.box
+    regions = np.asarray(label(np.pad(mask[top:bottom, left:right], 1), connectivity=2))
+    y, x = segment.peak_at
+    region = regions == regions[y - top + 1, x - left + 1]
+    rings = find_contours(region.astype(float), 0.5, fully_connected="high")
+    rings = sorted(
+        (approximate_polygon(ring, tolerance) for ring in rings), key=lambda ring: -np.ptp(ring, axis=0).sum()
+    )
+    return [np.add(ring, (top - 1, left - 1)).round(2).tolist() for ring in rings]

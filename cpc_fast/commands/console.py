@@ -40,6 +40,15 @@ def terminable() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
+def note_colour(in_colour: int, count: int, channels: int) -> None:
+    """A sentence where images and model differ in colour."""
+    if channels == 1 and in_colour:
+        say(f"{in_colour} of {count} images are in colour; the model sees their grey values only.")
+        say("For one that sees colour: cpc-fast fit ... --set channels=3")
+    if channels == 3 and in_colour < count:
+        say(f"{count - in_colour} of {count} images have no colour; the model learned in colour and may misjudge them.")
+
+
 def number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 

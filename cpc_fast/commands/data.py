@@ -24,7 +24,10 @@ def textures(
     out: Annotated[Path, typer.Option(help="Folder to write; must be new, empty, or of an earlier call.")],
     seed: Annotated[int, typer.Option(help="Of windows and defects.")] = 0,
 ) -> int:
-    """Brick, grass and gravel (photographs of scikit-image) with five painted defects and their masks."""
+    """Brick, grass and gravel with painted defects and masks.
+
+    Windows of three photographs that scikit-image carries, with five kinds of defects; no network is needed.
+    """
     from ..datasets import write_textures
 
     write_textures(out, seed)
@@ -37,7 +40,10 @@ def elpv(
     out: Annotated[Path, typer.Option(help="Folder to write; must be new, empty, or of an earlier call.")],
     seed: Annotated[int, typer.Option(help="Of the split into training and test.")] = 0,
 ) -> int:
-    """Solar cells of the ELPV dataset, sound and defective, without masks (needs cpc_fast[elpv])."""
+    """Solar cells, sound and defective (needs cpc_fast[elpv]).
+
+    The ELPV dataset, from the package elpv-dataset; without masks.
+    """
     from ..datasets import write_elpv
 
     write_elpv(out, seed)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import config as configs
 from .console import number, print_table, say, share, stopped
 from .evaluate import evaluate_run, make_section
 from .fit import fit_or_go_on
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, runs and report.")] = Path("runs/demo"),
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the training images; the preset's by default.")
+        int | None,
+        typer.Option(help=f"Passes over the training images; {configs.PRESETS['cpu-demo'].epochs} unless told."),
     ] = None,
     device: Device = "auto",
     settings: Settings = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Fit anew where a run is there already.")] = False,
 ) -> int:
-    """Do the whole job on three real photographs with painted defects: fit, evaluate, report."""
+    """Do the whole job on three photographs with painted defects."""
     started = time.monotonic()
     check_device(device)
     config = choose_config("cpu-demo", {"epochs": epochs}, settings)

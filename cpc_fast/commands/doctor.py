@@ -6,7 +6,7 @@ from .console import print_table, say
 
 
 def doctor() -> int:
-    """Say what runs here, which implementation each op would use and why, and what would make it faster."""
+    """Say what runs here, and what would make it faster."""
     from ..doctor import examine
 
     found = examine()

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import UsageError
-from .console import number, print_table, say, share
+from .console import note_colour, number, print_table, say
 from .options import Device, Settings, check_device, choose_device
 
 if TYPE_CHECKING:
-    from ..detector import Detector
+    from ..detector import Detector, Threshold
     from ..evaluate import Evaluation
     from ..report import Section
 
 
 def evaluate(
-    run: Annotated[Path | None, typer.Argument(help="Run folder that fit wrote.", show_default=False)] = None,
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="Run folder that fit wrote.", show_default=False)
+    ] = None,
     data: Annotated[
-        Path | None, typer.Argument(help="Folder with test and, for pixel metrics, ground_truth.", show_default=False)
+        Path | None,
+        typer.Argument(
+            metavar="DATA", help="Folder with test and, for pixel metrics, ground_truth.", show_default=False
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for metrics.json and report.html; the run folder by default.")
@@ -58,11 +64,23 @@ def evaluate(
             "evaluate RUN DATA fits nothing: --runs, --preset, --set, --fresh, --submission go with --all."
         )
     out = out or run
+    from ..images import find_images, quoted
+    from ..inputs import has_colour
     from ..layouts import find_test
-    from ..runs import need_detector
+    from ..runs import need_detector, refuse_swapped
 
+    refuse_swapped(run, [data], "evaluate RUN DATA")
     need_detector(run)
-    find_test(data)
+    try:
+        find_test(data)
+    except UsageError:
+        if not data.is_dir() or (data / "test").is_dir() or not find_images(data):
+            raise
+        command = shlex.join(["cpc-fast", "predict", str(run), str(data), "--out", "answers"])
+        raise UsageError(
+            f"{quoted(data)} is a flat folder of images: nothing says which are good, so there is nothing to compare "
+            f"with. To score them: {command}"
+        ) from None
     torch_device = choose_device(device)
     from ..detector import Detector
     from ..evaluate import write_metrics
@@ -72,9 +90,9 @@ def evaluate(
     evaluation = evaluate_run("evaluate", detector, data)
     write_metrics(out / "metrics.json", evaluation.metrics)
     write_report(out / "report.html", [make_section(data.resolve().name, detector, evaluation)])
-    _print_metrics(evaluation.metrics)
-    if detector.threshold.note:
-        say(detector.threshold.note)
+    _print_metrics(evaluation, detector.threshold)
+    colours = sum(has_colour(item.image) for item in evaluation.scored)
+    note_colour(colours, len(evaluation.scored), detector.config.channels)
     say(f"Open next: {out / 'report.html'}; the numbers are in {out / 'metrics.json'}")
     return 0
 
@@ -95,10 +113,11 @@ def make_section(title: str, detector: Detector, evaluation: Evaluation) -> Sect
     return Section(title, evaluation.metrics, evaluation.scored, threshold, threshold, detector.trained_on)
 
 
-def _print_metrics(metrics: dict[str, Any]) -> None:
-    """One test set: a row for each defect, and one for all."""
+def _print_metrics(evaluation: Evaluation, threshold: Threshold) -> None:
+    """One test set: a row for each defect, and one for all; the threshold, and what it promises; the speed."""
     from ..report import printable
 
+    metrics = evaluation.metrics
     rows = [
         (printable(name), one["count"], *(number(one[key]) for key in ("image_auroc", "pixel_auroc", "au_pro_0.30")))
         for name, one in metrics["by_defect"].items()
@@ -107,13 +126,16 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
     count = sum(one["count"] for one in metrics["by_defect"].values())
     rows.append(("all", count, number(image["auroc"]), number(pixel["auroc"]), number(pixel["au_pro_0.30"])))
     print_table("", ("defect", "images", "image AUROC", "pixel AUROC", "AU-PRO 0.30"), rows)
-    threshold, speed = metrics["threshold"], metrics["speed"]
-    say(
-        f"At the threshold {threshold['value']:.4g} (for at most {threshold['target_fpr']:.1%} of normal images): "
-        f"{share(threshold['fpr_on_test_normals'])} of the normal test images are flagged, "
-        f"{share(threshold['recall'])} of the defective ones."
-    )
+    good = [item.score > threshold.value for item in evaluation.scored if item.good]
+    bad = [item.score > threshold.value for item in evaluation.scored if not item.good]
+    say(f"Flagged, with a score above {threshold.value:.4g}: {_of(good)} normal images, {_of(bad)} defective ones.")
+    say(threshold.note or f"That threshold is meant to flag at most {threshold.target_fpr:.1%} of normal images.")
+    speed = metrics["speed"]
     say(
         f"Scoring takes {speed['score_ms_per_image_p50']:.1f} ms an image "
         f"(95% within {speed['score_ms_per_image_p95']:.1f} ms) on {metrics['device']}."
     )
+
+
+def _of(flags: list[bool]) -> str:
+    return f"{sum(flags)} of {len(flags)}"

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import CpcFastError, Stopped, UsageError
 from .console import say, stopped, terminable
-from .options import Device, Settings, check_device, choose_config, choose_device
+from .options import Device, Settings, by_preset, check_device, choose_config, choose_device
 
 if TYPE_CHECKING:
     import torch
@@ -20,15 +20,24 @@ if TYPE_CHECKING:
 
 
 def fit(
-    data: Annotated[Path, typer.Argument(help="Folder with train/good inside, or a flat folder of normal images.")],
+    data: Annotated[
+        Path,
+        typer.Argument(metavar="DATA", help="Folder with train/good inside, or a flat folder of normal images."),
+    ],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
     preset: Annotated[
-        str | None, typer.Option(help="cpu-demo (default), quality, or paper (unverified).", show_default=False)
+        str | None,
+        typer.Option(help="cpu-demo, quality, or paper (unverified); cpu-demo unless told, or what --resume finds."),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help=f"Passes over the training images [{by_preset('epochs')}].")
+    ] = None,
     device: Device = "auto",
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Scale images so that their shorter side is this.")] = None,
+    seed: Annotated[int | None, typer.Option(help=f"Of everything random [{by_preset('seed')}].")] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help=f"Scale images so that their shorter side is this [{by_preset('image_size')}]."),
+    ] = None,
     settings: Settings = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last whole epoch in the run folder.")
@@ -37,13 +46,17 @@ def fit(
 ) -> int:
     """Learn what is normal."""
     check_device(device)
+    from ..images import read_image
+    from ..inputs import has_colour
     from ..layouts import find_train
     from ..runs import need_checkpoint, refuse_run
 
-    find_train(data)
+    images = find_train(data)
     need_checkpoint(out) if resume else refuse_run(out)
     options = {"epochs": epochs, "seed": seed, "image_size": image_size}
     config = choose_config(preset, options, settings, resume=out if resume else None)
+    if config.channels == 1 and has_colour(read_image(images[0])):
+        say("The images are in colour, and this fit sees their grey values only; --set channels=3 sees colour.")
     torch_device = choose_device(device)
     again = ["cpc-fast", "fit", str(data), "--out", str(out)]
     more = ["--device", device] if device != "auto" else []

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import config as configs
 from ..errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,8 +19,27 @@ if TYPE_CHECKING:
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Any field of the config, e.g. --set crop=96. Repeat as needed."),
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Any field of the config, e.g. --set crop=96; a wrong name lists them. Repeat as needed.",
+    ),
 ]
+
+
+def by_preset(name: str) -> str:
+    """What each preset has in a field, for a help text.
+
+    >>> by_preset("steps")
+    'cpu-demo, quality 3; paper 5'
+    """
+    values: dict[str, list[str]] = {}
+    for preset, config in configs.PRESETS.items():
+        value = getattr(config, name)
+        values.setdefault("as they are" if value is None else str(value), []).append(preset)
+    if len(values) == 1:
+        return next(iter(values))
+    return "; ".join(f"{', '.join(presets)} {value}" for value, presets in values.items())
 
 
 def check_device(name: str) -> None:
@@ -46,8 +66,6 @@ def choose_config(
     preset: str | None, options: dict[str, Any], settings: list[str] | None, resume: Path | None = None
 ) -> Config:
     """The preset (or the config of the run to resume), with what was asked for on top."""
-    from .. import config as configs
-
     base = configs.preset(preset or "cpu-demo")
     changes = configs.read_settings(settings or [])
     changes |= {name: value for name, value in options.items() if value is not None}

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 from samples import SET_TINY, make_set, save, texture
 
 from cpc_fast import cli, datasets
@@ -68,6 +69,10 @@ def test_tensorboard_scalars_or_a_word_about_the_package(data, tmp_path, capsys)
 def test_evaluate_writes_metrics_table_and_report(fitted, data, tmp_path, capsys):
     assert cli.run(["evaluate", str(fitted), str(data), "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
+    assert "of 3 normal images, " in out
+    assert "of 2 defective ones" in out
+    assert "at most" not in out  # beside what two held-out images can vouch for
+    assert out.count("can vouch for") == 1
     assert "hole" in out
     assert "image AUROC" in out
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -101,10 +106,62 @@ def test_predict_writes_scores_overlays_masks_and_maps(fitted, data, tmp_path, c
         assert float(scores.max()) == pytest.approx(entry["score"])
         assert read_image(tmp_path / "overlays" / f"{row['name']}.png").shape[:2] == (48, 48)
         for segment in entry["segments"]:
-            assert set(segment) == {"box", "area", "peak", "peak_at"}
+            assert set(segment) == {"box", "area", "peak", "peak_at", "outline"}
+            outer = np.array(segment["outline"][0])
+            assert outer.shape[1] == 2
+            assert (outer[0] == outer[-1]).all()
+            top, left, bottom, right = segment["box"]
+            assert np.allclose(outer.min(0), (top - 0.5, left - 0.5))
+            assert np.allclose(outer.max(0), (bottom - 0.5, right - 0.5))
+        why = entry["most_surprising"]
+        assert (why is not None) == entry["flagged"]
+        if why:
+            assert why["worst"] in why["losses"]
+            assert why["worst"].split()[0] in ("down", "up", "right", "left")
     assert cli.run(["predict", str(fitted), str(folder / "hole" / "000.png"), "--out", str(tmp_path / "one")]) == 0
     assert not (tmp_path / "one" / "maps").exists()
     assert "Open next" in capsys.readouterr().out
+
+
+def test_small_regions_are_left_out_when_asked(fitted, data, tmp_path, capsys):
+    holes = str(data / "test" / "hole")
+    areas = {}
+    for least in (1, 200, 48 * 48 + 1):
+        out = tmp_path / str(least)
+        assert cli.run(["predict", str(fitted), holes, "--out", str(out), "--min-area", str(least)]) == 0
+        said = capsys.readouterr().out
+        assert ("adjoining pixels" in said) == (least > 1)
+        record = json.loads((out / "predictions.json").read_text())
+        assert record["min_area"] == least
+        areas[least] = [segment["area"] for entry in record["images"] for segment in entry["segments"]]
+        assert all(entry["flagged"] == bool(entry["segments"]) for entry in record["images"])
+        assert all(area >= least for area in areas[least])
+    assert areas[200] == [area for area in areas[1] if area >= 200]
+    assert not areas[48 * 48 + 1]
+    assert cli.run(["predict", str(fitted), holes, "--out", str(tmp_path), "--min-area", "0"]) == 2
+
+
+def test_colour_that_a_model_cannot_see_is_said(fitted, data, tmp_path, capsys):
+    colour = np.repeat(texture(1), 3, axis=2)
+    Image.fromarray(colour).save(tmp_path / "grey.png")  # saved as RGB, and grey all over
+    colour[..., 0] //= 2
+    Image.fromarray(colour).save(tmp_path / "colour.png")
+    images = [str(tmp_path / "grey.png"), str(tmp_path / "colour.png")]
+    assert cli.run(["predict", str(fitted), *images, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "1 of 2 images are in colour; the model sees their grey values only." in said
+    assert "--set channels=3" in said
+    assert cli.run(["predict", str(fitted), images[0], "--out", str(tmp_path / "out")]) == 0
+    assert "in colour" not in capsys.readouterr().out
+
+
+def test_every_line_of_help_is_whole(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ([], ["data"]):
+        assert cli.run([*command, "--help"]) == 0
+        assert "..." not in capsys.readouterr().out.replace("[ARGS]...", "")
+    assert cli.run(["fit", "--help"]) == 0
+    assert "[cpu-demo 8; quality" in capsys.readouterr().out
 
 
 HOSTILE = ["a\nb.png", "$(touch pwned).png", "=1+1.png", "-rf.png", "[red]x.png", "\udcff.png", "ü" * 90 + ".png"]

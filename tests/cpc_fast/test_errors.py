@@ -126,6 +126,26 @@ def test_a_mask_of_another_size(fitted, tmp_path, capsys):
     )
 
 
+def test_what_was_meant_is_said(fitted, tmp_path, capsys):
+    """Arguments in the other order, and images that nobody has sorted."""
+    run, data, flat = fitted / "run", fitted / "data", fitted / "data" / "train" / "good"
+    fails(capsys, ["evaluate", data, run], 2, "The run folder comes first", str(run), "cpc-fast evaluate RUN DATA")
+    fails(capsys, ["predict", data, run, "--out", tmp_path], 2, "The run folder comes first", "predict RUN IMAGES")
+    fails(capsys, ["evaluate", run, flat], 2, "a flat folder of images", f"cpc-fast predict {run} {flat} --out answers")
+
+
+def test_predict_gives_advice_that_predict_can_take(fitted, tmp_path, capsys):
+    save(tmp_path / "small.png", texture(0, 12, 60))
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+    images = [str(tmp_path / "small.png"), str(tmp_path / "table.csv")]
+    assert cli.run(["predict", str(fitted / "run"), *images, "--out", str(tmp_path)]) == 1
+    small, table, _ = capsys.readouterr().err.splitlines()
+    assert "at the scale of the images that are fitted on" in small
+    assert "patch_size" not in small
+    assert "is not an image in a known format" in table
+    assert "whatever its name says" not in table
+
+
 # Options that cannot work
 
 
