@@ -439,6 +439,31 @@ def take_predictions(file: Path) -> None:
     PREDICTIONS.write_text(",\n".join([f'{{\n "triton": "{metadata.version("triton")}"', *lines]) + "\n}\n")
 
 
+# --- tiles ----------------------------------------------------------------------------------------------------------
+
+
+def tile_table() -> str:
+    """The tiles of the dense kernels, for kernels/README.md."""
+    from cpc_kernels import tiles
+
+    rows = []
+    for width, element in ((16, "16 bits"), (32, "float32")):
+        largest = tiles.one_pass_max_d(width)
+        for op in ("forward", "forward+ids", "scores", "backward"):
+            if op.split("+")[0] != op and width == 32:
+                continue
+            for d in (d for d in tiles.BUCKETS if d <= largest):
+                cells = [spelled(tiles.tile(op, d, width, arch)) for arch in tiles.ARCHITECTURES]
+                rows.append((f"{op}, {element}, D <= {d}", *cells))
+        cells = [spelled(tiles.tile("streamed", 1024, width, arch)) for arch in tiles.ARCHITECTURES]
+        rows.append((f"scores, {element}, D > {largest}", *cells))
+    return table(("kernel", *tiles.ARCHITECTURES), rows)
+
+
+def spelled(tile) -> str:
+    return f"{tile.rows}x{tile.columns}/{tile.warps}/{tile.stages}{'*' if tile.descriptors else ''}"
+
+
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -457,6 +482,8 @@ def render(root: Path = ROOT) -> dict[Path, str]:
     devices, made = load(), {}
     if (root / "README.md").exists():
         made[root / "README.md"] = between(root / "README.md", "performance", summary(devices))
+    engine = root / "kernels" / "README.md"
+    made[engine] = between(engine, "tiles", tile_table())
     document = root / "docs" / "performance.md"
     whole = between(document, "measured", measured(devices))
     start, end = "<!-- predicted:start -->", "<!-- predicted:end -->"

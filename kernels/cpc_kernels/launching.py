@@ -47,6 +47,11 @@ def default_precision(device: torch.device) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
+def sixteens(tensor: Tensor) -> Tensor:
+    """Zeros appended until the features are a multiple of 16, as stores of whole rows need them."""
+    return torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % 16))
+
+
 class Launch:
     """Launches kernels for one op on one tensor's device, in its dtype."""
 
@@ -78,9 +83,15 @@ class Launch:
         size = max(1, triton.cdiv(steps, max(1, min(splits, steps)))) * columns
         return size, max(1, triton.cdiv(streamed, size))
 
-    def describable(self, *tensors: Tensor) -> bool:
-        """TMA wants unit stride within a row, and rows that start on 16 bytes."""
-        return all(t.stride(1) == 1 and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors)
+    def rows(self, tensor: Tensor, features: int, descriptors: bool) -> Tensor:
+        """The tensor as tiles read it, a copy where it lies otherwise: its rows side by side, 16 elements apart or a
+        multiple; for pointers as wide as whole tiles, because masks over features take registers of the loop."""
+        d = tensor.shape[1]
+        wide = d if descriptors else triton.cdiv(d, features) * features
+        aligned = tensor.stride(0) % 16 == 0 and tensor.data_ptr() % 16 == 0
+        if wide == d and tensor.stride(1) == 1 and tensor.stride(0) >= d and aligned:
+            return tensor
+        return torch.nn.functional.pad(tensor, (0, wide - d)).contiguous()
 
     def describe(self, tensor: Tensor, rows: int, features: int) -> TensorDescriptor:
         return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, features])

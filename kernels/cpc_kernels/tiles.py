@@ -53,8 +53,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     features: int = 0  # per step; 0: all D at once, padded to a power of two
-    descriptors: bool = False  # TMA loads where the strides allow
-    otherwise: "Tile | None" = None  # where they do not: pointers take registers; None: the same sizes
+    descriptors: bool = False  # rows are loaded by TMA
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of a Triton launch."""
@@ -145,19 +144,10 @@ _HOPPER = {
     "streamed": (            T(128, 64, 8, 3, features=64),),
 }
 _BLACKWELL = {  # products end in tensor memory, and pass through registers to be scaled
-    "forward": _tma(         T(128, 128, 8, 3, otherwise=T(128, 64, 8, 3)),
-                             T(128, 128, 8, 2, otherwise=T(128, 64, 8, 3)),
-                             T(128, 32, 8, 2, otherwise=T(64, 64, 8, 2)),
-                             T(64, 32, 8, 2)),
-    "forward+ids": _tma(     T(128, 64, 8, 3),
-                             T(128, 64, 8, 3),
-                             T(128, 32, 8, 2, otherwise=T(64, 64, 8, 2)),
-                             T(64, 32, 8, 2)),
+    "forward": _tma(         T(128, 128, 8, 3), T(128, 128, 8, 2), T(128, 32, 8, 2),  T(64, 32, 8, 2)),
+    "forward+ids": _tma(     T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 2),  T(64, 32, 8, 2)),
     "scores": _tma(          T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3)),
-    "backward": _tma(        T(128, 64, 8, 3),
-                             T(128, 64, 8, 3, otherwise=T(128, 32, 8, 3)),
-                             T(128, 32, 8, 3),
-                             T(64, 32, 8, 2)),
+    "backward": _tma(        T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 2)),
     "streamed": (            T(128, 64, 8, 3, features=64),),
 }
 _HOPPER_FP32 = {
@@ -199,9 +189,10 @@ _SMALL_FP32 = {
     "positive": (            T(32, 32, 4, 2, features=32),),
 }
 # fmt: on
-# small enough that small tests see several tiles
+# small enough that small tests see several tiles; with ids they see pointers
 _INTERPRETER = {
-    **dict.fromkeys(("forward", "scores", "backward"), (T(32, 16, 4, 2, descriptors=True, otherwise=T(16, 16, 4, 2)),)),
+    **dict.fromkeys(("forward", "scores", "backward"), (T(32, 16, 4, 2, descriptors=True),)),
+    **dict.fromkeys(("forward+ids", "scores+ids", "backward+ids"), (T(32, 16, 4, 2),)),
     "streamed": (T(32, 16, 4, 2, features=64),),
     "positive": (T(16, 16, 4, 2, features=64),),
 }

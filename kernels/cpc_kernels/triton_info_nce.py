@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .launching import Launch
+from .launching import Launch, sixteens
 
 # fmt: off
 # Kernels ----------------------------------------------------------------------------------------------------------
@@ -487,7 +487,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, lse, positive score, rank (N,) int64 and O (N, D), in float32 (float64 for float64).
 
-    anchors (N, D), candidates (M, D): one dtype, any strides. positives: (N,) int64, -1 ignored, or (N, D) vectors.
+    anchors (N, D), candidates (M, D): one dtype, any strides (copied where tiles cannot read them as they lie).
+    positives: (N,) int64, -1 ignored, or (N, D) vectors.
     scale (1,). Rank and O are empty (0,) when not needed. elsewhere: an index of M stands for a positive that is not
     among these candidates; its score reads 0. input_precision: "tf32", "tf32x3" or "ieee" for float32
     tiles (default: `launching.default_precision`; chunks multiply as torch is told to). splits: pieces of the
@@ -496,6 +497,13 @@ def forward(
     n, d = anchors.shape
     m = len(candidates)
     indexed = not positives.is_floating_point()
+    if d % 16:
+        *found, expectation = forward(
+            sixteens(anchors), sixteens(candidates), positives if indexed else sixteens(positives), scale, anchor_ids,
+            candidate_ids, need_expectation, need_rank=need_rank, elsewhere=elsewhere,
+            input_precision=input_precision, splits=splits,
+        )  # fmt: skip
+        return *found, expectation[:, :d].contiguous() if need_expectation else expectation
     launch = Launch("info_nce", anchors, input_precision)
     acc = launch.accumulator
     loss, lse, positive = (anchors.new_empty(n, dtype=acc) for _ in range(3))
@@ -547,10 +555,10 @@ def forward(
         return loss, lse, positive, _ranked(rank, scale), expectation
 
     op = "forward" if need_expectation else "scores" if one_pass else "streamed"
-    tile, descriptors = launch.tile(op, d, ids=has_ids, rank=need_rank), False
-    if tile.descriptors and m > 0:
-        descriptors = launch.describable(anchors, candidates)
-        tile = tile if descriptors else tile.otherwise or tile
+    tile = launch.tile(op, d, ids=has_ids, rank=need_rank)
+    descriptors = tile.descriptors and m > 0  # none describes an empty array
+    features = tile.features or max(16, triton.next_power_of_2(d))
+    anchors, candidates = (launch.rows(t, features, descriptors) for t in (anchors, candidates))
     row_tiles = triton.cdiv(n, tile.rows)
     split_size, splits = launch.split(row_tiles, m, tile.columns, splits)
     gap, lses, ranks, expectations = loss, lse, rank, expectation  # written by the kernel when there is one
@@ -558,14 +566,13 @@ def forward(
         gap, lses = (anchors.new_empty((splits, n), dtype=acc) for _ in range(2))
         ranks = anchors.new_empty((splits, n) if need_rank else (0,), dtype=torch.int32)
         expectations = anchors.new_empty((splits, n, d) if need_expectation else (0,), dtype=acc)
-    features = tile.features or max(16, triton.next_power_of_2(d))
     launch(
         op, forward_kernel, (row_tiles, splits),
         launch.describe(anchors, tile.rows, features) if descriptors else anchors,
         launch.describe(candidates, tile.columns, features) if descriptors else candidates,
         rows, raw, scale, *ids, loss, positive, lses, gap, ranks, expectations,
         n, m, d, split_size, *anchors.stride(), *candidates.stride(),
-        EXPECTATION=need_expectation, STREAMED=tile.features > 0, SPLIT=splits > 1, EVEN_D=d % features == 0,
+        EXPECTATION=need_expectation, STREAMED=tile.features > 0, SPLIT=splits > 1, EVEN_D=True,
         DESCRIPTORS=descriptors, PRECISION=launch.precision, UPCAST=launch.upcast,
         BN=tile.rows, BM=tile.columns, BD=features, **flags, **tile.options(),
     )  # fmt: skip
@@ -608,6 +615,12 @@ def backward_candidates(
     if n == 0 or m == 0:
         return candidates.new_zeros(m, d)
     indexed = not positives.is_floating_point()
+    if d % 16:
+        grad = backward_candidates(
+            weights, lse, sixteens(anchors), sixteens(candidates), positives, scale, anchor_ids, candidate_ids,
+            input_precision=input_precision, splits=splits,
+        )  # fmt: skip
+        return grad[:, :d].contiguous()
     launch = Launch("info_nce", anchors, input_precision)
     rows = positives.contiguous() if indexed else anchors
     scale, lse, weights = scale.contiguous(), lse.contiguous(), weights.contiguous()
@@ -642,22 +655,20 @@ def backward_candidates(
                 grad[part] = product * norm if normalised else product
         return grad
 
-    tile, descriptors = launch.tile("backward", d, ids=has_ids), False
-    if tile.descriptors:
-        descriptors = launch.describable(anchors, candidates)
-        tile = tile if descriptors else tile.otherwise or tile
+    tile = launch.tile("backward", d, ids=has_ids)
+    descriptors, features = tile.descriptors, max(16, triton.next_power_of_2(d))
     candidate_tiles = triton.cdiv(m, tile.rows)
     split_size, splits = launch.split(candidate_tiles, n, tile.columns, splits)
-    features = max(16, triton.next_power_of_2(d))
     if descriptors and indexed:  # a descriptor cannot skip ignored rows, and 0 * NaN is NaN
         anchors = anchors.where((positives >= 0)[:, None], 0.0)
+    anchors, candidates = (launch.rows(t, features, descriptors) for t in (anchors, candidates))
     grad = candidates.new_empty((splits, m, d), dtype=launch.accumulator if splits > 1 else candidates.dtype)
     launch(
         "backward", backward_candidates_kernel, (candidate_tiles, splits),
         launch.describe(anchors, tile.columns, features) if descriptors else anchors,
         launch.describe(candidates, tile.rows, features) if descriptors else candidates,
         rows, weights, lse, norm, scale, *ids, grad, n, m, d, split_size, *anchors.stride(), *candidates.stride(),
-        NORMALISED=normalised, EVEN_D=d % features == 0, DESCRIPTORS=descriptors,
+        NORMALISED=normalised, EVEN_D=True, DESCRIPTORS=descriptors,
         PRECISION=launch.precision, UPCAST=launch.upcast,
         BN=tile.columns, BM=tile.rows, BD=features, **flags, **tile.options(),
     )  # fmt: skip
@@ -698,19 +709,17 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
                 tile = tiles.tile(op + variant, bucket, width, arch, precision)
                 if variant == "" and width == 32:
                     continue
-                forms = ((tile, True), (tile.otherwise or tile, False)) if tile.descriptors else ((tile, False),)
-                for tile, descriptors in forms:
-                    sizes_of = ("BM", "BN") if op == "backward" else ("BN", "BM")  # resident, streamed
-                    blocks = dict(zip(sizes_of, (tile.rows, tile.columns), strict=True))
-                    described = {"anchors": f"tensordesc<{element}[{blocks['BN']}, {bucket}]>",
-                                 "candidates": f"tensordesc<{element}[{blocks['BM']}, {bucket}]>"}  # fmt: skip
-                    yield entry(
-                        f"{op}{variant} D={bucket} {label}{' tma' if descriptors else ''}",
-                        backward_candidates_kernel if op == "backward" else forward_kernel, tile,
-                        source | (described if descriptors else {}), matrix,
-                        **common, **tiles.VARIANTS[variant], **blocks, BD=bucket, INDEXED=True, NORMALISED=False,
-                        EXPECTATION=op == "forward", STREAMED=False, SPLIT=False, DESCRIPTORS=descriptors,
-                    )  # fmt: skip
+                sizes_of = ("BM", "BN") if op == "backward" else ("BN", "BM")  # resident, streamed
+                blocks = dict(zip(sizes_of, (tile.rows, tile.columns), strict=True))
+                described = {"anchors": f"tensordesc<{element}[{blocks['BN']}, {bucket}]>",
+                             "candidates": f"tensordesc<{element}[{blocks['BM']}, {bucket}]>"}  # fmt: skip
+                yield entry(
+                    f"{op}{variant} D={bucket} {label}{' tma' if tile.descriptors else ''}",
+                    backward_candidates_kernel if op == "backward" else forward_kernel, tile,
+                    source | (described if tile.descriptors else {}), matrix,
+                    **common, **tiles.VARIANTS[variant], **blocks, BD=bucket, INDEXED=True, NORMALISED=False,
+                    EXPECTATION=op == "forward", STREAMED=False, SPLIT=False, DESCRIPTORS=tile.descriptors,
+                )  # fmt: skip
         tile = tiles.tile("streamed", 1024, width, arch, precision)
         yield entry(
             f"streamed D>{tiles.one_pass_max_d(width)} {label}", forward_kernel, tile, source, matrix,

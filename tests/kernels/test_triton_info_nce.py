@@ -219,14 +219,36 @@ def test_any_strides(dtype):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("d", [16, 17], ids=["descriptors", "pointers"])
-def test_descriptors_where_the_strides_allow(d):
-    q, k, p, s, _, _ = problem(d=d)
-    q, k = q.contiguous(), k.contiguous()
-    assert launching.Launch("info_nce", q).describable(q, k) == (d == 16)
-    q[p < 0] = float("nan")  # an ignored row may hold anything
-    _, dk = check([q, k, p, s, None, None])
+@pytest.mark.parametrize("d", [16, 17], ids=["as they lie", "copied"])
+@pytest.mark.parametrize("ids", [False, True], ids=["descriptors", "pointers"])
+def test_what_ignored_rows_hold_reaches_nobody(d, ids):
+    q, k, p, s, *some = problem(d=d, ids=ids)
+    q = q.contiguous()
+    q[p < 0] = float("nan")
+    _, dk = check([q, k, p, s, *some])
     assert dk.isfinite().all()
+
+
+def test_rows_are_copied_only_where_tiles_cannot_read_them():
+    launch = launching.Launch("info_nce", torch.zeros(1))
+    x = torch.randn(5, 64, device=DEVICE)
+    for tensor, features, descriptors, width, copied in (
+        (x, 64, True, 64, False),
+        (x, 64, False, 64, False),
+        (x[::2, :32], 32, False, 32, False),
+        (x[:, :48], 64, True, 48, False),
+        (x[:, :48], 64, False, 64, True),  # narrower than the tile
+        (x[:, 1:33], 32, True, 32, True),  # 4 bytes off
+        (x[:, ::2], 32, True, 32, True),
+        (x.t()[:, :3], 16, False, 16, True),
+        (x[:1].expand(5, 64), 64, True, 64, True),
+        (torch.randn(80, device=DEVICE).unfold(0, 64, 4), 64, True, 64, True),
+    ):
+        rows, d = launch.rows(tensor, features, descriptors), tensor.shape[1]
+        assert rows.shape == (len(tensor), width)
+        assert torch.equal(rows[:, :d], tensor)
+        assert not rows[:, d:].any()
+        assert (rows.data_ptr() != tensor.data_ptr()) == copied, (tensor.shape, descriptors)
 
 
 @pytest.mark.parametrize("d", [9, 70])
