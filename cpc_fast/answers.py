@@ -1,10 +1,11 @@
 """What `cpc-fast predict` leaves on disk: an answer for each image, under names that cannot do harm.
 
     OUT/scores.csv          path, name, score, flagged, threshold, number of segments, the largest one
-    OUT/predictions.json    the same with every segment's outline, and why: see _entry; what was skipped
+    OUT/predictions.json    the same with every segment's outline, and why: see _answer; what was skipped
     OUT/overlays/NAME.png   the map laid over the image, the mask outlined
     OUT/masks/NAME.png      0 and 255
     OUT/maps/NAME.tiff      float32 scores, in the units of scores.csv (with tiff=True)
+    OUT/progress/           the answers line by line, for --resume (journal.py)
 
 NAME is the image's path below the folder that was named, so a folder `test` with `<defect>/000.png` inside gives
 `maps/<defect>/000.tiff`, the layout that official evaluations read.
@@ -13,11 +14,12 @@ NAME is the image's path below the folder that was named, so a folder `test` wit
 from __future__ import annotations
 
 import csv
-import io
+import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from .detector import Detector, Explanation, Prediction
-from .errors import CpcFastError
+from .detector import Detector, Prediction
+from .errors import CpcFastError, Stopped
 from .images import quoted, read_image
-from .inputs import has_colour, plan
+from .inputs import Shard, answer_kinds, has_colour, plan
+from .journal import agree_on_inputs, entries, journal, whole
 from .report import mask_outline, overlay, printable
-from .saving import write_text, write_whole
+from .saving import locked, remove_asides, write_whole
 from .segments import outline
 from .version import __version__
 
@@ -38,19 +41,18 @@ COLUMNS = (
     "path", "name", "score", "flagged", "threshold", "segments",
     "largest_area", "largest_top", "largest_left", "largest_bottom", "largest_right",
 )  # fmt: skip
+ALL = Shard()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Answers:
-    """What was predicted so far: `images` and `skipped` as predictions.json has them."""
+    """How many images of this shard were answered, flagged, skipped, in colour; whether the lists are written."""
 
-    images: list[dict[str, Any]] = field(default_factory=list)
-    skipped: list[dict[str, str]] = field(default_factory=list)
-    in_colour: int = 0  # of the images
-
-    @property
-    def flagged(self) -> int:
-        return sum(image["flagged"] for image in self.images)
+    images: int
+    flagged: int
+    skipped: int
+    in_colour: int
+    listed: bool
 
 
 def predict(
@@ -60,69 +62,94 @@ def predict(
     *,
     tiff: bool = False,
     min_area: int = 1,
+    pictures: bool = True,
+    shard: Shard = ALL,
+    resume: bool = False,
     on_image: Callable[[int, int], None] | None = None,
     on_skip: Callable[[str], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Answers:
     """Score images and write the answers; an image that cannot be used is skipped and named, the others go on.
+
+    Memory does not grow with the number of answers, and each answer is on disk before the next image is read.
 
     Args:
         images: files and folders.
         out: the folder to write to; answers of an earlier call there are replaced, an image of `images` never is.
         min_area: regions of fewer pixels are left out, and an image with no region left is not flagged.
+        tiff, pictures: whether to write maps, and overlays and masks.
+        shard: which of the images; the process that ends last writes the lists of all shards.
+        resume: go on after the last answer in `out`, with the images that were found then; the lists come out as
+            without the interruption.
         on_image, on_skip: called with how many are done of how many, and with why an image was skipped.
+        stop: asked after each image whether to stop there.
 
-    Raises UsageError where nothing can be found or an input would be overwritten, CpcFastError where `out` cannot be
-    written. On Ctrl-C the answers so far are written.
+    Raises UsageError where nothing can be found, an input would be overwritten, or `out` holds answers of another call,
+    CpcFastError where `out` cannot be written or another process writes there, Stopped where `stop` said so. On Ctrl-C
+    the answers so far are written.
     """
     out = Path(out)
-    inputs, kinds = plan(images, out, tiff=tiff)
-    answers = Answers()
-    try:
-        for done, (path, name) in enumerate(inputs, start=1):
-            try:
-                image = read_image(path)
-                answer = detector.inspect(image, min_area)
-                why = detector.explain(image) if answer.flagged else None
-            except CpcFastError as error:
-                reason = str(error) if quoted(path) in str(error) else f"{quoted(path)}: {error}"
-                answers.skipped.append({"path": _text(path), "reason": printable(reason)})
-                if on_skip:
-                    on_skip(reason)
-            else:
-                _write_pictures(detector, image, answer, {kind: out / kind / f"{name}{kinds[kind]}" for kind in kinds})
-                answers.images.append(_entry(detector, path, name, answer, why, kinds))
-                answers.in_colour += has_colour(image)
-            if on_image:
-                on_image(done, len(inputs))
-    finally:
-        if answers.images or answers.skipped:
-            _write_lists(detector, answers, out, min_area)
-    return answers
+    kinds = answer_kinds(tiff, pictures)
+    asked = {
+        "version": __version__, "detector": fingerprint(detector), "kinds": list(kinds), "min_area": min_area,
+        "images": [os.fspath(image) for image in images],
+    }  # fmt: skip
+    inputs = agree_on_inputs(out, asked, lambda: plan(images, out, kinds), shard, resume)
+    with journal(out, shard, inputs, resume) as kept:
+        mine = inputs[shard.number - 1 :: shard.count]
+        if kept.done < len(mine):
+            for kind, suffix in kinds.items():  # what a kill may have left of these
+                remove_asides(out / kind / f"{mine[kept.done][1]}{suffix}")
+        try:
+            for path, name in mine[kept.done :]:
+                pictures_of = {kind: out / kind / f"{name}{kinds[kind]}" for kind in kinds}
+                entry = _answer(detector, path, name, min_area, pictures_of)
+                if "reason" in entry and on_skip:
+                    on_skip(entry["reason"])
+                kept.add(entry)
+                if on_image:
+                    on_image(kept.done, kept.total)
+                if stop and stop() and kept.done < kept.total:
+                    raise Stopped(f"Stopped after {kept.done} of {kept.total} images.")
+            kept.finish()
+        except KeyboardInterrupt:
+            if shard.count == 1 and kept.done:
+                _write_lists(detector, out, 1, min_area)
+            raise
+        with locked(out / "progress", "lists.lock", wait=True):
+            listed = whole(out, shard.count)
+            if listed:
+                _write_lists(detector, out, shard.count, min_area)
+        return Answers(**kept.counts, listed=listed)
 
 
-def _write_pictures(detector: Detector, image: np.ndarray, answer: Prediction, paths: dict[str, Path]) -> None:
-    threshold = detector.threshold.value
-    low = min(0.0, threshold - 1)  # 0 is average for normal images
-    heat = overlay(image, answer.map, low, low + 2.5 * (threshold - low))
-    _write_png(paths["overlays"], mask_outline(heat, answer.mask))
-    _write_png(paths["masks"], answer.mask.astype(np.uint8) * 255)
-    if "maps" in paths:
-        write_whole(paths["maps"], lambda aside: tifffile.imwrite(aside, answer.map.astype(np.float32)))
+def fingerprint(detector: Detector) -> str:
+    """Changes with anything that changes a score."""
+    digest = hashlib.sha256(json.dumps([detector.config.to_json(), vars(detector.threshold)]).encode())
+    tensors = {**detector.model.state_dict(), "bank": detector.bank, **vars(detector.calibration)}
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    write_whole(path, lambda aside: Image.fromarray(pixels).save(aside, "PNG"))
-
-
-def _entry(
-    detector: Detector, path: Path, name: str, answer: Prediction, why: Explanation | None, kinds: dict[str, str]
-) -> dict[str, Any]:
-    """One image in predictions.json.
+def _answer(detector: Detector, path: str, name: str, min_area: int, pictures: dict[str, Path]) -> dict[str, Any]:
+    """One image in predictions.json, or why it was skipped; its pictures are written by then.
 
     segments[].outline: closed polygons of [y, x] (segments.py). most_surprising: of a flagged image, the patch that is,
     its box, the direction and step (`worst`) that found it so, and the mean loss of each direction and step in units
     of its normal spread.
     """
+    try:
+        image = read_image(path)
+        answer = detector.inspect(image, min_area)
+        if not math.isfinite(answer.score):
+            raise CpcFastError(f"its score is {answer.score}; look at the image, and at the detector.")
+        why = detector.explain(image) if answer.flagged else None
+    except CpcFastError as error:
+        reason = str(error) if quoted(path) in str(error) else f"{quoted(path)}: {error}"
+        return {"path": _text(path), "reason": printable(reason)}
+    _write_pictures(detector, image, answer, pictures)
     return {
         "path": _text(path),
         "name": name,
@@ -131,35 +158,63 @@ def _entry(
         "threshold": detector.threshold.value,
         "height": answer.map.shape[0],
         "width": answer.map.shape[1],
-        "files": [f"{kind}/{name}{suffix}" for kind, suffix in kinds.items()],
+        "files": [f"{kind}/{name}{target.suffix}" for kind, target in pictures.items()],
+        "in_colour": has_colour(image),
         "segments": [{**asdict(segment), "outline": outline(answer.mask, segment)} for segment in answer.segments],
         "most_surprising": None if why is None else asdict(why),
     }
 
 
-def _write_lists(detector: Detector, answers: Answers, out: Path, min_area: int) -> None:
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for entry in answers.images:
-        largest = max(entry["segments"], key=lambda segment: segment["area"], default=None)
-        writer.writerow([
-            entry["path"], entry["name"], repr(entry["score"]), str(entry["flagged"]).lower(),
-            repr(entry["threshold"]), len(entry["segments"]),
-            *([largest["area"], *largest["box"]] if largest else [0, "", "", "", ""]),
-        ])  # fmt: skip
-    write_text(out / "scores.csv", table.getvalue())
-    record = {
-        "version": __version__,
-        "threshold": detector.threshold.value,
-        "min_area": min_area,
-        "images": answers.images,
-        "skipped": answers.skipped,
-    }
-    write_text(out / "predictions.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+def _write_pictures(detector: Detector, image: np.ndarray, answer: Prediction, paths: dict[str, Path]) -> None:
+    if "overlays" in paths:
+        threshold = detector.threshold.value
+        low = min(0.0, threshold - 1)  # 0 is average for normal images
+        heat = overlay(image, answer.map, low, low + 2.5 * (threshold - low))
+        _write_png(paths["overlays"], mask_outline(heat, answer.mask))
+        _write_png(paths["masks"], answer.mask.astype(np.uint8) * 255)
+    if "maps" in paths:
+        write_whole(paths["maps"], lambda aside: tifffile.imwrite(aside, answer.map.astype(np.float32)))
 
 
-def _text(path: Path) -> str:
+def _write_png(path: Path, pixels: np.ndarray) -> None:
+    write_whole(path, lambda aside: Image.fromarray(pixels).save(aside, "PNG"))
+
+
+def _write_lists(detector: Detector, out: Path, shards: int, min_area: int) -> None:
+    """scores.csv and predictions.json from the journals, a line at a time."""
+
+    def table(aside: Path) -> None:
+        with open(aside, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            for entry in entries(out, shards):
+                if "score" not in entry:
+                    continue
+                largest = max(entry["segments"], key=lambda segment: segment["area"], default=None)
+                writer.writerow([
+                    entry["path"], entry["name"], repr(entry["score"]), str(entry["flagged"]).lower(),
+                    repr(entry["threshold"]), len(entry["segments"]),
+                    *([largest["area"], *largest["box"]] if largest else [0, "", "", "", ""]),
+                ])  # fmt: skip
+
+    def record(aside: Path) -> None:
+        with open(aside, "w", encoding="utf-8") as file:
+            first = {"version": __version__, "threshold": detector.threshold.value, "min_area": min_area}
+            head = json.dumps(first, indent=1)
+            file.write(head.removesuffix("\n}"))
+            for key, mark in (("images", "score"), ("skipped", "reason")):
+                lines = (json.dumps(entry, allow_nan=False) for entry in entries(out, shards) if mark in entry)
+                file.write(f',\n "{key}": [')
+                for n, line in enumerate(lines):
+                    file.write(("," if n else "") + "\n  " + line)
+                file.write("\n ]")
+            file.write("\n}\n")
+
+    write_whole(out / "scores.csv", table)
+    write_whole(out / "predictions.json", record)
+
+
+def _text(path: str) -> str:
     """A path for a table: on one line, and nothing that a spreadsheet would take for a formula."""
-    text = printable(os.fspath(path))
+    text = printable(path)
     return f"./{text}" if text[:1] in ("=", "+", "-", "@") else text

@@ -1,4 +1,4 @@
-"""The command line: `cpc-fast demo | fit | evaluate | predict | data | doctor`, each in its own file of commands/.
+"""The command line: `cpc-fast demo | fit | evaluate | predict | export | data | doctor`, a file of commands/ for each.
 
 What fails is one sentence on standard error: exit code 2 where the command was asked for in a way that cannot work, 1
 where it failed, 130 after Ctrl-C, 0 after SIGTERM with everything saved; a traceback with --debug only.
@@ -18,6 +18,7 @@ from .commands.console import complain, say, stopped
 from .commands.demo import demo
 from .commands.doctor import doctor
 from .commands.evaluate import evaluate
+from .commands.export import export
 from .commands.fit import fit
 from .commands.predict import predict
 from .errors import CpcFastError, Stopped
@@ -29,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-for command in (demo, fit, evaluate, predict, doctor):
+for command in (demo, fit, evaluate, predict, export, doctor):
     app.command()(command)
 app.add_typer(data.app, name="data")
 

@@ -23,8 +23,9 @@ KINDS = {
 }  # fmt: skip
 # Far beyond use; a config that somebody else wrote can ask for no more memory than this.
 LIMITS = {
-    "image_size": 1 << 16, "patch_size": 4096, "patch_stride": 4096, "crop": 1 << 16, "made_for": 1 << 16, "width": 4096,
-    "steps": 64, "negatives_count": 1 << 24, "shift_copies": 64, "epochs": 10**6, "batch_size": 1 << 20, "bank_size": 1 << 24,
+    "image_size": 1 << 16, "patch_size": 4096, "patch_stride": 4096, "crop": 1 << 16, "made_for": 1 << 16,
+    "width": 4096, "steps": 64, "negatives_count": 1 << 24, "shift_copies": 64, "epochs": 10**6,
+    "batch_size": 1 << 20, "bank_size": 1 << 24,
 }  # fmt: skip
 
 

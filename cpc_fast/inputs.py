@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -12,26 +14,51 @@ from .errors import UsageError
 from .images import SUFFIXES, quoted
 
 
-def plan(
-    images: Sequence[str | os.PathLike], out: Path, *, tiff: bool = False
-) -> tuple[list[tuple[Path, str]], dict[str, str]]:
-    """What to read, as (path, NAME), and what to write for each of them, as {folder: suffix}.
+@dataclass(frozen=True)
+class Shard:
+    """Every `count`-th image, from the `number`-th on; counted from 1."""
+
+    number: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """
+        >>> Shard.parse("2/8")
+        Shard(number=2, count=8)
+        """
+        match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise UsageError(f"--shard is {text!r}; the second of eight is 2/8, and the last of them 8/8.")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.number}-of-{self.count}"
+
+
+def answer_kinds(tiff: bool, pictures: bool = True) -> dict[str, str]:
+    """What is written for each image, as {folder: suffix}."""
+    return ({"overlays": ".png", "masks": ".png"} if pictures else {}) | ({"maps": ".tiff"} if tiff else {})
+
+
+def plan(images: Sequence[str | os.PathLike], out: Path, kinds: dict[str, str]) -> list[tuple[str, str]]:
+    """What to read, as (path, NAME).
 
     Raises UsageError where an answer would overwrite an image that was given, and as find_inputs does.
     """
     inputs = find_inputs(images)
-    kinds = {"overlays": ".png", "masks": ".png"} | ({"maps": ".tiff"} if tiff else {})
-    sources = {os.path.realpath(path) for path, _ in inputs}
-    targets = [out / kind / f"{name}{suffix}" for _, name in inputs for kind, suffix in kinds.items()]
-    for target in (*targets, out / "scores.csv", out / "predictions.json"):
+    inside = os.path.join(os.path.realpath(out), "")
+    sources = {real for path, _ in inputs if (real := os.path.realpath(path)).startswith(inside)}
+    targets = (out / kind / f"{name}{suffix}" for _, name in inputs for kind, suffix in kinds.items())
+    for target in (*targets, out / "scores.csv", out / "predictions.json") if sources else ():
         if os.path.realpath(target) in sources:
             raise UsageError(
                 f"Writing to {quoted(out)} would overwrite the image {quoted(target)}; choose another --out."
             )
-    return inputs, kinds
+    return inputs
 
 
-def find_inputs(images: Sequence[str | os.PathLike]) -> list[tuple[Path, str]]:
+def find_inputs(images: Sequence[str | os.PathLike]) -> list[tuple[str, str]]:
     """Files and folders (searched to the bottom) as (path, NAME) in the order given, each NAME once.
 
     Raises UsageError for a folder without images.
@@ -54,7 +81,7 @@ def find_inputs(images: Sequence[str | os.PathLike]) -> list[tuple[Path, str]]:
             count += 1
             name = f"{first}_{count}"
         taken.add(name.casefold())
-        inputs.append((path, name))
+        inputs.append((os.fspath(path), name))
     return inputs
 
 

@@ -197,10 +197,11 @@ def read_config(run: Path, about: dict[str, Any]) -> Config:
 
 
 @contextmanager
-def locked(folder: Path, name: str = "run.lock") -> Iterator[None]:
+def locked(folder: Path, name: str = "run.lock", wait: bool = False) -> Iterator[None]:
     """Hold a folder for one writing process; the system lets go of it when the process ends, however it ends.
 
-    Raises CpcFastError where another process holds it, or where the folder cannot be written.
+    With `wait`, wait for another process to let go. Raises CpcFastError where another process holds it (without
+    `wait`), or where the folder cannot be written.
     """
     path = folder / name
     try:
@@ -208,7 +209,7 @@ def locked(folder: Path, name: str = "run.lock") -> Iterator[None]:
         while True:
             file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed below, or held)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 file.seek(0)
                 holder = _short(file.read(100)) or "of unknown number"
@@ -229,7 +230,7 @@ def locked(folder: Path, name: str = "run.lock") -> Iterator[None]:
         file.flush()
     except OSError as error:
         raise CpcFastError(
-            f"Could not make the run folder {quoted(folder)}: {error.strerror}; choose another one."
+            f"Could not write in the folder {quoted(folder)}: {error.strerror}; choose another one."
         ) from None
     try:
         yield

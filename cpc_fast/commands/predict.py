@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .console import complain, note_colour, say
+from ..errors import Stopped
+from .console import complain, note_colour, say, stopped, terminable
 from .options import Device, check_device, choose_device
 
 
@@ -19,33 +22,73 @@ def predict(
     min_area: Annotated[
         int, typer.Option(min=1, help="Leave out regions of fewer pixels; 1 keeps all, as the threshold assumes.")
     ] = 1,
+    scores_only: Annotated[bool, typer.Option("--scores-only", help="Write no overlays and masks.")] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N", help="Only every N-th image from the I-th on: 1/8 to 8/8. Under torchrun: its rank."
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last answer in OUT.")] = False,
     device: Device = "auto",
 ) -> int:
     """Score and segment images whose truth nobody knows."""
     check_device(device)
-    from ..inputs import plan
+    from ..inputs import Shard, answer_kinds, plan
     from ..runs import need_detector, refuse_swapped
 
     refuse_swapped(run, images, "predict RUN IMAGES --out DIR")
+    rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    under_torchrun = rank.isdecimal() and world.isdecimal()
+    part = Shard.parse(shard or (f"{int(rank) + 1}/{world}" if under_torchrun else "1/1"))
     need_detector(run)
-    plan(images, out, tiff=tiff)
+    if not (resume and (out / "progress" / "inputs.jsonl").exists()):
+        plan(images, out, answer_kinds(tiff, not scores_only))
     torch_device = choose_device(device)
     from .. import answers
     from ..detector import Detector
     from ..progress import counting
 
     detector = Detector.load(run, torch_device)
-    with counting("predict") as on_image:
-        found = answers.predict(
-            detector, images, out, tiff=tiff, min_area=min_area, on_image=on_image,
-            on_skip=lambda why: complain(f"Skipped: {why}"),
-        )  # fmt: skip
+    again = shlex.join([*again_as(run, images, out, tiff, min_area, scores_only, shard, device), "--resume"])
+    try:
+        with terminable() as stop, counting("predict") as on_image:
+            found = answers.predict(
+                detector, images, out, tiff=tiff, min_area=min_area, pictures=not scores_only, shard=part,
+                resume=resume, stop=stop, on_image=on_image, on_skip=lambda why: complain(f"Skipped: {why}"),
+            )  # fmt: skip
+    except Stopped as why:
+        raise Stopped(f"{why} Their answers are in {out}. Go on with: {again}") from None
+    except KeyboardInterrupt:
+        return stopped(f"Stopped; the answers so far are in {out}. Go on with: {again}")
     if found.skipped:
-        complain(f"{len(found.skipped)} of {len(found.skipped) + len(found.images)} images were skipped; see above.")
+        complain(f"{found.skipped} of {found.skipped + found.images} images were skipped; see above.")
     if found.images:
         above = f"a score above {detector.threshold.value:.4g}"
         above += "" if min_area == 1 else f" on at least {min_area} adjoining pixels"
-        say(f"{found.flagged} of {len(found.images)} images are flagged: they have {above}.")
-        note_colour(found.in_colour, len(found.images), detector.config.channels)
-        say(f"Open next: {out / 'scores.csv'} and {out / 'overlays'}")
+        say(f"{found.flagged} of {found.images} images are flagged: they have {above}.")
+        note_colour(found.in_colour, found.images, detector.config.channels)
+    if not found.listed:
+        say(f"Shard {part.number} of {part.count} is done; the last one to end writes {out / 'scores.csv'}.")
+    elif found.images:
+        where = "" if scores_only else f" and {out / 'overlays'}"
+        say(f"Open next: {out / 'scores.csv'}{where}")
     return 1 if found.skipped else 0
+
+
+def again_as(
+    run: Path,
+    images: list[Path],
+    out: Path,
+    tiff: bool,
+    min_area: int,
+    scores_only: bool,
+    shard: str | None,
+    device: str,
+) -> list[str]:
+    """The command with these options."""
+    options = ["--tiff"] * tiff + ["--scores-only"] * scores_only
+    options += ["--min-area", str(min_area)] if min_area > 1 else []
+    options += ["--shard", shard] if shard else []
+    options += ["--device", device] if device != "auto" else []
+    return ["cpc-fast", "predict", str(run), *map(str, images), "--out", str(out), *options]

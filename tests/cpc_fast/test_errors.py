@@ -298,7 +298,7 @@ def test_a_run_folder_that_cannot_be_made(fitted, tmp_path, capsys):
         capsys,
         ["fit", fitted / "data", "--out", tmp_path / "file" / "run", *SET_TINY],
         1,
-        "Could not make the run folder",
+        "Could not write in the folder",
     )
 
 

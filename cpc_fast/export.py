@@ -1,0 +1,206 @@
+"""A detector as one program for other runtimes: images in, scores and maps out, any batch.
+
+    uint8 (b, c, h, w) -> scores float32 (b,), maps float32 (b, h, w)
+
+Height and width are fixed, and images come at the size the model works at: the resizing that Detector does is Pillow's,
+and stays outside. Everything is plain torch in float32, so that neither format needs this package to run. What is
+written is run on random images, and compared, before it takes its name.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .anomaly_map import _window
+from .contexts import DIRECTIONS
+from .detector import Detector
+from .errors import CpcFastError, UsageError
+from .images import quoted
+from .patches import grid_shape
+from .saving import write_whole
+from .version import __version__
+
+TOLERANCE = 1e-4  # of scores and maps, relative where they exceed 1
+FORMATS = {"torch": "detector.pt2", "onnx": "detector.onnx"}
+
+
+class Program(nn.Module):
+    """All of a detector as one function of a batch; `size` is (h, w) of the images.
+
+    >>> # Program(detector, (128, 128))(torch.zeros(5, 1, 128, 128, dtype=torch.uint8))  ->  (5,), (5, 128, 128)
+    """
+
+    weight: Tensor
+    bank: Tensor
+
+    def __init__(self, detector: Detector, size: tuple[int, int]) -> None:
+        super().__init__()
+        config, found = detector.config, detector.calibration
+        self.model = copy.deepcopy(detector.model).float().cpu().eval().requires_grad_(False)
+        self.config, self.size = config, size
+        self.gy, self.gx = grid_shape(*size, config.patch_size, config.patch_stride)
+        place = found.place_mean.shape == (self.gy, self.gx)
+        for name, value in {
+            "bank": detector.bank,
+            "step_mean": found.step_mean,
+            "step_spread": found.step_spread,
+            "place_mean": found.place_mean if place else found.place_mean.mean(),
+            "place_spread": found.place_spread if place else found.place_spread.mean(),
+            "window": _window(config.patch_size, torch.device("cpu"))[None, None],
+        }.items():
+            self.register_buffer(name, value.detach().float().cpu().clone())
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        config, model = self.config, self.model
+        pixels = images.float()
+        if config.standardise == "set":
+            pixels = (pixels - model.pixel_mean) / model.pixel_spread
+        else:
+            centred = pixels - pixels.mean((1, 2, 3), keepdim=True)
+            pixels = centred / centred.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1.0)
+        latents = model.latents(pixels)  # (b, gy, gx, d)
+        grid = self._grid(latents, model.context(latents))
+        grid = (grid - self.place_mean) / self.place_spread
+        maps = self._spread(grid[:, None]) / self._spread(torch.ones_like(grid[:1, None]))
+        maps = maps[:, 0, : self.size[0], : self.size[1]]
+        return maps.amax((1, 2)), maps
+
+    def _grid(self, latents: Tensor, contexts: Tensor) -> Tensor:
+        """Mean calibrated loss of the predictions about each patch, or from it where there are none: (b, gy, gx)."""
+        gy, gx, offsets = self.gy, self.gx, self.config.offsets
+        about, made = torch.zeros_like(latents[..., 0]), torch.zeros_like(latents[..., 0])
+        abouts, mades = torch.zeros(gy, gx), torch.zeros(gy, gx)
+        for i, weight in enumerate(self.model.predictor.weight.unbind()):
+            direction, step = divmod(i, len(offsets))
+            y, x = (offsets[step] * towards for towards in DIRECTIONS[direction])
+            if abs(y) >= gy or abs(x) >= gx:
+                continue
+            top, left, bottom, right = max(0, -y), max(0, -x), gy - max(0, y), gx - max(0, x)
+            source = contexts[direction if len(contexts) > 1 else 0][:, top:bottom, left:right]
+            target = latents[:, top + y : bottom + y, left + x : right + x]
+            predicted = F.linear(source, weight)  # (b, h', w', d)
+            others = torch.logsumexp(predicted @ self.bank.T, -1)
+            loss = F.softplus(others - (predicted * target).sum(-1))
+            loss = (loss - self.step_mean[i]) / self.step_spread[i]
+            here = (left, gx - right, top, gy - bottom)
+            there = (left + x, gx - right - x, top + y, gy - bottom - y)
+            about, abouts = about + F.pad(loss, there), abouts + F.pad(torch.ones(bottom - top, right - left), there)
+            made, mades = made + F.pad(loss, here), mades + F.pad(torch.ones(bottom - top, right - left), here)
+        return torch.where(abouts > 0, about / abouts.clamp_min(1), made / mades.clamp_min(1))
+
+    def _spread(self, grid: Tensor) -> Tensor:
+        return F.conv_transpose2d(grid, self.window, stride=self.config.patch_stride)
+
+
+def export(
+    detector: Detector, path: str | os.PathLike, format: str = "torch", size: tuple[int, int] | None = None
+) -> float:
+    """Write a detector as a program, and return how far its results on random images are from those of torch here.
+
+    Args:
+        path: the file to write, whole or not at all.
+        format: "torch" (torch.export; to load it takes torch alone) or "onnx" (needs cpc_fast[onnx]).
+        size: (h, w) of the images; by default that of the training images, where they had one.
+
+    Raises UsageError for another format or size, CpcFastError where a package is missing, or where the difference
+    exceeds TOLERANCE.
+
+    >>> # export(Detector.load("runs/parts"), "parts.onnx", "onnx")  ->  2e-06
+    """
+    if format not in FORMATS:
+        raise UsageError(f"There is no format {format!r}; there are {' and '.join(FORMATS)}.")
+    if size is None:
+        match = re.fullmatch(r"(\d+) x (\d+)", detector.trained_on.get("image size", ""))
+        if match is None:
+            raise UsageError("The training images had several sizes; name the one to export for: --size 128x128.")
+        size = (int(match[1]), int(match[2]))
+    config = detector.config
+    if not all(config.patch_size <= side <= 8192 for side in size):
+        raise UsageError(
+            f"size is {size[0]} x {size[1]}; both sides must be from one patch ({config.patch_size}) to 8192 pixels."
+        )
+    program = Program(detector, size)
+    about = {
+        "cpc_fast": __version__, "input": "uint8 images (batch, channels, height, width)", "channels": config.channels,
+        "height": size[0], "width": size[1], "outputs": ["scores", "maps"], "threshold": detector.threshold.value,
+    }  # fmt: skip
+    write, load = (_as_torch, _torch_runner) if format == "torch" else (_as_onnx, _onnx_runner)
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (4, config.channels, *size), dtype=np.uint8)
+    images[1:3] //= np.array([2, 8], np.uint8)[:, None, None, None]  # darker, with less contrast
+    worst = 0.0
+
+    def compared(aside: Path) -> None:
+        nonlocal worst
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporters, about themselves
+            write(program, torch.from_numpy(images[:2].copy()), aside, json.dumps(about))
+            run = load(aside)
+        for batch in (images, images[3:]):
+            with torch.inference_mode():
+                expected = [value.numpy() for value in program(torch.from_numpy(batch))]
+            for mine, theirs in zip(expected, run(batch), strict=True):
+                worst = max(worst, float((abs(mine - theirs) / np.maximum(1, abs(mine))).max()))
+        if not worst <= TOLERANCE:
+            raise CpcFastError(
+                f"The {format} program differs from torch by {worst:.2g} on random images, more than {TOLERANCE}, so "
+                f"{quoted(path)} was not written. Another version of the exporting packages may do better."
+            )
+
+    write_whole(Path(path), compared)
+    return worst
+
+
+Runner = Callable[[np.ndarray], list[np.ndarray]]
+
+
+def _batch() -> dict[str, dict[int, object]]:
+    return {"images": {0: torch.export.Dim("batch", min=1, max=4096)}}
+
+
+def _as_torch(program: Program, example: Tensor, path: Path, about: str) -> None:
+    exported = torch.export.export(program, (example,), dynamic_shapes=_batch())
+    with open(path, "wb") as file:
+        torch.export.save(exported, file, extra_files={"about.json": about})
+
+
+def _torch_runner(path: Path) -> Runner:
+    with open(path, "rb") as file:
+        module = torch.export.load(file).module()
+    return lambda images: [value.detach().numpy() for value in module(torch.from_numpy(images))]
+
+
+def _as_onnx(program: Program, example: Tensor, path: Path, about: str) -> None:
+    try:
+        import onnxscript  # noqa: F401 (torch.onnx needs it)
+    except ImportError:
+        raise CpcFastError("ONNX needs packages: pip install 'cpc_fast[onnx]'.") from None
+    exported = torch.onnx.export(
+        program, (example,), dynamo=True, dynamic_shapes=_batch(), verbose=False, input_names=["images"],
+        output_names=["scores", "maps"],
+    )  # fmt: skip
+    assert exported is not None
+    exported.model.metadata_props["cpc_fast"] = about
+    exported.save(path)
+
+
+def _onnx_runner(path: Path) -> Runner:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise CpcFastError("Checking ONNX needs packages: pip install 'cpc_fast[onnx]'.") from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(["scores", "maps"], {"images": images})

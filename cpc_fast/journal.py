@@ -1,0 +1,186 @@
+"""What predict has answered so far: on disk line by line, so that it can be killed at any moment and go on.
+
+    OUT/progress/inputs.jsonl    what was asked for, then [path, NAME] of every image
+    OUT/progress/2-of-8.jsonl    an answer for every eighth image from the second on, in order; after the last an end
+
+A line is written by one call, and what a kill or a full disk left of one is cut off before anything is added. Nothing
+here grows in memory with the answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .errors import CpcFastError, UsageError
+from .images import quoted
+from .inputs import Shard
+from .saving import locked, write_whole
+
+SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing that was written
+
+
+Inputs = list[tuple[str, str]]  # (path, NAME)
+
+
+def agree_on_inputs(out: Path, asked: dict[str, Any], find: Callable[[], Inputs], shard: Shard, resume: bool) -> Inputs:
+    """The images to answer: found once and written down, so that all shards, and a run that goes on, see the same.
+
+    Raises UsageError where `out` holds answers about something else that this call must not mix with its own.
+    """
+    folder = out / "progress"
+    path = folder / "inputs.jsonl"
+    with locked(folder, "inputs.lock", wait=True):
+        if path.exists() and (resume or shard.count > 1):
+            was, inputs = _read_inputs(path)
+            differ = ", ".join(name for name in asked if was.get(name) != asked[name])
+            if not differ and not resume and find() != inputs:
+                differ = "the images found"
+            if differ:
+                raise UsageError(
+                    f"{quoted(out)} holds answers of another call (different: {differ}); choose another --out, or ask "
+                    "for the same again."
+                )
+            return inputs
+        inputs = find()
+        for name in {old.stem for kind in ("jsonl", "lock") for old in folder.glob(f"*-of-*.{kind}")}:
+            with locked(folder, f"{name}.lock"):  # refused where a process is still writing
+                (folder / f"{name}.jsonl").unlink(missing_ok=True)
+
+        def write(aside: Path) -> None:
+            with open(aside, "w", encoding="ascii") as file:
+                file.write(json.dumps(asked) + "\n")
+                file.writelines(json.dumps(pair) + "\n" for pair in inputs)
+
+        write_whole(path, write)
+        return inputs
+
+
+def _read_inputs(path: Path) -> tuple[dict[str, Any], Inputs]:
+    try:
+        with open(path, encoding="ascii") as file:
+            asked = json.loads(file.readline())
+            inputs = [(str(p), str(name)) for p, name in map(json.loads, file)]
+        if not isinstance(asked, dict):
+            raise ValueError("no record")
+        return asked, inputs
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise CpcFastError(f"{quoted(path)} is damaged; remove {quoted(path.parent)} and predict again.") from None
+
+
+class Journal:
+    """The answers of one shard. `done` of its images are answered."""
+
+    def __init__(self, path: Path, total: int) -> None:
+        self.path, self.total, self.done, self.counts = (
+            path,
+            total,
+            0,
+            {"images": 0, "flagged": 0, "skipped": 0, "in_colour": 0},
+        )
+        self._end = 0  # bytes
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with open(path, "rb") as file:
+            for line in file:
+                if self.done == total or (entry := _parse(line)) is None:
+                    break
+                self._count(entry)
+                self._end += len(line)
+        os.ftruncate(self._file, self._end)
+        self._synced = time.monotonic()
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Raises CpcFastError, and leaves the file as it was, where it cannot be written."""
+        self._write(entry)
+        self._count(entry)
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            os.fsync(self._file)
+            self._synced = time.monotonic()
+
+    def finish(self) -> None:
+        """Mark it as whole."""
+        self._write({"end": self.total})
+
+    def close(self) -> None:
+        os.fsync(self._file)
+        os.close(self._file)
+
+    def _count(self, entry: dict[str, Any]) -> None:
+        self.done += 1
+        skipped = "reason" in entry
+        self.counts["skipped" if skipped else "images"] += 1
+        for what in ("flagged", "in_colour"):
+            self.counts[what] += bool(entry.get(what))
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        line = json.dumps(entry, allow_nan=False).encode() + b"\n"
+        try:
+            if os.pwrite(self._file, line, self._end) < len(line):
+                raise OSError(28, "No space left on device")
+        except OSError as error:
+            os.ftruncate(self._file, self._end)
+            raise CpcFastError(
+                f"Could not write {quoted(self.path)}: {error.strerror}. The {self.done} answers before are kept; free "
+                "some space and go on with --resume."
+            ) from None
+        self._end += len(line)
+
+
+@contextmanager
+def journal(out: Path, shard: Shard, inputs: Inputs, resume: bool) -> Iterator[Journal]:
+    """The journal of one shard, held against other processes."""
+    folder = out / "progress"
+    with locked(folder, f"{shard}.lock"):
+        path = folder / f"{shard}.jsonl"
+        if not resume:
+            path.unlink(missing_ok=True)
+        kept = Journal(path, len(range(shard.number - 1, len(inputs), shard.count)))
+        try:
+            yield kept
+        finally:
+            kept.close()
+
+
+def whole(out: Path, count: int) -> bool:
+    """Whether all shards have come to their end."""
+    return all(_ended(out / "progress" / f"{Shard(n, count)}.jsonl") for n in range(1, count + 1))
+
+
+def entries(out: Path, count: int) -> Iterator[dict[str, Any]]:
+    """The answers of all shards in the order of the images, one at a time; up to the first that is missing."""
+    with ExitStack() as stack:
+        files = []
+        for n in range(1, count + 1):
+            path = out / "progress" / f"{Shard(n, count)}.jsonl"
+            files.append(stack.enter_context(open(path, "rb")))  # closed by the stack
+        while True:
+            for file in files:
+                entry = _parse(next(iter(islice(file, 1)), b""))
+                if entry is None or "end" in entry:
+                    return
+                yield entry
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """None for a line that was not written to its end."""
+    try:
+        entry = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    good = isinstance(entry, dict) and ("end" in entry or {"path", "reason"} <= entry.keys() or "score" in entry)
+    return entry if good else None
+
+
+def _ended(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 100))
+            return b'{"end": ' in file.read().splitlines()[-1][:8]
+    except (OSError, IndexError):
+        return False

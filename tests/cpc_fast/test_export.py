@@ -1,0 +1,101 @@
+"""A detector as a program: the same scores and maps in torch.export and in onnxruntime, for any batch."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from samples import SET_TINY, TINY_CONFIG, make_set, texture
+
+from cpc_fast import cli
+from cpc_fast.detector import Detector
+from cpc_fast.errors import CpcFastError, UsageError
+from cpc_fast.export import TOLERANCE, Program, export
+from cpc_kernels.capabilities import FAST_BF16
+
+IMAGES = [texture(i) for i in range(8)]
+CHOICES = [
+    {},
+    {"context": "masked-conv", "directions": 1, "standardise": "image"},
+    {"channels": 3, "norm": "layer", "patch_stride": 7, "steps": 9},  # some steps reach past the grid
+]
+
+
+@pytest.mark.skipif(FAST_BF16.available, reason="this CPU scores in bfloat16, the program in float32")
+@pytest.mark.parametrize("changes", CHOICES, ids=str)
+@pytest.mark.parametrize("size", [(48, 48), (40, 61)])
+def test_the_program_says_what_the_detector_says(changes, size):
+    detector = Detector.fit(IMAGES, TINY_CONFIG, epochs=1, **changes)
+    images = np.stack([texture(i, *size).repeat(detector.config.channels, 2) for i in range(50, 53)])
+    scores, maps = Program(detector, size)(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    for image, score, map in zip(images, scores, maps, strict=True):
+        answer = detector.inspect(image)
+        np.testing.assert_allclose(map.detach().numpy(), answer.map, rtol=TOLERANCE, atol=TOLERANCE)
+        assert float(score) == pytest.approx(answer.score, rel=TOLERANCE, abs=TOLERANCE)
+
+
+WITHOUT = """
+import sys, torch
+sys.modules["cpc_fast"] = sys.modules["cpc_kernels"] = None  # cannot be imported
+about = {"about.json": ""}
+program = torch.export.load(sys.argv[1], extra_files=about).module()
+for batch in (1, 2, 5):
+    scores, maps = program(torch.full((batch, 1, 48, 48), 77, dtype=torch.uint8))
+    assert scores.shape == (batch,) and maps.shape == (batch, 48, 48)
+print(float(scores[4]), about["about.json"])
+"""
+
+
+def test_the_torch_program_needs_torch_alone(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli.run(["fit", str(make_set(tmp_path / "data")), "--out", str(run), *SET_TINY, "--epochs", "1"]) == 0
+    assert cli.run(["export", str(run)]) == 0
+    assert "detector.pt2; on random images it differs from torch here by " in capsys.readouterr().out
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT, str(run / "detector.pt2")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    score, about = done.stdout.split(" ", 1)
+    detector = Detector.load(run)
+    assert json.loads(about)["threshold"] == detector.threshold.value
+    if not FAST_BF16.available:
+        expected = detector.inspect(np.full((48, 48, 1), 77, np.uint8)).score
+        assert float(score) == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("changes", CHOICES[1:2], ids=str)
+def test_onnxruntime_says_the_same(tmp_path, changes):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    detector = Detector.fit(IMAGES, TINY_CONFIG, epochs=1, **changes)
+    path = tmp_path / "detector.onnx"
+    assert export(detector, path, "onnx") <= TOLERANCE
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    about = json.loads(session.get_modelmeta().custom_metadata_map["cpc_fast"])
+    assert (about["height"], about["width"], about["threshold"]) == (48, 48, detector.threshold.value)
+    for batch in (1, 3, 6):
+        images = np.random.default_rng(batch).integers(0, 256, (batch, 1, 48, 48), dtype=np.uint8)
+        scores, maps = session.run(None, {"images": images})
+        expected = Program(detector, (48, 48))(torch.from_numpy(images))
+        np.testing.assert_allclose(scores, expected[0].detach(), rtol=TOLERANCE, atol=TOLERANCE)
+        np.testing.assert_allclose(maps, expected[1].detach(), rtol=TOLERANCE, atol=TOLERANCE)
+    assert [p.name for p in tmp_path.iterdir()] == ["detector.onnx"]
+
+
+def test_what_cannot_be_exported(tmp_path, monkeypatch, capsys):
+    detector = Detector.fit([*IMAGES[:4], texture(9, 40, 40)], TINY_CONFIG, epochs=1)
+    with pytest.raises(UsageError, match="several sizes; name the one to export for: --size 128x128"):
+        export(detector, tmp_path / "x.pt2")
+    with pytest.raises(UsageError, match=r"size is 8 x 48; both sides must be from one patch \(16\)"):
+        export(detector, tmp_path / "x.pt2", size=(8, 48))
+    with pytest.raises(UsageError, match="no format 'tf'; there are torch and onnx"):
+        export(detector, tmp_path / "x", "tf")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(CpcFastError, match=r"pip install 'cpc_fast\[onnx\]'"):
+        export(detector, tmp_path / "x.onnx", "onnx", (48, 48))
+    assert not list(tmp_path.iterdir())
+    assert cli.run(["export", str(tmp_path), "--format", "tf"]) == 2
+    assert "--format is 'tf'; it must be torch or onnx" in capsys.readouterr().err
+    assert cli.run(["export", str(tmp_path), "--size", "big"]) == 2
+    assert "--size is 'big'; a height of 128 and a width of 256" in capsys.readouterr().err

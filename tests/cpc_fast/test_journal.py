@@ -1,0 +1,208 @@
+"""predict over many images: killed and resumed, cut into shards, images vanish; the lists come out the same."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from samples import SET_TINY, TINY_CONFIG, make_set, save, texture
+
+from cpc_fast import answers, cli
+from cpc_fast.detector import Detector
+from cpc_fast.errors import CpcFastError, Stopped, UsageError
+from cpc_fast.inputs import Shard, find_inputs
+
+LISTS = ("scores.csv", "predictions.json")
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return Detector.fit([texture(i) for i in range(8)], TINY_CONFIG, epochs=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Nine images, one of them no image."""
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(9):
+        save(folder / f"{i}.png", texture(i, 24, 24))
+    (folder / "4.png").write_text("not an image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(detector, folder, tmp_path_factory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("whole")
+    assert answers.predict(detector, [folder], out) == answers.Answers(8, 0, 1, 0, True)
+    return {name: (out / name).read_bytes() for name in LISTS}
+
+
+def lists(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in LISTS if (out / name).exists()}
+
+
+def test_the_lists_are_in_the_order_of_the_images(whole):
+    record = json.loads(whole["predictions.json"])
+    assert [entry["name"] for entry in record["images"]] == [str(i) for i in range(9) if i != 4]
+    assert len(record["skipped"]) == 1
+    assert list(record) == ["version", "threshold", "min_area", "images", "skipped"]
+    assert whole["scores.csv"].count(b"\n") == 9
+
+
+def test_stopped_after_every_image_the_lists_come_out_the_same(detector, folder, whole, tmp_path):
+    for done in range(1, 9):
+        with pytest.raises(Stopped, match=f"Stopped after {done} of 9 images"):
+            answers.predict(detector, [folder], tmp_path, resume=done > 1, stop=lambda: True)
+        assert lists(tmp_path) == {}
+    found = answers.predict(detector, [folder], tmp_path, resume=True)
+    assert found == answers.Answers(8, 0, 1, 0, True)
+    assert lists(tmp_path) == whole
+    assert answers.predict(detector, [folder], tmp_path, resume=True) == found  # nothing is left to do
+    assert lists(tmp_path) == whole
+
+
+@pytest.mark.parametrize("tail", [b'{"path": "', b'{"path": "x", "sco\n', b"\0\0\0\0", b"[1]\n"])
+def test_a_line_that_was_cut_is_written_again(detector, folder, whole, tmp_path, tail):
+    with pytest.raises(Stopped):
+        answers.predict(detector, [folder], tmp_path, stop=iter([False, False, True]).__next__)
+    path = tmp_path / "progress" / "1-of-1.jsonl"
+    assert path.read_bytes().count(b"\n") == 3
+    path.write_bytes(path.read_bytes() + tail)
+    (tmp_path / "masks" / ".3.png.4711.tmp").write_bytes(b"half a picture")
+    answers.predict(detector, [folder], tmp_path, resume=True)
+    assert lists(tmp_path) == whole
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+def test_shards_in_any_order_make_the_same_lists(detector, folder, whole, tmp_path, order):
+    for n in order:
+        assert lists(tmp_path) == {}
+        found = answers.predict(detector, [folder], tmp_path, shard=Shard(n, 3))
+        assert found.listed == (n == order[-1])
+        assert found.images + found.skipped == 3
+    assert lists(tmp_path) == whole
+
+
+def test_more_shards_than_images(detector, folder, tmp_path):
+    for n in (1, 2, 3):
+        found = answers.predict(detector, [folder / "0.png"], tmp_path, shard=Shard(n, 3))
+    assert found == answers.Answers(0, 0, 0, 0, True)
+    assert (tmp_path / "scores.csv").read_bytes().count(b"\n") == 2
+
+
+def test_images_that_vanish_or_appear_do_not_move_the_others(detector, folder, tmp_path):
+    images = Path(shutil.copytree(folder, tmp_path / "images"))
+    with pytest.raises(Stopped):
+        answers.predict(detector, [images], tmp_path / "out", stop=lambda: True)
+    (images / "7.png").unlink()
+    save(images / "00.png", texture(0))
+    found = answers.predict(detector, [images], tmp_path / "out", resume=True)
+    assert (found.images, found.skipped) == (7, 2)
+    record = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert "00" not in {entry["name"] for entry in record["images"]}
+    assert any("7.png" in entry["path"] and "No such file" in entry["reason"] for entry in record["skipped"])
+
+
+def test_answers_of_another_call_are_not_mixed(detector, folder, tmp_path):
+    answers.predict(detector, [folder], tmp_path, shard=Shard(1, 2))
+    other = Detector.fit([texture(i) for i in range(8)], TINY_CONFIG, epochs=1, seed=1)
+    with pytest.raises(UsageError, match=r"another call \(different: detector\); choose another --out"):
+        answers.predict(other, [folder], tmp_path, shard=Shard(2, 2))
+    with pytest.raises(UsageError, match=r"different: kinds, images"):
+        answers.predict(detector, [folder / "0.png"], tmp_path, pictures=False, resume=True)
+    save(folder / "9.png", texture(9))
+    try:
+        with pytest.raises(UsageError, match=r"different: the images found"):
+            answers.predict(detector, [folder], tmp_path, shard=Shard(2, 2))
+    finally:
+        (folder / "9.png").unlink()
+    answers.predict(detector, [folder], tmp_path)  # alone and not resumed, it replaces what was there
+    assert sorted(path.name for path in (tmp_path / "progress").iterdir()) == ["1-of-1.jsonl", "inputs.jsonl"]
+
+
+def test_two_processes_do_not_write_one_shard(detector, folder, tmp_path):
+    def again(done: int, total: int) -> None:
+        for resume in (False, True):
+            with pytest.raises(CpcFastError, match="by another process"):
+                answers.predict(detector, [folder], tmp_path, resume=resume)
+
+    answers.predict(detector, [folder], tmp_path, on_image=again)
+
+
+def test_a_full_disk_keeps_the_answers_before(detector, folder, whole, tmp_path, monkeypatch):
+    written = os.pwrite
+
+    def full(file: int, data: bytes, at: int) -> int:
+        return written(file, data[:20], at) if b'"5"' in data else written(file, data, at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(CpcFastError, match=r"No space left on device. The 5 answers before are kept; free some"):
+            answers.predict(detector, [folder], tmp_path)
+    answers.predict(detector, [folder], tmp_path, resume=True)
+    assert lists(tmp_path) == whole
+
+
+@pytest.mark.parametrize("text", ["", "2", "0/4", "5/4", "-1/4", "1/0", "a/b", "1/4/2", "٣/٤", "1/" + "9" * 99])
+def test_a_shard_that_is_none(text):
+    with pytest.raises(UsageError, match="the second of eight is 2/8"):
+        Shard.parse(text)
+
+
+def test_names_are_text_and_each_is_once(tmp_path):
+    save(tmp_path / "a" / "x.png", texture(0))
+    save(tmp_path / "b" / "x.jpg", texture(0))
+    found = find_inputs([tmp_path / "a", tmp_path / "b"])
+    assert found == [(str(tmp_path / "a" / "x.png"), "x"), (str(tmp_path / "b" / "x.jpg"), "x_2")]
+
+
+def test_the_command_killed_terminated_and_sharded_by_torchrun(tmp_path, capsys, monkeypatch):
+    data, run = make_set(tmp_path / "data", train=6, good=30), tmp_path / "run"
+    assert cli.run(["fit", str(data), "--out", str(run), *SET_TINY, "--epochs", "1"]) == 0
+    images = str(data / "test" / "good")
+    assert cli.run(["predict", str(run), images, "--out", str(tmp_path / "whole")]) == 0
+    command = [sys.executable, "-m", "cpc_fast.cli", "predict", str(run), images, "--out", str(tmp_path / "cut")]
+    log = tmp_path / "cut" / "progress" / "1-of-1.jsonl"
+
+    def lines() -> int:
+        return log.read_bytes().count(b"\n") if log.exists() else 0
+
+    for end, options in ((signal.SIGKILL, []), (signal.SIGTERM, ["--resume"])):
+        before = lines()
+        with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as cut:
+            while lines() < before + 3 and cut.poll() is None:
+                pass
+            cut.send_signal(end)
+            said = cut.communicate(timeout=120)[1]
+        assert cut.returncode in (-9, 0)
+    if said:  # on a slow machine it may have come to its end first
+        assert "Stopped after" in said
+        assert said.rstrip().endswith(f"cpc-fast predict {run} {images} --out {tmp_path / 'cut'} --resume")
+    assert cli.run([*command[3:], "--resume"]) == 0
+    assert lists(tmp_path / "cut") == lists(tmp_path / "whole")
+
+    capsys.readouterr()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.run(["predict", str(run), images, "--out", str(tmp_path / "ranks"), "--scores-only"]) == 0
+        said = capsys.readouterr().out
+        assert ("Shard 1 of 2 is done; the last one to end writes" in said) == (rank == "0")
+    assert lists(tmp_path / "ranks")["scores.csv"] == lists(tmp_path / "whole")["scores.csv"]
+    assert sorted(path.name for path in (tmp_path / "ranks").iterdir()) == [
+        "predictions.json",
+        "progress",
+        "scores.csv",
+    ]
+
+
+def test_a_damaged_list_of_inputs(detector, folder, tmp_path):
+    answers.predict(detector, [folder / "0.png"], tmp_path)
+    (tmp_path / "progress" / "inputs.jsonl").write_text("[")
+    with pytest.raises(CpcFastError, match=r"inputs\.jsonl' is damaged; remove .*progress' and predict again"):
+        answers.predict(detector, [folder / "0.png"], tmp_path, resume=True)
