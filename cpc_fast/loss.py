@@ -71,7 +71,7 @@ def cpc_loss(
         return bilinear_info_nce(contexts, weight, latents.flatten(0, 2), targets, drawn, **tags, **options)
     held = [each[0] for each in everyones([images], latents.device)]  # images of each rank
     before = sum(held[:rank])
-    if negatives == "other-images":
+    if anchor_images is not None and candidate_images is not None:
         anchor_images, candidate_images = anchor_images + before, candidate_images + before
     if drawn is not None and across_ranks != "local":
         options["rows"] = rows_of_all(counts, images, before, sum(held), latents.device)

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from cpc_kernels import info_nce
+from cpc_kernels import info_nce, info_nce_across_ranks
+from cpc_kernels.exchange import gather_rows, rank_and_world, shares
 from cpc_kernels.info_nce import spell
-
-from .gather import gather_rows, gather_rows_with_grad, rank_and_world
 
 
 class MemoryBank(nn.Module):
@@ -47,7 +46,7 @@ class MemoryBank(nn.Module):
     def add(self, keys: Tensor) -> None:
         """Writes (n, D) over the oldest rows; what reaches past the end is dropped and the next keys start at 0."""
         if self.gather_distributed and rank_and_world()[1] > 1:
-            keys = gather_rows(keys)
+            keys = gather_rows(keys, shares(len(keys), keys.device))
         start, rows = int(self.bank_ptr), self.size[0]
         end = min(start + len(keys), rows)
         self.bank[start:end] = keys[: end - start].to(self.bank.dtype)
@@ -58,7 +57,8 @@ class NTXentLoss(nn.Module):
     """The normalised, temperature-scaled cross entropy of SimCLR and MoCo, as lightly computes it.
 
     temperature: divides the cosine similarities. memory_bank_size: 0, or (rows, features). gather_distributed: take
-    negatives (and keys for the bank) from all processes of torch.distributed; gradients go back to them.
+    negatives (and keys for the bank) from all processes of torch.distributed; gradients go back to them. Processes may
+    hold different numbers of images; a row weighs the same everywhere.
     Call it with out0, out1: (N, D), the two views. Returns the mean over 2 N rows (N with a bank), float32 for 16-bit
     inputs. The bank takes out1 in only when out0 requires a gradient. Raises ValueError for arguments that do not fit.
     Source: Chen et al. 2020 (arXiv 2002.05709), He et al. 2019 (arXiv 1911.05722).
@@ -89,18 +89,16 @@ class NTXentLoss(nn.Module):
             return self.against_bank(out0, out1)
         n = len(out0)
         here, there = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
-        rank, world = rank_and_world() if self.gather_distributed else (0, 1)
-        everyone = [here, there] if world == 1 else [gather_rows_with_grad(here), gather_rows_with_grad(there)]
-        own = torch.arange(n, device=out0.device) + rank * n
-        first, second = own, own + world * n  # where the two views stand among the candidates
-        return info_nce(
-            torch.cat([here, there]),
-            torch.cat(everyone),
-            torch.cat([second, first]),
-            scale=1 / self.temperature,
-            anchor_ids=torch.cat([first, second]),  # no vector is its own negative
-            candidate_ids=torch.arange(2 * world * n, device=out0.device),
-        )
+        vectors = torch.cat([here, there])
+        alone = not self.gather_distributed or rank_and_world()[1] == 1
+        of = None if alone else shares(n, out0.device)
+        own = torch.arange(2 * n, device=out0.device) + (0 if of is None else 2 * of.first())
+        others = own.roll(n)  # the other view of each
+        options = {"scale": 1 / self.temperature, "anchor_ids": own, "candidate_ids": own}  # none is its own negative
+        if of is None:
+            return info_nce(vectors, vectors, others, **options)
+        loss = info_nce_across_ranks(vectors, vectors, others, reduction="none", **options)
+        return loss.sum() * (of.world / max(2 * of.total, 1))  # so that their mean over the processes is the whole's
 
     def against_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
         rows, features = self.memory_bank.bank.shape

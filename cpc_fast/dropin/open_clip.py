@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from cpc_kernels import info_nce
+from cpc_kernels import info_nce, info_nce_across_ranks
+from cpc_kernels.exchange import averaged, gather_rows, shares
 from cpc_kernels.info_nce import spell
-
-from .gather import gather_rows, gather_rows_with_grad
 
 
 class ClipLoss(nn.Module):
     """The symmetric contrastive loss of CLIP, as open_clip computes it.
 
-    local_loss, gather_with_grad: see above. rank, world_size: of this process, as open_clip takes them (every process
-    must hold as many rows). cache_labels: accepted and not needed. use_horovod: not supported.
+    local_loss, gather_with_grad: see above. rank, world_size: of this process, as open_clip takes them; processes may
+    hold different numbers of rows (with local_loss, a row then weighs the same everywhere). cache_labels: accepted and
+    not needed. use_horovod: not supported.
     Call it with image_features, text_features (N, D), normalised as the model made them, and logit_scale, a number or
     one-element tensor. logit_bias, one number for all pairs, does not change the loss; its gradient is 0.
     Returns a scalar, float32 for 16-bit inputs, or {"contrastive_loss": it} with output_dict. Raises ValueError for
@@ -50,16 +50,6 @@ class ClipLoss(nn.Module):
         self.rank = rank
         self.world_size = world_size
 
-    def gather(self, features: Tensor) -> Tensor:
-        """(N, D) -> (world N, D), with the gradients that the options ask for."""
-        if self.gather_with_grad:
-            return gather_rows_with_grad(features)
-        everyone = gather_rows(features)
-        if self.local_loss:
-            return everyone
-        before, after = self.rank * len(features), (self.rank + 1) * len(features)
-        return torch.cat([everyone[:before], features, everyone[after:]])
-
     def forward(
         self,
         image_features: Tensor,
@@ -78,24 +68,45 @@ class ClipLoss(nn.Module):
             raise ValueError(
                 f"ClipLoss: logit_bias must be one number, the same for all pairs. Got shape {tuple(logit_bias.shape)}."
             )
-        all_images, all_texts, first = images, texts, 0
         if self.world_size > 1:
-            if not dist.is_available() or not dist.is_initialized():
-                raise RuntimeError(
-                    f"ClipLoss: world_size is {self.world_size}, but torch.distributed has not been started. "
-                    "Call torch.distributed.init_process_group first, or leave world_size at 1."
-                )
-            all_images, all_texts = self.gather(images), self.gather(texts)
-            if self.local_loss:
-                first = self.rank * len(images)
-            else:
-                images, texts = all_images, all_texts
-        own = torch.arange(len(images), device=images.device) + first
-        loss = info_nce(images, all_texts, own, scale=logit_scale) + info_nce(texts, all_images, own, scale=logit_scale)
+            loss = self.across_ranks(images, texts, logit_scale)
+        else:
+            own = torch.arange(len(images), device=images.device)
+            loss = info_nce(images, texts, own, scale=logit_scale) + info_nce(texts, images, own, scale=logit_scale)
         loss = loss / 2
         if isinstance(logit_bias, Tensor):  # a softmax does not see it; its gradient is 0 rather than missing
             loss = loss + 0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def across_ranks(self, images: Tensor, texts: Tensor, scale: float | Tensor) -> Tensor:
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError(
+                f"ClipLoss: world_size is {self.world_size}, but torch.distributed has not been started. "
+                "Call torch.distributed.init_process_group first, or leave world_size at 1."
+            )
+        of = shares(len(images), images.device)
+        before, after = of.first(), of.first() + len(images)
+        if self.local_loss:  # own rows against everybody's
+            own = torch.arange(before, after, device=images.device)
+            to = (texts, images) if self.gather_with_grad else (texts.detach(), images.detach())
+            rows = [
+                info_nce_across_ranks(q, k, own, scale=scale, reduction="none")
+                for q, k in zip((images, texts), to, strict=True)
+            ]
+            return (rows[0] + rows[1]).sum() * (of.world / max(of.total, 1))
+        if self.gather_with_grad:  # the mean of all rows is the same on all ranks, whoever computes it
+            own = torch.arange(before, after, device=images.device)
+            if isinstance(scale, Tensor):
+                scale = averaged(scale)
+            pairs = (images, texts), (texts, images)
+            first, second = (info_nce_across_ranks(q, k, own, scale=scale) for q, k in pairs)
+            return first + second
+        every = []
+        for features in (images, texts):
+            everyone = gather_rows(features, of)
+            every.append(torch.cat([everyone[:before], features, everyone[after:]]))
+        own = torch.arange(of.total, device=images.device)
+        return info_nce(*every, own, scale=scale) + info_nce(*every[::-1], own, scale=scale)
 
     def extra_repr(self) -> str:
         return (

@@ -113,3 +113,22 @@ class _Total(torch.autograd.Function):
 def total(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """The sum over all ranks, the same on each; the gradient is the sum of what all ranks ask of it."""
     return value if rank_and_world(group)[1] == 1 else _Total.apply(value, group)
+
+
+class _Averaged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, group):
+        ctx.group = group
+        return value.detach().clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad / dist.get_world_size(ctx.group), None
+
+
+def averaged(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The same value, whose gradient becomes the mean over all ranks: what DistributedDataParallel makes of it."""
+    return value if rank_and_world(group)[1] == 1 else _Averaged.apply(value, group)

@@ -1,4 +1,4 @@
-"""Each drop-in against the package it replaces: values, gradients, refusals, and two processes."""
+"""Each drop-in against the package it replaces: values, gradients, refusals, and several processes."""
 
 import copy
 import doctest
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from cpc_fast import dropin
 from cpc_fast.dropin import lightly, pytorch_metric_learning
 from cpc_kernels import reference
+from tests import processes
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "greedy_infomax_infonce.npz"
 PACKAGE = Path(dropin.__file__).parent
@@ -586,49 +587,69 @@ def test_the_clip_reference_agrees():
     assert torch.allclose(dropin.ClipLoss()(images, texts, 1.0), expected, rtol=1e-12)
 
 
-# --- two processes ----------------------------------------------------------------------------------------------------
+# --- several processes ------------------------------------------------------------------------------------------------
 
 
-def worker(rank, path, failures):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    try:
-        everyone = leaves((2, 5, 8), (2, 5, 8), seed=4)
-        tensors = [F.normalize(t[rank], dim=1) for t in everyone]
-        ours = lightly.NTXentLoss(0.3, gather_distributed=True)
-        assert_same(ours, originals.lightly().NTXentLoss(0.3, gather_distributed=True), *tensors)
-        banks = []
-        for make in (lightly.NTXentLoss, originals.lightly().NTXentLoss):
-            torch.manual_seed(1)
-            banks.append(make(0.3, memory_bank_size=(24, 8), gather_distributed=True))
-        for _ in range(3):
-            assert_same(*banks, *(t.float() for t in tensors))
-            assert torch.equal(banks[0].memory_bank.bank, banks[1].memory_bank.bank)
-        scale = torch.tensor(7.0, dtype=torch.float64)
-        for local in (False, True):
-            for with_grad in (False, True):
-                options = {"local_loss": local, "gather_with_grad": with_grad, "rank": rank, "world_size": 2}
-                assert_same(dropin.ClipLoss(**options), originals.open_clip().ClipLoss(**options), *tensors, scale)
-    except BaseException as failure:  # told to the parent, with which rank it was
-        failures[rank] = repr(failure)
-        raise
-    finally:
-        torch.distributed.destroy_process_group()
+def beside_the_originals(rank, world):
+    everyone = leaves((2, 5, 8), (2, 5, 8), seed=4)
+    tensors = [F.normalize(t[rank], dim=1) for t in everyone]
+    ours = lightly.NTXentLoss(0.3, gather_distributed=True)
+    assert_same(ours, originals.lightly().NTXentLoss(0.3, gather_distributed=True), *tensors)
+    banks = []
+    for make in (lightly.NTXentLoss, originals.lightly().NTXentLoss):
+        torch.manual_seed(1)
+        banks.append(make(0.3, memory_bank_size=(24, 8), gather_distributed=True))
+    for _ in range(3):
+        assert_same(*banks, *(t.float() for t in tensors))
+        assert torch.equal(banks[0].memory_bank.bank, banks[1].memory_bank.bank)
+    scale = torch.tensor(7.0, dtype=torch.float64)
+    for local in (False, True):
+        for with_grad in (False, True):
+            options = {"local_loss": local, "gather_with_grad": with_grad, "rank": rank, "world_size": world}
+            assert_same(dropin.ClipLoss(**options), originals.open_clip().ClipLoss(**options), *tensors, scale)
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_processes_get_the_losses_and_gradients_of_the_originals(tmp_path):
     original("lightly")
     original("open_clip")
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        failures = manager.dict()
-        processes = [
-            context.Process(target=worker, args=(rank, tmp_path / "meet", failures), daemon=True) for rank in range(2)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(100)
-        assert not dict(failures)
-        assert [process.exitcode for process in processes] == [0, 0]
+    processes.run(2, beside_the_originals, tmp_path)
+
+
+COUNTS = {2: (5, 2), 4: (3, 0, 4, 1)}
+
+
+def shared_losses(rank=0, world=1):
+    yield lightly.NTXentLoss(0.3, gather_distributed=True), False
+    for local in (False, True):
+        clip = dropin.ClipLoss(local_loss=local, gather_with_grad=True, rank=rank, world_size=world)
+        yield lambda *t, clip=clip: clip(*t[:2], logit_scale=t[2]), True
+
+
+def of_a_rank(rank, world):
+    """(loss, gradients) of this rank's rows."""
+    counts, answers = COUNTS[world], []
+    for loss, scaled in shared_losses(rank, world):
+        own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        tensors = [t.detach()[own].requires_grad_() for t in leaves((sum(counts), 6), (sum(counts), 6), seed=2)]
+        tensors += [torch.tensor(3.0, dtype=torch.float64, requires_grad=True)] if scaled else []
+        value = loss(*tensors)
+        value.backward()
+        answers.append((value.detach(), [t.grad for t in tensors]))
+    return answers
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_together_are_one(world, tmp_path):
+    """Averaged as DistributedDataParallel does, also where they hold different numbers of rows, or none."""
+    answers = processes.run(world, of_a_rank, tmp_path)
+    for at, (loss, scaled) in enumerate(shared_losses()):
+        tensors = [t.requires_grad_() for t in leaves((sum(COUNTS[world]), 6), (sum(COUNTS[world]), 6), seed=2)]
+        tensors += [torch.tensor(3.0, dtype=torch.float64, requires_grad=True)] if scaled else []
+        value = loss(*tensors)
+        value.backward()
+        found = torch.stack([each[at][0] for each in answers]).mean()
+        torch.testing.assert_close(found, value.detach(), rtol=1e-12, atol=0)
+        for i, tensor in enumerate(tensors):
+            parts = [each[at][1][i] for each in answers]
+            together = torch.cat(parts) if tensor.ndim else torch.stack(parts).sum()
+            torch.testing.assert_close(together / world, tensor.grad, rtol=1e-10, atol=1e-13)
