@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+
+from cpc_kernels.exchange import rank_and_world
 
 from .bank import reservoir
 from .checkpoint import Checkpoint
@@ -156,6 +159,9 @@ class Detector:
     ) -> Detector:
         """Learn what is normal.
 
+        Where torch.distributed has several ranks, all of them call this and train together on batches of the same
+        size; each returns the detector, and the first writes to `out`.
+
         Args:
             data: a folder in MVTec layout (its train/good is used) or a flat folder of normal images; or the images
                 themselves, uint8 (h, w, c).
@@ -184,12 +190,18 @@ class Detector:
         config = config.fitted_to([min(image.shape[:2]) for image in images])
         _check_sizes(images, names, config)
         training, held_out = split(len(images), config)
-        with contextlib.nullcontext() if out is None else locked(Path(out)):
+        rank, world = rank_and_world()
+        with contextlib.nullcontext() if out is None or rank else locked(Path(out)):
             torch.manual_seed(config.seed)
             model = CPC(config, encoder).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             optimizer = make_optimizer(model, config)
             checkpoint = None if out is None else Checkpoint(Path(out), model, optimizer, config)
-            position = checkpoint.begin(resume) if checkpoint else Position()
+            position = Position()
+            for turn in range(min(world, 2)):  # the first rank may tidy the folder before the others read it
+                if checkpoint and turn == min(rank, 1):
+                    position = checkpoint.begin(resume)
+                if world > 1:
+                    dist.barrier()
             pace: float | None = None
 
             def watch(progress: Progress) -> None:
@@ -200,7 +212,7 @@ class Detector:
 
             train(
                 model, [images[i] for i in training], config, optimizer=optimizer, position=position,
-                on_step=watch, save=checkpoint.save if checkpoint else None, stop=stop,
+                on_step=watch, save=checkpoint.save if checkpoint and rank == 0 else None, stop=stop,
             )  # fmt: skip
 
             def read(which: list[int]) -> Iterator[np.ndarray]:
@@ -223,7 +235,7 @@ class Detector:
                 "epochs": str(config.epochs),
             }
             detector = cls(model, scorer.bank, scorer.calibration, threshold, trained_on, pace)
-            if out is not None:
+            if out is not None and rank == 0:
                 detector._write(Path(out))
             return detector
 

@@ -2,6 +2,10 @@
 
 Everything random in an epoch comes from (seed, epoch), and a Position says how much of it was drawn, so a run that was
 interrupted after any step and resumed ends with the same weights as one that was not.
+
+On several ranks of torch.distributed a batch is cut into as many parts: the loss is that of the whole batch, every rank
+takes the same steps, and the first one saves. Only the random numbers of the images' windows, brightness and shifted
+copies are each rank's own.
 """
 
 from __future__ import annotations
@@ -14,8 +18,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from cpc_kernels.capabilities import FAST_BF16
+from cpc_kernels.exchange import everyones, rank_and_world
 
 from .config import Config
 from .errors import CpcFastError, Stopped
@@ -74,6 +80,8 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str = "cosine") 
 def make_batch(model: CPC, images: Sequence[np.ndarray], side: int, generator: torch.Generator) -> Images:
     """Random square windows of `side` pixels, standardised, with random brightness and contrast."""
     config = model.config
+    if not images:
+        return model.pixel_mean.new_empty(0, config.channels, side, side)
     windows = []
     for image in images:
         h, w = image.shape[:2]
@@ -108,6 +116,22 @@ def average_weights(optimizer: torch.optim.Optimizer, decay: float, step: int) -
                 state.setdefault("average", weight.detach().clone()).lerp_(weight.detach(), rate)
 
 
+def rank_generator(seed: int, step: int, rank: int) -> torch.Generator:
+    """What a further rank draws from in a step; nothing of it needs to be saved."""
+    return torch.Generator().manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
+
+
+def share(rows: list[int], rank: int, world: int) -> list[int]:
+    """A rank's part of a batch; the first ranks have one more where it does not divide.
+
+    >>> share([3, 1, 4, 1, 5], 0, 2), share([3, 1, 4, 1, 5], 1, 2), share([3], 1, 2)
+    ([3, 1, 4], [1, 5], [])
+    """
+    size, more = divmod(len(rows), world)
+    first = rank * size + min(rank, more)
+    return rows[first : first + size + (rank < more)]
+
+
 def train(
     model: CPC,
     images: Sequence[np.ndarray],
@@ -125,13 +149,18 @@ def train(
         optimizer: from make_optimizer, with its state restored when resuming.
         position: where to go on from; the beginning by default.
         on_step: called with the progress after each step.
-        save: called after each epoch, every SAVE_SECONDS, and before Stopped or CpcFastError is raised.
+        save: for the first rank; called after each epoch, every SAVE_SECONDS, and before Stopped or CpcFastError is
+            raised.
         stop: asked after each step whether to stop there.
 
     A step whose loss or gradient is not finite changes nothing. Raises CpcFastError after MAX_BAD_STEPS of them in a
-    row, Stopped where `stop` said so.
+    row, Stopped where `stop` said so, on any rank.
     """
     device = next(model.parameters()).device
+    rank, world = rank_and_world()
+    forward = model
+    if world > 1:
+        forward = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     per_epoch = max(1, len(images) // config.batch_size)
     size = min(config.batch_size, len(images))
     total = per_epoch * config.epochs
@@ -151,11 +180,13 @@ def train(
             step = epoch * per_epoch + i
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total, config.learning_rate, config.schedule)
-            batch = make_batch(model, [images[j] for j in order[i * size : (i + 1) * size]], side, generator)
+            own = share(order[i * size : (i + 1) * size], rank, world)
+            draws = generator if rank == 0 else rank_generator(config.seed, step, rank)
+            batch = make_batch(model, [images[j] for j in own], side, draws)
             copies = batch.repeat(config.shift_copies, 1, 1, 1)
-            shifted = shift(copies, config.shifts, generator) if config.shifts else None
+            shifted = shift(copies, config.shifts, draws) if config.shifts else None
             with autocast(device):
-                result = model(batch, shifted, seed=step)
+                result = forward(batch, shifted, seed=step)
             optimizer.zero_grad(set_to_none=True)
             result.loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -185,7 +216,8 @@ def train(
                 on_step(
                     Progress(epoch + 1, config.epochs, i + 1, per_epoch, loss, accuracy, pace * size, left, at.skipped)
                 )
-            if stop and stop():
+            asked = stop is not None and stop()
+            if any(each[0] for each in everyones([int(asked)], device)):
                 if save:
                     save(at)
                 raise Stopped(f"Stopped in epoch {epoch + 1} of {config.epochs}, after step {i + 1} of {per_epoch}.")

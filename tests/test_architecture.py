@@ -12,7 +12,7 @@ PACKAGE, KERNELS = ROOT / "cpc_fast", ROOT / "kernels" / "cpc_kernels"
 
 # A module imports only from modules to its left. A new module finds its place here first.
 ORDER = (
-    "version", "errors", "shapes", "config",
+    "version", "errors", "torchrun", "shapes", "config",
     "images", "layouts", "inputs", "runs", "datasets",
     "patches", "shifts", "latents", "contexts", "predictions", "loss", "bank", "anomaly_map", "segments",
     "scored", "metrics", "report",

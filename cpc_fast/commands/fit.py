@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import CpcFastError, Stopped, UsageError
+from ..torchrun import launched, together
 from .console import say, stopped, terminable
 from .options import Device, Settings, by_preset, check_device, choose_config, choose_device
 
@@ -43,6 +45,9 @@ def fit(
         bool, typer.Option("--resume", help="Go on from the last whole epoch in the run folder.")
     ] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write scalars to RUN/tensorboard.")] = False,
+    across_ranks: Annotated[
+        str | None, typer.Option(help="Started by torchrun: whose patches are negatives: auto, local, gathered, ring.")
+    ] = None,
 ) -> int:
     """Learn what is normal."""
     check_device(device)
@@ -53,7 +58,7 @@ def fit(
 
     images = find_train(data)
     need_checkpoint(out) if resume else refuse_run(out)
-    options = {"epochs": epochs, "seed": seed, "image_size": image_size}
+    options = {"epochs": epochs, "seed": seed, "image_size": image_size, "across_ranks": across_ranks}
     config = choose_config(preset, options, settings, resume=out if resume else None)
     if config.channels == 1 and has_colour(read_image(images[0])):
         say("The images are in colour, and this fit sees their grey values only; --set channels=3 sees colour.")
@@ -61,8 +66,11 @@ def fit(
     again = ["cpc-fast", "fit", str(data), "--out", str(out)]
     more = ["--device", device] if device != "auto" else []
     try:
-        detector = fit_run("fit", data, out, config, torch_device, resume, tensorboard)
+        with together(torch_device) as own_device:
+            detector = fit_run("fit", data, out, config, own_device, resume, tensorboard)
     except Stopped as why:
+        if launched()[0]:
+            return 0
         raise Stopped(
             f"{why} All of it is saved in {out}. Go on with: {shlex.join([*again, '--resume', *more])}"
         ) from None
@@ -75,6 +83,8 @@ def fit(
             return stopped("Stopped before the end of the first epoch, so nothing is saved. Begin again when you like.")
         command = shlex.join([*again, "--resume", *more])
         return stopped(f"Stopped; {done} of {config.epochs} epochs are saved in {out}. Go on with: {command}")
+    if launched()[0]:  # the first process speaks for all
+        return 0
     say(f"Fitted on {detector.trained_on['normal images']} normal images.")
     say(f"Patches of {detector.trained_on['patches']}.")
     say(f"Scores above {detector.threshold.value:.4g} are anomalous.")
@@ -99,10 +109,13 @@ def fit_run(
         except ImportError:
             raise CpcFastError("--tensorboard needs a package: pip install 'cpc_fast[tensorboard]'.") from None
     try:
-        with terminable() as stop, training(name) as show:
+        first = launched()[0] == 0
+        with terminable() as stop, training(name) if first else nullcontext() as show:
 
             def on_step(step: Any) -> None:
                 nonlocal writer
+                if show is None:
+                    return
                 show(step)
                 if tensorboard:
                     writer = writer or SummaryWriter(str(run / "tensorboard"))

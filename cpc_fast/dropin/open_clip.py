@@ -87,7 +87,7 @@ class ClipLoss(nn.Module):
         of = shares(len(images), images.device)
         before, after = of.first(), of.first() + len(images)
         if self.local_loss:  # own rows against everybody's
-            own = torch.arange(before, after, device=images.device)
+            own = torch.arange(len(images), device=images.device) + before
             to = (texts, images) if self.gather_with_grad else (texts.detach(), images.detach())
             rows = [
                 info_nce_across_ranks(q, k, own, scale=scale, reduction="none")
@@ -95,7 +95,7 @@ class ClipLoss(nn.Module):
             ]
             return (rows[0] + rows[1]).sum() * (of.world / max(of.total, 1))
         if self.gather_with_grad:  # the mean of all rows is the same on all ranks, whoever computes it
-            own = torch.arange(before, after, device=images.device)
+            own = torch.arange(len(images), device=images.device) + before
             if isinstance(scale, Tensor):
                 scale = averaged(scale)
             pairs = (images, texts), (texts, images)
@@ -105,8 +105,9 @@ class ClipLoss(nn.Module):
         for features in (images, texts):
             everyone = gather_rows(features, of)
             every.append(torch.cat([everyone[:before], features, everyone[after:]]))
+        all_images, all_texts = every
         own = torch.arange(of.total, device=images.device)
-        return info_nce(*every, own, scale=scale) + info_nce(*every[::-1], own, scale=scale)
+        return info_nce(all_images, all_texts, own, scale=scale) + info_nce(all_texts, all_images, own, scale=scale)
 
     def extra_repr(self) -> str:
         return (

@@ -1,12 +1,18 @@
 """Training on several gloo processes: one process's loss, gradients and weights."""
 
 import copy
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from samples import TINY_CONFIG
+from samples import SET_TINY, TINY_CONFIG, make_set
 from torch.nn.parallel import DistributedDataParallel
 
+from cpc_fast.detector import Detector
 from cpc_fast.errors import UsageError
 from cpc_fast.model import CPC
 from tests import processes
@@ -74,3 +80,36 @@ def test_a_step_of_ddp_is_that_of_one_process(world, tmp_path):
 def test_there_is_no_ring_for_sampled_negatives():
     with pytest.raises(UsageError, match="across_ranks is 'ring'; it must be auto, local or gathered with sampled"):
         TINY_CONFIG.replace(negatives="sampled", across_ranks="ring")
+
+
+SAME_PICTURES = ["jitter=0", "flips=false", "batch_size=3", "across_ranks=ring"]  # images as large as the window, nothing drawn
+
+
+def test_torchrun_fits_what_one_process_fits(tmp_path):
+    """Two ranks, three images to a step: the weights, and all that follows from them, are one process's."""
+    data, out = make_set(tmp_path / "data", train=8), tmp_path / "run"
+    settings = [part for setting in SAME_PICTURES for part in ("--set", setting)]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "cpc_fast.cli", "fit", str(data), "--out", str(out), "--device", "cpu", *SET_TINY, *settings),
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(
+        command, env=environment, cwd=Path(__file__).parents[2], start_new_session=True, **pipes
+    ) as fit:
+        try:
+            said, complained = fit.communicate(timeout=150)
+        except subprocess.TimeoutExpired:
+            os.killpg(fit.pid, signal.SIGKILL)
+            raise
+    assert fit.returncode == 0, complained
+    assert said.count("Fitted on 8") == 1
+    assert complained.count("epoch 2 of 2") == 1
+    assert "Warning" not in complained
+    found = Detector.load(out)
+    alone = Detector.fit(data, found.config)
+    for ours, theirs in zip(found.model.state_dict().values(), alone.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert found.threshold.value == pytest.approx(alone.threshold.value, rel=1e-2, abs=1e-2)
+    assert not (out / "run.lock").exists()
