@@ -82,7 +82,8 @@ def test_there_is_no_ring_for_sampled_negatives():
         TINY_CONFIG.replace(negatives="sampled", across_ranks="ring")
 
 
-SAME_PICTURES = ["jitter=0", "flips=false", "batch_size=3", "across_ranks=ring"]  # images as large as the window, nothing drawn
+# nothing of the images is drawn: they are as large as the window
+SAME_PICTURES = ["jitter=0", "flips=false", "batch_size=3", "across_ranks=ring"]
 
 
 def test_torchrun_fits_what_one_process_fits(tmp_path):
