@@ -8,6 +8,7 @@ to do.
 """
 
 import errno
+import io
 import os
 import stat
 import tempfile
@@ -56,17 +57,18 @@ def quoted(path: str | os.PathLike) -> str:
     return repr(os.fspath(path))
 
 
-def read_image(path: str | os.PathLike) -> np.ndarray:
+def read_image(path: str | os.PathLike, data: bytes | None = None) -> np.ndarray:
     """Read an image as uint8 (H, W, C), C = 1 for grey and 3 for colour.
 
     16-bit values lose their low byte (v >> 8); EXIF orientation is applied; alpha is dropped, not blended; palettes,
     CMYK and YCbCr become RGB. Raises ImageError, naming the path, for anything that is not one whole still image with
-    sides of at least MIN_SIDE and at most MAX_PIXELS pixels, 8 or 16 bits a value.
+    sides of at least MIN_SIDE and at most MAX_PIXELS pixels, 8 or 16 bits a value. Where the image is in memory, `data`
+    is its file and `path` only its name.
 
     Example: `read_image("tile.png").shape` -> `(420, 260, 1)`.
     """
     path = Path(path)
-    pixels = _decode(path)
+    pixels = _decode(path, data)
     if min(pixels.shape[:2]) < MIN_SIDE:
         raise ImageError(
             f"{quoted(path)} is {_size(pixels.shape)} px; at least {MIN_SIDE} x {MIN_SIDE} are needed. "
@@ -306,19 +308,15 @@ class ImageCache(Sequence[np.ndarray]):
         return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _decode(path: Path) -> np.ndarray:
+def _decode(path: Path, data: bytes | None = None) -> np.ndarray:
     """uint8 (H, W, C) of any size within the limit."""
     try:
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise ImageError(f"{quoted(path)} is a folder with the name of an image; rename or remove it.")
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-            raise ImageError(f"{quoted(path)} is not a regular file; replace it by an image, or remove it.")
-        if status.st_size == 0:
-            raise ImageError(f"{quoted(path)} is empty (0 bytes); copy it again, or remove it.")
+        if (size := _size_of_file(path) if data is None else len(data)) == 0:
+            raise ImageError(f"{quoted(path)} is empty ({size} bytes); copy it again, or remove it.")
+        source = path if data is None else io.BytesIO(data)
         with _quiet, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow only warns about is checked below, or is harmless (odd EXIF)
-            with Image.open(path, formats=FORMATS) as picture:
+            with Image.open(source, formats=FORMATS) as picture:
                 _check(path, picture)
                 picture.load()
                 return _turned(_to_array(path, picture), picture)
@@ -349,6 +347,15 @@ def _decode(path: Path) -> np.ndarray:
         raise ImageError(f"{quoted(path)} does not fit into memory; scale it down, or cut it into pieces.") from None
     except Exception as error:  # decoders meet broken files with SyntaxError, ValueError, struct.error, zlib.error, ...
         raise ImageError(_broken(path, error)) from error
+
+
+def _size_of_file(path: Path) -> int:
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(f"{quoted(path)} is a folder with the name of an image; rename or remove it.")
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        raise ImageError(f"{quoted(path)} is not a regular file; replace it by an image, or remove it.")
+    return status.st_size
 
 
 def _check(path: Path, picture: Image.Image) -> None:
