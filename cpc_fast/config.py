@@ -42,7 +42,7 @@ class Config:
     # image -> patches
     image_size: int | None = None  # the shorter side is resized to this; None keeps the original size
     channels: int = 1  # 1: grayscale, 3: colour
-    standardise: str = "set"  # "set": mean and spread of the training images; "image": each image by its own
+    standardise: str = "set"  # "set": mean and spread of the training images; "image": by its own; or "imagenet"
     patch_size: int = 32
     patch_stride: int = 16
     crop: int | None = None  # side of the square window seen in training, at most (None: just) the smallest image's
@@ -96,7 +96,7 @@ class Config:
         rings = self.across_ranks != "ring" or self.negatives != "sampled"
         need(rings, "across_ranks", "auto, local or gathered with sampled negatives, for which there is no ring")
         need(self.directions in (1, 2, 4), "directions", "1, 2 or 4")
-        need(self.standardise in ("set", "image"), "standardise", "set or image")
+        need(self.standardise in ("set", "image", "imagenet"), "standardise", "set, image or imagenet")
         need(self.channels in (1, 3), "channels", "1 (grayscale) or 3 (colour)")
         need(self.stem in (1, 2, 4, 8), "stem", "1, 2, 4 or 8")
         need(set(self.shifts) <= set(SHIFTS), "shifts", f"drawn from {', '.join(SHIFTS)}")

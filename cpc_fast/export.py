@@ -27,6 +27,7 @@ from .contexts import DIRECTIONS
 from .detector import Detector
 from .errors import CpcFastError, UsageError
 from .images import quoted
+from .model import IMAGENET
 from .patches import grid_shape
 from .saving import write_whole
 from .version import __version__
@@ -66,6 +67,9 @@ class Program(nn.Module):
         pixels = images.float()
         if config.standardise == "set":
             pixels = (pixels - model.pixel_mean) / model.pixel_spread
+        elif config.standardise == "imagenet":
+            mean, spread = (pixels.new_tensor(value)[:, None, None] for value in IMAGENET[config.channels])
+            pixels = (pixels / 255 - mean) / spread
         else:
             centred = pixels - pixels.mean((1, 2, 3), keepdim=True)
             pixels = centred / centred.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1.0)

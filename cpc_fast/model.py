@@ -17,6 +17,9 @@ from .patches import extract_patches
 from .predictions import Predictor
 from .shapes import Images, Latents, Losses
 
+# Mean and spread of each channel that pretrained backbones were trained with; grey takes the mean of the three.
+IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))}
+
 
 @dataclass
 class StepResult:
@@ -31,7 +34,9 @@ class CPC(nn.Module):
 
     Args:
         config: the choices of the run.
-        encoder: any module that maps patches (n, c, p, p) to vectors (n, d), in place of the built-in ResNet.
+        encoder: any module that maps patches (n, c, p, p) to vectors (n, d), in place of the built-in ResNet. With
+            nothing in it that requires a gradient it is frozen: always in eval mode, and in training run once for each
+            image.
 
     >>> from cpc_fast.config import Config
     >>> model = CPC(Config(width=8))
@@ -49,9 +54,11 @@ class CPC(nn.Module):
         if encoder is None:
             encoder = PatchEncoder(config.channels, config.width, config.stem, config.norm)
         else:
+            side, training = config.patch_size, encoder.training
+            encoder.eval()  # a batch norm must not count these zeros
             with torch.no_grad():
-                side = config.patch_size
                 features = encode(encoder, torch.zeros(1, 1, 1, config.channels, side, side)).shape[-1]
+            encoder.train(training)
         self.encoder = encoder
         self.context = ContextNet(config.context, features, config.directions)
         self.predictor = Predictor(features, config.offsets, config.directions)
@@ -66,11 +73,30 @@ class CPC(nn.Module):
         self.pixel_spread.fill_((moments[1] - moments[0] ** 2).clamp_min(1.0).sqrt())
 
     def standardise(self, image: np.ndarray) -> Tensor:
-        """uint8 (h, w, c) -> float32 (c, h, w) of mean about 0 and variance about 1, on the model's device."""
+        """uint8 (h, w, c) -> float32 (c, h, w) of mean about 0 and variance about 1, on the model's device.
+
+        By the training set's mean and spread, the image's own, or those that backbones of ImageNet expect: standardise
+        of the config says which.
+        """
         pixels = torch.tensor(image, device=self.pixel_mean.device).permute(2, 0, 1).float()
         if self.config.standardise == "set":
             return (pixels - self.pixel_mean) / self.pixel_spread
+        if self.config.standardise == "imagenet":
+            mean, spread = (pixels.new_tensor(value)[:, None, None] for value in IMAGENET[len(pixels)])
+            return (pixels / 255 - mean) / spread
         return (pixels - pixels.mean()) / pixels.std(correction=0).clamp_min(1.0)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing in the encoder learns."""
+        return not any(weight.requires_grad for weight in self.encoder.parameters())
+
+    def train(self, mode: bool = True) -> CPC:
+        """As of any module; a frozen encoder stays in eval mode, or its batch norms would go on counting."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
 
     def latents(self, images: Images) -> Latents:
         """(b, c, h, w) -> (b, gy, gx, d)."""
@@ -78,13 +104,18 @@ class CPC(nn.Module):
 
     def forward(self, images: Images, shifted: Images | None = None, seed: int = 0) -> StepResult:
         """The loss of a batch; `shifted` are transformed images whose patches are further wrong answers."""
-        latents = self.latents(images if shifted is None else torch.cat([images, shifted]))
-        own = latents[: len(images)]
+        return self.compare(
+            self.latents(images if shifted is None else torch.cat([images, shifted])), len(images), seed
+        )
+
+    def compare(self, latents: Latents, images: int, seed: int = 0) -> StepResult:
+        """The loss of a batch from its latents; those after the first `images` are of shifted images."""
+        own = latents[:images]
         predictions = self.predictor(self.context(own))
         config = self.config
         loss = cpc_loss(
             predictions, latents, negatives=config.negatives, count=config.negatives_count, seed=seed,
-            shifted=len(latents) - len(images), across_ranks=config.across_ranks,
+            shifted=len(latents) - images, across_ranks=config.across_ranks,
         )  # fmt: skip
         return StepResult(loss, accuracy(predictions, own))
 

@@ -25,6 +25,7 @@ from cpc_kernels.exchange import everyones, rank_and_world
 
 from .config import Config
 from .errors import CpcFastError, Stopped
+from .latent_cache import LatentCache
 from .model import CPC
 from .shapes import Images
 from .shifts import shift
@@ -145,6 +146,8 @@ def train(
 ) -> None:
     """Train `model` in place on normal images, each uint8 (h, w, c); it ends with the running mean of its weights.
 
+    With a frozen encoder the rest learns from cached latents: see LatentCache.
+
     Args:
         optimizer: from make_optimizer, with its state restored when resuming.
         position: where to go on from; the beginning by default.
@@ -171,6 +174,7 @@ def train(
     if at.epoch == at.step == 0:
         model.measure_pixels(images)
     model.train()
+    cache = LatentCache(model, images, side) if model.frozen and world == 1 else None  # DDP listens to forward alone
     for epoch in range(at.epoch, config.epochs):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
         order = torch.randperm(len(images), generator=generator).tolist()
@@ -182,11 +186,15 @@ def train(
                 group["lr"] = learning_rate(step, total, config.learning_rate, config.schedule)
             own = share(order[i * size : (i + 1) * size], rank, world)
             draws = generator if rank == 0 else rank_generator(config.seed, step, rank)
-            batch = make_batch(model, [images[j] for j in own], side, draws)
-            copies = batch.repeat(config.shift_copies, 1, 1, 1)
-            shifted = shift(copies, config.shifts, draws) if config.shifts else None
-            with autocast(device):
-                result = forward(batch, shifted, seed=step)
+            if cache is not None:
+                with autocast(device):
+                    result = model.compare(*cache.batch(own, draws), seed=step)
+            else:
+                batch = make_batch(model, [images[j] for j in own], side, draws)
+                copies = batch.repeat(config.shift_copies, 1, 1, 1)
+                shifted = shift(copies, config.shifts, draws) if config.shifts else None
+                with autocast(device):
+                    result = forward(batch, shifted, seed=step)
             optimizer.zero_grad(set_to_none=True)
             result.loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

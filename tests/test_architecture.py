@@ -16,8 +16,8 @@ ORDER = (
     "images", "layouts", "inputs", "runs", "datasets",
     "patches", "shifts", "latents", "contexts", "predictions", "loss", "bank", "anomaly_map", "segments",
     "scored", "metrics", "report",
-    "model", "train", "scoring", "saving", "checkpoint", "detector", "evaluate", "journal", "answers",
-    "submission", "export", "doctor", "progress", "commands", "cli",
+    "model", "latent_cache", "train", "scoring", "saving", "checkpoint", "detector", "evaluate", "journal",
+    "answers", "submission", "export", "doctor", "progress", "commands", "cli",
 )  # fmt: skip
 FLOW = (
     "shapes", "config", "images", "patches", "latents", "contexts", "predictions", "loss", "model", "bank",

@@ -19,7 +19,13 @@ IMAGES = [texture(i) for i in range(8)]
 CHOICES = [
     {},
     {"context": "masked-conv", "directions": 1, "standardise": "image"},
-    {"channels": 3, "norm": "layer", "patch_stride": 7, "steps": 9},  # some steps reach past the grid
+    {
+        "channels": 3,
+        "standardise": "imagenet",
+        "norm": "layer",
+        "patch_stride": 7,
+        "steps": 9,
+    },  # some steps reach past the grid
 ]
 
 

@@ -1,0 +1,66 @@
+"""images -> latents, once: what a frozen encoder says of the training images is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .model import CPC
+from .patches import grid_shape
+from .shifts import shift
+
+
+class LatentCache:
+    """Latents of whole images, each encoded once by a frozen encoder, and random windows of them, in steps of a patch.
+
+    Jitter and flips, which would need the encoder again, are left out; shifted copies are drawn once for each image. Up
+    to `memory` bytes are kept, 4 d for each patch of an image and of its copies; what is more is encoded again each
+    time.
+
+    Args:
+        model: with a frozen encoder.
+        images: each uint8 (h, w, c).
+        side: of the windows, in pixels, at most the shorter side of the smallest image.
+    """
+
+    def __init__(self, model: CPC, images: Sequence[np.ndarray], side: int, memory: int = 1 << 31) -> None:
+        self.model, self.images, self.side, self.left = model, images, side, memory
+        self.cells = grid_shape(side, side, model.config.patch_size, model.config.patch_stride)
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def latents(self, i: int) -> tuple[Tensor, Tensor]:
+        """(gy, gx, d) of image i, and (copies, *cells, d) of shifted copies of one window of it."""
+        if (found := self.kept.get(i)) is not None:
+            return found
+        config = self.model.config
+        pixels = self.model.standardise(self.images[i])[None]
+        with torch.no_grad():
+            whole = self.model.latents(pixels)[0].float()
+            copies = whole.new_empty(0, *self.cells, whole.shape[-1])
+            if config.shifts:
+                generator = torch.Generator().manual_seed(config.seed * 1_000_003 + i)
+                top, left = (int(torch.randint(n - self.side + 1, (), generator=generator)) for n in pixels.shape[2:])
+                window = pixels[..., top : top + self.side, left : left + self.side]
+                window = window.repeat(config.shift_copies, 1, 1, 1)
+                copies = self.model.latents(shift(window, config.shifts, generator)).float()
+        size = whole.nbytes + copies.nbytes
+        if size <= self.left:
+            self.left -= size
+            self.kept[i] = whole, copies
+        return whole, copies
+
+    def batch(self, chosen: Sequence[int], generator: torch.Generator) -> tuple[Tensor, int]:
+        """Latents (b + b * copies, *cells, d) of windows, then of shifted copies; and b."""
+        windows, shifted = [], []
+        for i in chosen:
+            whole, copies = self.latents(i)
+            top, left = (
+                int(torch.randint(have - want + 1, (), generator=generator))
+                for have, want in zip(whole.shape[:2], self.cells, strict=True)
+            )
+            windows.append(whole[top : top + self.cells[0], left : left + self.cells[1]])
+            shifted.append(copies)
+        return torch.cat([torch.stack(windows), *shifted]), len(chosen)
