@@ -152,6 +152,8 @@ def plain_loss(model: CPC, images: Tensor, shifted: Tensor | None, seed: int) ->
 class PlainScorer(Scorer):
     """The same scores from one matrix of all of them."""
 
+    bank: Tensor
+
     def losses(self, image: np.ndarray):
         with torch.no_grad():
             pixels = self.model.standardise(image)

@@ -27,6 +27,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
+from .bank import bank_blocks
 from .detector import Detector, Prediction
 from .errors import CpcFastError, Stopped
 from .images import quoted, read_image
@@ -129,7 +130,8 @@ def fingerprint(detector: Detector) -> str:
     tensors = {**detector.model.state_dict(), "bank": detector.bank, **vars(detector.calibration)}
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
+        for part in bank_blocks(tensors[name]) if name == "bank" else [tensors[name]]:
+            digest.update(part.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,11 +1,127 @@
-"""A bank of normal latents: what test patches are compared with."""
+"""A bank of normal latents: what test patches are compared with.
+
+A bank is scored in blocks of BLOCK_ROWS rows, whose log-sum-exps are then merged in one way, wherever the blocks are:
+on the device, in host memory, in a safetensors file, or on other ranks. So the scores are the same to the bit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor
+
+from cpc_kernels import bilinear_info_nce_stats
+from cpc_kernels.exchange import gather_rows, rank_and_world, shares
+
+from .predictions import Predictions
+from .shapes import Latents, Losses
+
+BLOCK_ROWS = 2**15  # another number changes the last bits of scores against larger banks
+DEVICE_SHARE = 0.5  # of a GPU's free memory; a larger bank stays outside and is streamed
+
+
+class StreamedBank:
+    """Rows (m, d) that stay where they are and come to the device one block at a time.
+
+    On a GPU the next block is copied while one is scored: two blocks are on the device. across_ranks: every rank of
+    torch.distributed reads its share of the blocks, and all of them score the same image together.
+
+    Args:
+        rows: a tensor on the CPU, or what StreamedBank.open reads.
+        device: where they are scored.
+    """
+
+    def __init__(self, rows: Any, device: str | torch.device = "cpu", across_ranks: bool = False) -> None:
+        shape = tuple(rows.shape if isinstance(rows, Tensor) else rows.get_shape())
+        if len(shape) != 2:
+            raise ValueError(f"StreamedBank: a bank must be (m, d). Got {shape}.")
+        self.rows, self.shape, self.device, self.across_ranks = rows, shape, torch.device(device), across_ranks
+
+    @classmethod
+    def open(
+        cls, path: Path, name: str = "bank", device: str | torch.device = "cpu", across_ranks: bool = False
+    ) -> StreamedBank:
+        """The tensor `name` of a safetensors file, mapped into memory: only the blocks in use are read."""
+        return cls(safe_open(path, framework="pt").get_slice(name), device, across_ranks)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def blocks(self) -> range:
+        """The blocks of this rank: all, or its share."""
+        count = -(-len(self) // BLOCK_ROWS)
+        rank, world = rank_and_world() if self.across_ranks else (0, 1)
+        return range(count * rank // world, count * (rank + 1) // world)
+
+    def read(self, block: int) -> Tensor:
+        rows = self.rows[block * BLOCK_ROWS : (block + 1) * BLOCK_ROWS]
+        return rows if isinstance(self.rows, Tensor) else rows.clone()  # begins where products are fastest
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The blocks of this rank, on the device."""
+        if self.device.type != "cuda":
+            yield from (self.read(block).to(self.device) for block in self.blocks)
+            return
+        copies, coming = torch.cuda.Stream(self.device), None
+        for block in [*self.blocks, None]:
+            here = coming
+            if here is not None:
+                torch.cuda.current_stream(self.device).wait_stream(copies)
+                here.record_stream(torch.cuda.current_stream(self.device))
+            if block is not None:
+                with torch.cuda.stream(copies):
+                    coming = self.read(block).pin_memory().to(self.device, non_blocking=True)
+            if here is not None:
+                yield here
+
+
+Bank = Tensor | StreamedBank  # (m, d)
+
+
+def bank_blocks(bank: Bank) -> Iterable[Tensor]:
+    """The bank in blocks of BLOCK_ROWS rows; at least one, of a bank in memory."""
+    return bank.split(BLOCK_ROWS) if isinstance(bank, Tensor) else bank
+
+
+def bank_losses(predictions: Predictions, latents: Latents, bank: Bank) -> Losses:
+    """How surprising each patch is: its loss against a fixed bank of normal latents, (m, d) -> (n,).
+
+    The positive is the patch itself, the negatives are the bank, so an image's losses do not depend on other images.
+
+    >>> from cpc_fast.predictions import Predictor
+    >>> z = torch.randn(1, 3, 3, 8)
+    >>> bank_losses(Predictor(8, (2,), directions=2)(z[None]), z, torch.randn(50, 8)).shape
+    torch.Size([6])
+    """
+    contexts, weight, sources, targets, counts = predictions
+    own = latents.flatten(0, 2)[targets]
+    dtype = torch.float64 if latents.dtype == torch.float64 else torch.float32
+    parts = [torch.empty(0, 3, len(targets), dtype=dtype, device=latents.device)]
+    for block in bank_blocks(bank):
+        found = bilinear_info_nce_stats(contexts, weight, block, own, sources=sources, counts=counts)
+        parts.append(torch.stack([found.loss, found.lse, found.positive])[None])
+    all_parts = torch.cat(parts)  # (blocks, 3, n)
+    if isinstance(bank, StreamedBank) and bank.across_ranks:
+        all_parts = gather_rows(all_parts, shares(len(all_parts), all_parts.device))
+    if len(all_parts) == 1:
+        return all_parts[0, 0]
+    lse = all_parts[:, 1].logsumexp(0)
+    return (-F.logsigmoid(all_parts[0, 2] - lse)).where(lse != -torch.inf, 0.0)
+
+
+def place_bank(rows: Tensor, device: torch.device) -> Bank:
+    """On the device where it fits in DEVICE_SHARE of what is free, else streamed to it."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        if rows.numel() * rows.element_size() > DEVICE_SHARE * free:
+            return StreamedBank(rows.cpu(), device)
+    return rows.to(device)
 
 
 def reservoir(rows: Iterable[Tensor], size: int, seed: int = 0) -> Tensor:

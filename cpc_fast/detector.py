@@ -20,13 +20,14 @@ from torch import distributed as dist
 
 from cpc_kernels.exchange import rank_and_world
 
-from .bank import reservoir
+from .bank import Bank, StreamedBank, place_bank, reservoir
 from .checkpoint import Checkpoint
 from .config import Config, preset
 from .errors import CpcFastError, Stopped, UsageError
 from .images import ImageCache, quoted, read_image, resize, to_channels
 from .layouts import find_train
 from .model import CPC
+from .runs import DETECTOR
 from .saving import load_run, locked, save_run
 from .scoring import Calibration, Scorer, calibrate
 from .segments import Segment, find_segments
@@ -131,7 +132,7 @@ class Detector:
     def __init__(
         self,
         model: CPC,
-        bank: Tensor,
+        bank: Bank,
         calibration: Calibration,
         threshold: Threshold,
         trained_on: dict[str, str],
@@ -221,7 +222,7 @@ class Detector:
                         raise Stopped("Stopped after the last epoch, before the threshold was found.")
                     yield images[i]
 
-            scorer = Scorer(model, _make_bank(model, read(training), config))
+            scorer = Scorer(model, place_bank(_make_bank(model, read(training), config), device))
             scorer.calibration = calibrate(scorer, list(read(held_out)))
             scores = [scorer.map(image, image.shape[:2]).max().item() for image in read(held_out)]
             threshold = Threshold.from_scores(scores, config.target_fpr)
@@ -251,7 +252,7 @@ class Detector:
 
     def _write(self, run: Path) -> None:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors["bank"] = self.bank
+        tensors["bank"] = self.bank if isinstance(self.bank, Tensor) else torch.cat([*self.bank])
         for name in Calibration.__dataclass_fields__:
             tensors[f"calibration.{name}"] = getattr(self.calibration, name)
         about = {
@@ -264,13 +265,22 @@ class Detector:
 
     @classmethod
     def load(
-        cls, run: str | os.PathLike, device: str | torch.device = "cpu", encoder: nn.Module | None = None
+        cls,
+        run: str | os.PathLike,
+        device: str | torch.device = "cpu",
+        encoder: nn.Module | None = None,
+        *,
+        stream_bank: bool = False,
     ) -> Detector:
         """Read a detector that save wrote; `encoder` must be given again when fit was given one.
 
+        stream_bank: leave the bank in the file, and read it block by block for every image, for one that is larger than
+        memory. (One that is larger than a GPU is streamed from memory without being asked.) The scores are the same to
+        the bit. Its numbers are not looked through for what is not finite.
+
         Raises CpcFastError when the folder holds no detector, one of another version, or weights that are not finite.
         """
-        tensors, config, about = load_run(Path(run), encoder)
+        tensors, config, about = load_run(Path(run), encoder, "bank" if stream_bank else "")
         device = torch.device(device)
         try:
             threshold = Threshold(**about["threshold"])
@@ -289,7 +299,9 @@ class Detector:
         calibration = Calibration(
             **{name: tensors[f"calibration.{name}"].to(device) for name in Calibration.__dataclass_fields__}
         )
-        return cls(model, tensors["bank"].to(device), calibration, threshold, trained_on, pace)
+        streamed = StreamedBank.open(Path(run) / DETECTOR, device=device) if stream_bank else None
+        bank = place_bank(tensors["bank"], device) if streamed is None else streamed
+        return cls(model, bank, calibration, threshold, trained_on, pace)
 
     # ------------------------------------------------------------------------------------------------ use
 
@@ -379,12 +391,12 @@ def _prepare(image: np.ndarray, config: Config) -> np.ndarray:
 
 
 def _make_bank(model: CPC, images: Iterator[np.ndarray], config: Config) -> Tensor:
-    """config.bank_size latents, drawn evenly from the patches of normal images, (m, d)."""
+    """config.bank_size latents, drawn evenly from the patches of normal images, (m, d), on the CPU."""
     device = next(model.parameters()).device
 
     def rows() -> Iterator[Tensor]:
         for image in images:
             with torch.inference_mode(), autocast(device):
-                yield model.latents(model.standardise(image)[None]).flatten(0, 2).float()
+                yield model.latents(model.standardise(image)[None]).flatten(0, 2).float().cpu()
 
     return reservoir(rows(), config.bank_size, config.seed)

@@ -20,7 +20,7 @@ from cpc_kernels import (
 from cpc_kernels.exchange import everyones, rank_and_world
 
 from .predictions import Predictions
-from .shapes import Latents, Losses
+from .shapes import Latents
 
 
 def cpc_loss(
@@ -93,21 +93,6 @@ def rows_of_all(counts: list[int], images: int, before: int, total: int, device:
         parts.append(torch.arange(count, device=device) + start + before * each)
         start += total * each
     return torch.cat(parts)
-
-
-def bank_losses(predictions: Predictions, latents: Latents, bank: Tensor) -> Losses:
-    """How surprising each patch is: its loss against a fixed bank of normal latents, (m, d) -> (n,).
-
-    The positive is the patch itself, the negatives are the bank, so an image's losses do not depend on other images.
-
-    >>> from cpc_fast.predictions import Predictor
-    >>> z = torch.randn(1, 3, 3, 8)
-    >>> bank_losses(Predictor(8, (2,), directions=2)(z[None]), z, torch.randn(50, 8)).shape
-    torch.Size([6])
-    """
-    contexts, weight, sources, targets, counts = predictions
-    own = latents.flatten(0, 2)[targets]
-    return bilinear_info_nce_stats(contexts, weight, bank, own, sources=sources, counts=counts).loss
 
 
 def accuracy(predictions: Predictions, latents: Latents, most: int = 256) -> Tensor:

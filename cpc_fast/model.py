@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .bank import Bank, bank_losses
 from .config import Config
 from .contexts import ContextNet
 from .latents import PatchEncoder, encode
-from .loss import accuracy, bank_losses, cpc_loss
+from .loss import accuracy, cpc_loss
 from .patches import extract_patches
 from .predictions import Predictor
 from .shapes import Images, Latents, Losses
@@ -120,7 +121,7 @@ class CPC(nn.Module):
         return StepResult(loss, accuracy(predictions, own))
 
     @torch.no_grad()
-    def surprise(self, image: Tensor, bank: Tensor) -> tuple[Losses, Tensor, Tensor, list[int]]:
+    def surprise(self, image: Tensor, bank: Bank) -> tuple[Losses, Tensor, Tensor, list[int]]:
         """The losses of one image (c, h, w) against a bank (m, d) of normal latents.
 
         Returns losses (n,), sources (n,) and targets (n,) as flat grid indices, and the number of predictions of each

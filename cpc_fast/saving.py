@@ -84,13 +84,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any])
 
 
 def read_tensors(
-    path: Path, what: str, expect: Callable[[dict[str, Any]], dict[str, Spec]] | None = None
+    path: Path, what: str, expect: Callable[[dict[str, Any]], dict[str, Spec]] | None = None, leave: str = ""
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The inverse of write_tensors.
 
     `expect` turns the record into the name, type and shape of every tensor there must be (a length of -1 is free);
-    they are compared with the header before a tensor is read. Raises CpcFastError for a file that is missing, damaged,
-    other than expected, or not finite.
+    they are compared with the header before a tensor is read; the tensor called `leave` is not read. Raises
+    CpcFastError for a file that is missing, damaged, other than expected, or not finite.
     """
     need_file(path.parent, path.name, what)
     try:
@@ -103,7 +103,7 @@ def read_tensors(
                 slices = {name: file.get_slice(name) for name in names}
                 found = {name: (DTYPES.get(s.get_dtype()), tuple(s.get_shape())) for name, s in slices.items()}
                 _compare(path, found, expect(about))
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in names if name != leave}
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CpcFastError(
             f"{quoted(path)} is damaged ({_short(error)}); restore it from a copy, or fit again."
@@ -163,8 +163,10 @@ def save_run(run: Path, tensors: dict[str, Tensor], config: Config, about: dict[
     write_text(run / "config.json", json.dumps(record, indent=2) + "\n")
 
 
-def load_run(run: Path, encoder: nn.Module | None = None) -> tuple[dict[str, Tensor], Config, dict[str, Any]]:
-    """Read a detector: tensors, config, and the rest of its record."""
+def load_run(
+    run: Path, encoder: nn.Module | None = None, leave: str = ""
+) -> tuple[dict[str, Tensor], Config, dict[str, Any]]:
+    """Read a detector: tensors, except one to `leave`, config, and the rest of its record."""
     need_run(run)
 
     def expect(about: dict[str, Any]) -> dict[str, Spec]:
@@ -177,7 +179,7 @@ def load_run(run: Path, encoder: nn.Module | None = None) -> tuple[dict[str, Ten
             specs[f"calibration.place_{name}"] = (torch.float32, (-1, -1))
         return specs
 
-    tensors, about = read_tensors(run / DETECTOR, "detector", expect)
+    tensors, about = read_tensors(run / DETECTOR, "detector", expect, leave)
     return tensors, read_config(run, about), about
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .anomaly_map import anomaly_map
+from .bank import Bank
 from .model import CPC
 from .patches import grid_shape
 from .shapes import AnomalyMap
@@ -49,12 +50,15 @@ class Scorer(nn.Module):
     An image is always scored alone, so its score is the same to the last bit whatever it is handed in with.
     """
 
-    bank: Tensor  # (m, d)
+    bank: Bank
 
-    def __init__(self, model: CPC, bank: Tensor, calibration: Calibration | None = None) -> None:
+    def __init__(self, model: CPC, bank: Bank, calibration: Calibration | None = None) -> None:
         super().__init__()
         self.model, self.config = model.eval(), model.config
-        self.register_buffer("bank", bank)
+        if isinstance(bank, Tensor):
+            self.register_buffer("bank", bank)
+        else:
+            self.bank = bank
         self.calibration = calibration
 
     def losses(self, image: np.ndarray) -> tuple[Tensor, Tensor, Tensor, list[int], tuple[int, int]]:

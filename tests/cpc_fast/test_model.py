@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from cpc_fast.bank import bank_losses
 from cpc_fast.config import Config, preset
 from cpc_fast.contexts import DIRECTIONS, ContextNet
 from cpc_fast.errors import CpcFastError, UsageError
-from cpc_fast.loss import accuracy, bank_losses, cpc_loss
+from cpc_fast.loss import accuracy, cpc_loss
 from cpc_fast.model import CPC
 from cpc_fast.patches import extract_patches, grid_shape
 from cpc_fast.predictions import Predictions, Predictor, geometry

@@ -1,0 +1,78 @@
+"""A bank in memory, streamed from the host or a file, and shared by processes: the same scores to the bit."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from samples import TINY_CONFIG, texture
+
+from cpc_fast import bank as module
+from cpc_fast.bank import StreamedBank, bank_losses
+from cpc_fast.detector import Detector
+from cpc_fast.predictions import Predictor
+from tests import processes
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_ROWS", 64)
+
+
+def problem(rows):
+    torch.manual_seed(0)
+    latents = torch.randn(1, 5, 6, 24)
+    return Predictor(24, (1, 2), directions=4)(latents[None]), latents, torch.randn(rows, 24)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 130, 500])
+def test_wherever_the_bank_is(rows, tmp_path, small_blocks):
+    predictions, latents, bank = problem(rows)
+    with torch.no_grad():
+        in_memory = bank_losses(predictions, latents, bank)
+        save_file({"odd": torch.zeros(3, dtype=torch.uint8), "bank": bank}, tmp_path / "bank.safetensors")
+        streamed = StreamedBank.open(tmp_path / "bank.safetensors")
+        assert (len(streamed), len(streamed.blocks)) == (rows, -(-rows // 64))
+        assert torch.equal(bank_losses(predictions, latents, streamed), in_memory)
+        assert torch.equal(bank_losses(predictions, latents, StreamedBank(bank)), in_memory)
+        own = latents.flatten(0, 2)[predictions.targets]
+        rows_of = torch.arange(len(predictions.counts)).repeat_interleave(torch.tensor(predictions.counts))
+        made = torch.einsum("ndc,nc->nd", predictions.weight[rows_of], predictions.contexts[predictions.sources])
+        plain = torch.nn.functional.softplus((made @ bank.T).logsumexp(1) - (made * own).sum(1))
+    torch.testing.assert_close(in_memory, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bank_has_rows():
+    with pytest.raises(ValueError, match=r"StreamedBank: a bank must be \(m, d\). Got \(5,\)."):
+        StreamedBank(torch.zeros(5))
+
+
+def shared(rank, world):
+    module.BLOCK_ROWS = 64
+    found = []
+    with torch.inference_mode():
+        for rows in (130, 500, 20):  # some ranks have no block
+            predictions, latents, bank = problem(rows)
+            found.append(bank_losses(predictions, latents, StreamedBank(bank, across_ranks=True)))
+    return [each.clone() for each in found]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_shared_by_processes(world, tmp_path, small_blocks):
+    answers = processes.run(world, shared, tmp_path)
+    for at, rows in enumerate((130, 500, 20)):
+        with torch.no_grad():
+            alone = bank_losses(*problem(rows))
+        assert all(torch.equal(each[at], alone) for each in answers)
+
+
+def test_a_detector_that_leaves_its_bank_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_ROWS", 24)
+    detector = Detector.fit([texture(i) for i in range(6)], TINY_CONFIG, out=tmp_path / "run", epochs=1)
+    loaded, streamed = Detector.load(tmp_path / "run"), Detector.load(tmp_path / "run", stream_bank=True)
+    assert isinstance(streamed.bank, StreamedBank)
+    assert len(streamed.bank) == TINY_CONFIG.bank_size
+    for image in (texture(7), texture(8)):
+        maps = [each.inspect(image).map for each in (detector, loaded, streamed)]
+        assert (maps[0] == maps[1]).all()
+        assert (maps[0] == maps[2]).all()
+    streamed.save(tmp_path / "again")
+    assert torch.equal(Detector.load(tmp_path / "again").bank, detector.bank)
