@@ -10,6 +10,7 @@
 
 C is the folder of a category; which layout it has is seen from what is in it. Masks of LOCO and VisA hold labels: any
 value but 0 is defective. The validation images of LOCO and AD 2 are not read: what is held out comes from train/good.
+LOCO's own metric, which forgives a region once enough of it is found (sPRO), is not computed: AU-PRO is.
 """
 
 from __future__ import annotations
