@@ -33,6 +33,7 @@ from .info_nce import (
     spell,
 )
 from .negatives import Negatives, draw_negatives
+from .ranges import stage
 from .sampled_info_nce import sampled_info_nce, sampled_info_nce_stats
 
 # --- the projection of listed rows ------------------------------------------------------------------------------------
@@ -47,12 +48,14 @@ def _parts(sources: Tensor, counts: Sequence[int]):
         start += count
 
 
+def _steps(counts: Sequence[int], device: torch.device) -> Tensor:
+    """(P,) the step of each row, without waiting for the device."""
+    return torch.cat([torch.full((count,), k, device=device) for k, count in enumerate(counts)])
+
+
 def _cells(sources: Tensor, counts: Sequence[int]) -> Tensor:
     """(P,) where each row lies in the (N K) rows of the projection of everything."""
-    steps = torch.arange(len(counts), device=sources.device)
-    return sources * len(counts) + steps.repeat_interleave(
-        torch.tensor(counts, device=sources.device), output_size=len(sources)
-    )
+    return sources * len(counts) + _steps(counts, sources.device)
 
 
 @torch.library.custom_op("cpc_kernels::project", mutates_args=())
@@ -60,13 +63,14 @@ def project(contexts: Tensor, weights: Tensor, sources: Tensor, counts: Sequence
     """(N, C), (K, D, C), (P,) -> (P, D)."""
     contexts, weights = contexts.detach(), weights.detach()
     steps, d, c = weights.shape
-    if at_once:
-        everything = contexts @ weights.reshape(steps * d, c).T  # (N, K D)
-        return everything.view(-1, d)[_cells(sources, counts)]
-    out = contexts.new_empty(len(sources), d)
-    for k, rows, read in _parts(sources, counts):
-        torch.mm(contexts[read], weights[k].T, out=out[rows])
-    return out
+    with stage("bilinear_info_nce", "predictions", contexts.device):
+        if at_once:
+            everything = contexts @ weights.reshape(steps * d, c).T  # (N, K D)
+            return everything.view(-1, d)[_cells(sources, counts)]
+        out = contexts.new_empty(len(sources), d)
+        for k, rows, read in _parts(sources, counts):
+            torch.mm(contexts[read], weights[k].T, out=out[rows])
+        return out
 
 
 @project.register_fake
@@ -86,21 +90,23 @@ def project_backward(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     steps, d, c = weights.shape
-    if at_once:
-        everything = grad.new_zeros(len(contexts) * steps, d)
-        everything.index_copy_(0, _cells(sources, counts), grad)  # a context speaks once about a step
-        everything = everything.view(-1, steps * d)
-        dc = everything @ weights.reshape(steps * d, c) if need_contexts else grad.new_empty(0)
-        dw = (everything.T @ contexts).view(steps, d, c) if need_weights else grad.new_empty(0)
+    none = grad.new_empty(0)
+    with stage("bilinear_info_nce", "gradients", grad.device):
+        if at_once:
+            everything = grad.new_zeros(len(contexts) * steps, d)
+            everything.index_copy_(0, _cells(sources, counts), grad)  # a context speaks once about a step
+            everything = everything.view(-1, steps * d)
+            dc = everything @ weights.reshape(steps * d, c) if need_contexts else none
+            dw = (everything.T @ contexts).view(steps, d, c) if need_weights else none.clone()
+            return dc, dw
+        dc = contexts.new_zeros(contexts.shape) if need_contexts else none
+        dw = weights.new_zeros(weights.shape) if need_weights else none.clone()
+        for k, rows, read in _parts(sources, counts):
+            if need_contexts:
+                dc.index_add_(0, read, grad[rows] @ weights[k])
+            if need_weights:
+                torch.mm(grad[rows].T, contexts[read], out=dw[k])
         return dc, dw
-    dc = contexts.new_zeros(contexts.shape if need_contexts else (0,))
-    dw = weights.new_zeros(weights.shape if need_weights else (0,))
-    for k, rows, read in _parts(sources, counts):
-        if need_contexts:
-            dc.index_add_(0, read, grad[rows] @ weights[k])
-        if need_weights:
-            torch.mm(grad[rows].T, contexts[read], out=dw[k])
-    return dc, dw
 
 
 @project_backward.register_fake
@@ -133,7 +139,7 @@ def project_rows(contexts, weights, sources, counts, impl):
         return torch.cat([contexts[read] @ weights[k].T for k, _, read in _parts(sources, counts)] or [
             contexts.new_zeros(0, weights.shape[1])
         ])  # fmt: skip
-    at_once = contexts.device.type != "cpu" and 2 * len(sources) >= len(contexts) * len(counts)
+    at_once = contexts.device.type != "cpu" and 2 * sources.shape[0] >= contexts.shape[0] * len(counts)
     return project(contexts, weights, sources, list(counts), at_once)
 
 
@@ -172,12 +178,12 @@ def check(op, contexts, weights, candidates, positives, negatives, sources, coun
                 f"{spell(contexts=contexts, weights=weights, positives=positives)}"
             )
         return
-    if sources.ndim != 1 or sources.is_floating_point() or len(counts) != k or sum(counts) != len(sources):
+    if sources.ndim != 1 or sources.is_floating_point() or len(counts) != k or sum(counts) != sources.shape[0]:
         raise ValueError(
             f"{op}: sources must be (P,) integers sorted by step, counts {k} numbers (one per step) that add up to P. "
             f"Got sources {tuple(sources.shape)} {sources.dtype}, counts {list(counts)}."
         )
-    if tuple(positives.shape) != (len(sources), *vectors):
+    if tuple(positives.shape) != (sources.shape[0], *vectors):
         raise ValueError(
             f"{op}: positives must be ({len(sources)},) indices or ({len(sources)}, {d}) vectors, one for each source. "
             f"{spell(sources=sources, positives=positives)}"
@@ -187,6 +193,8 @@ def check(op, contexts, weights, candidates, positives, negatives, sources, coun
 def cheaper_side(rows: int, steps: int, m: int, scored: int, d: int, c: int, vectors: bool = False) -> str:
     """Whose projection costs fewer multiply-adds; `scored`: candidates that each row is scored against; `vectors`: the
     positives are, and would be projected with the candidates."""
+    if isinstance(rows, torch.SymInt) or isinstance(m, torch.SymInt):  # traced for any size: one way for all
+        return "contexts"
     contexts = rows * c * d + rows * scored * d
     candidates = (steps * m + rows * vectors) * c * d + rows * scored * c
     return "contexts" if contexts <= candidates else "candidates"
@@ -202,12 +210,12 @@ def _run(
         refuse_transforms(op, impl, contexts, weights, candidates, positives, scale)
     steps, d, c = weights.shape
     contexts = contexts.reshape(-1, c)
-    n, m = len(contexts), len(candidates)
+    n, m = contexts.shape[0], candidates.shape[0]
     vectors = positives.is_floating_point()
     listed = sources is not None
     if not listed:
         positives = positives.reshape(n, steps, *positives.shape[positives.ndim - vectors :])
-    rows = len(sources) if listed else n * steps
+    rows = sources.shape[0] if listed else n * steps
     drawn = isinstance(negatives, Negatives)
     scored = m if negatives is None else negatives.count if drawn else negatives.shape[-1]
     if side == "auto":
@@ -265,18 +273,18 @@ def _sampled_candidates(
 ):  # fmt: skip
     """Candidates projected once for each step, (K M, C): row k M + j is z_j as step k sees it."""
     steps, _, c = weights.shape
-    m, listed = len(candidates), sources is not None
+    m, listed = candidates.shape[0], sources is not None
     vectors = positives.is_floating_point()
     pool = torch.einsum("md,kdc->kmc", candidates, weights).reshape(steps * m, c)
     if listed:
-        of_row = torch.repeat_interleave(torch.tensor(counts, device=sources.device), output_size=len(sources))  # (P,)
+        of_row = _steps(counts, sources.device)  # (P,)
         anchors = contexts[sources]
         row_steps = 1
     else:
         of_row = torch.arange(steps, device=contexts.device)  # (K,)
         anchors = contexts[:, None].expand(-1, steps, -1)
         row_steps = steps
-    rows = len(anchors)
+    rows = anchors.shape[0]
     if isinstance(negatives, Negatives):
         drawn = draw_negatives(negatives, positives, m, rows, row_steps)
         if drawn.ndim == 3 and listed:

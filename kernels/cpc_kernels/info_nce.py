@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .capabilities import FAST_BF16, triton_module
+from .ranges import stage
 
 CHUNK_SCORES = 3 * 2**20  # 12 MB of float32: fits beside its operands in an L3 cache; set by measurement
 CHUNK_ROWS = (256, 1024)  # below, products are thin and dk is read and written too often; above, nothing is gained
@@ -152,42 +153,46 @@ def chunked_forward(
     with precision(anchors.dtype, device):
         chunks = Chunks(anchors, candidates, positives, scale, anchor_ids, candidate_ids, elsewhere)
         for i in chunks:
-            q, active = chunks.q(i), chunks.active(i)
-            s, own_score = chunks.scores(i, q)
-            if need_rank:
-                rank[i] = (s > own_score[:, None]).sum(1)
-            top = s.amax(1)
-            top = top.where(top.abs() != torch.inf, 0.0)
-            total = s.sub_(top[:, None]).exp_().sum(1)  # s is now P times total
-            row_lse = top + total.log()
-            total = total.where(total > 0, 1.0)
-            if active is not None:
-                row_lse = row_lse.where(active, -torch.inf)
+            with stage("info_nce", "scores", device):
+                q, active = chunks.q(i), chunks.active(i)
+                s, own_score = chunks.scores(i, q)
+            with stage("info_nce", "loss", device):
                 if need_rank:
-                    rank[i] *= active
-            positive[i], lse[i] = own_score, row_lse
-            loss[i] = (-F.logsigmoid(own_score - row_lse)).where(row_lse != -torch.inf, 0.0)
+                    rank[i] = (s > own_score[:, None]).sum(1)
+                top = s.amax(1)
+                top = top.where(top.abs() != torch.inf, 0.0)
+                total = s.sub_(top[:, None]).exp_().sum(1)  # s is now P times total
+                row_lse = top + total.log()
+                total = total.where(total > 0, 1.0)
+                if active is not None:
+                    row_lse = row_lse.where(active, -torch.inf)
+                    if need_rank:
+                        rank[i] *= active
+                positive[i], lse[i] = own_score, row_lse
+                loss[i] = (-F.logsigmoid(own_score - row_lse)).where(row_lse != -torch.inf, 0.0)
             if not need_expectation:
                 continue
-            o = torch.mm(s, chunks.candidates).div_(total[:, None])
+            with stage("info_nce", "expectation", device):
+                o = torch.mm(s, chunks.candidates).div_(total[:, None])
             if keep:
                 expectation[i] = o
                 continue
-            dq, dk, dv, dscale = fold  # pyright: ignore[reportGeneralTypeIssues]
-            weight = sigmoid_weight(row_lse, own_score, active)
-            difference = o.sub_(chunks.own(i))
-            if dscale.numel():
-                dscale += (weight * torch.linalg.vecdot(q, difference)).sum()
-            weight = weight * scale
-            torch.mul(difference, weight[:, None], out=o)
-            dq[i] = o if active is None else o.where(active[:, None], 0.0)
-            if dk.numel():
-                dk.addmm_(s.T, q * (weight / total)[:, None])
-            pull = q.mul_(-weight[:, None]) if chunks.indexed or anchors.dtype != dtype else q * -weight[:, None]
-            if dk.numel() and chunks.indexed:
-                dk.index_add_(0, positives[i].clamp(min=0), pull)
-            elif dv.numel():
-                dv[i] = pull
+            with stage("info_nce", "gradients", device):
+                dq, dk, dv, dscale = fold  # pyright: ignore[reportGeneralTypeIssues]
+                weight = sigmoid_weight(row_lse, own_score, active)
+                difference = o.sub_(chunks.own(i))
+                if dscale.numel():
+                    dscale += (weight * torch.linalg.vecdot(q, difference)).sum()
+                weight = weight * scale
+                torch.mul(difference, weight[:, None], out=o)
+                dq[i] = o if active is None else o.where(active[:, None], 0.0)
+                if dk.numel():
+                    dk.addmm_(s.T, q * (weight / total)[:, None])
+                pull = q.mul_(-weight[:, None]) if chunks.indexed or anchors.dtype != dtype else q * -weight[:, None]
+                if dk.numel() and chunks.indexed:
+                    dk.index_add_(0, positives[i].clamp(min=0), pull)
+                elif dv.numel():
+                    dv[i] = pull
     if not positives.is_floating_point():
         loss.masked_fill_(positives < 0, 0.0)
     return loss, lse, positive, rank, expectation
@@ -204,15 +209,17 @@ def chunked_backward_candidates(
     with precision(anchors.dtype, anchors.device):
         chunks = Chunks(anchors, candidates, positives, scale, anchor_ids, candidate_ids, elsewhere)
         for i in chunks:
-            q = chunks.q(i)
-            s, _ = chunks.scores(i, q)
-            pull = q * weight[i, None]
-            if chunks.indexed:
-                pull = pull.where(chunks.active(i)[:, None], 0.0)
-            dk.addmm_(s.sub_(lse[i, None]).exp_().T, pull)
-            if chunks.indexed:
-                pull = pull.neg_() if chunks.here is None else pull.neg_().where(chunks.here[i, None], 0.0)
-                dk.index_add_(0, chunks.place(i), pull)
+            with stage("info_nce", "scores", anchors.device):
+                q = chunks.q(i)
+                s, _ = chunks.scores(i, q)
+            with stage("info_nce", "gradients", anchors.device):
+                pull = q * weight[i, None]
+                if chunks.indexed:
+                    pull = pull.where(chunks.active(i)[:, None], 0.0)
+                dk.addmm_(s.sub_(lse[i, None]).exp_().T, pull)
+                if chunks.indexed:
+                    pull = pull.neg_() if chunks.here is None else pull.neg_().where(chunks.here[i, None], 0.0)
+                    dk.index_add_(0, chunks.place(i), pull)
     return dk
 
 
@@ -515,7 +522,7 @@ def check_ids(op: str, name: str, ids: Tensor | None, size: int, other: Tensor |
         if other is not None:
             raise ValueError(f"{op}: {other_name} was given without {name}; ids are given for both or for neither.")
         return
-    if ids.is_floating_point() or ids.ndim != 1 or len(ids) != size:
+    if ids.is_floating_point() or ids.ndim != 1 or ids.shape[0] != size:
         raise ValueError(f"{op}: {name} must be ({size},) integers. Got {tuple(ids.shape)} {ids.dtype}.")
 
 
@@ -533,7 +540,7 @@ def scale_tensor(op: str, scale: float | Tensor, anchors: Tensor) -> Tensor:
 
 def autocast(device: torch.device, *tensors: Tensor) -> list[Tensor]:
     """Under autocast, floats take its dtype; on a CPU that is slow at it, float32, which is exact for both."""
-    if not torch.is_autocast_enabled(device.type):
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device.type)
     if device.type == "cpu" and not (dtype == torch.bfloat16 and FAST_BF16.available):
@@ -572,6 +579,11 @@ def choose(impl: str, device: torch.device) -> str:
     return "triton" if device.type in ("cuda", "xpu") else "chunked"
 
 
+def transformed() -> bool:
+    """Inside torch.func's vmap, grad and the like; a compiler that is looking has a world of its own."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def refuse_transforms(op: str, impl: str, *given: float | Tensor) -> None:
     """torch.func's derivatives end in an error that names nothing, and those of forward mode in silent zeros."""
     if impl == "reference" or torch.compiler.is_compiling():
@@ -590,7 +602,8 @@ def refuse_transforms(op: str, impl: str, *given: float | Tensor) -> None:
 
 
 def learns(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    """Someone will ask for gradients; under vmap, whose tensors do not tell, if gradients are on at all."""
+    return torch.is_grad_enabled() and (transformed() or any(t.requires_grad for t in tensors))
 
 
 def info_nce(

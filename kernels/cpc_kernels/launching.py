@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiles
+from .ranges import stage
 
 
 def interpreted() -> bool:
@@ -104,21 +105,10 @@ class Launch:
             return torch.mm(a, b, out_dtype=torch.float32)
         return a.float() @ b.float()
 
-    @contextlib.contextmanager
-    def range(self, stage: str):
-        """Names a stage for torch.profiler and nsys; free when nobody listens."""
-        name = f"cpc_kernels/{self.name}/{stage}"
-        with torch.profiler.record_function(name) if torch.autograd._profiler_enabled() else contextlib.nullcontext():
-            if self.device.type != "cuda":
-                yield
-                return
-            torch.cuda.nvtx.range_push(name)
-            try:
-                yield
-            finally:
-                torch.cuda.nvtx.range_pop()
+    def range(self, name: str):
+        return stage(self.name, name, self.device)
 
-    def __call__(self, stage: str, kernel, grid: tuple[int, ...], *args, **options) -> None:
+    def __call__(self, name: str, kernel, grid: tuple[int, ...], *args, **options) -> None:
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
-        with on_device, self.range(stage):
+        with on_device, self.range(name):
             kernel[grid](*args, **options)

@@ -43,11 +43,16 @@ class Negatives:
         elif not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"Negatives: the seed must fit in 64 bits. Got {self.seed}.")
 
+    def seed_number(self) -> int:
+        """The seed as a signed 64-bit number; waits for the device that holds it."""
+        seed = self.seed.item() if isinstance(self.seed, Tensor) else self.seed
+        return seed - 2**64 if seed >= 2**63 else seed
+
     def seed_tensor(self, device: torch.device) -> Tensor:
         """The seed as (1,) int64."""
         if isinstance(self.seed, Tensor):
             return self.seed.reshape(1).to(device)
-        return torch.tensor([self.seed - 2**64 if self.seed >= 2**63 else self.seed], dtype=torch.int64, device=device)
+        return torch.tensor([self.seed_number()], dtype=torch.int64, device=device)
 
 
 def multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ from .info_nce import (
     spell,
 )
 from .negatives import Negatives, draw_negatives
+from .ranges import stage
 
 GATHER_FLOATS = 4 * 2**20  # 16 MB gathered at a time
 
@@ -109,20 +110,23 @@ def gather_forward(problem: Gathered, need_expectation: bool, need_rank: bool):
             positive.copy_((anchors * problem.positives).sum(-1) * problem.scale)
         return loss, lse, positive, rank, expectation
     for i in problem:
-        q, active = problem.q(i), problem.active(i)
-        s, own_score, z = problem.scores(i, q)
-        row_lse = s.logsumexp(-1)
-        if need_rank:
-            rank[i] = (s > own_score[..., None]).sum(-1)
-        if active is not None:
-            row_lse, own_score = row_lse.where(active, -torch.inf), own_score.where(active, 0.0)
+        with stage("sampled_info_nce", "scores", device):
+            q, active = problem.q(i), problem.active(i)
+            s, own_score, z = problem.scores(i, q)
+        with stage("sampled_info_nce", "loss", device):
+            row_lse = s.logsumexp(-1)
             if need_rank:
-                rank[i] *= active
-        lse[i], positive[i] = row_lse, own_score
-        loss[i] = (-F.logsigmoid(own_score - row_lse)).where(row_lse != -torch.inf, 0.0)
+                rank[i] = (s > own_score[..., None]).sum(-1)
+            if active is not None:
+                row_lse, own_score = row_lse.where(active, -torch.inf), own_score.where(active, 0.0)
+                if need_rank:
+                    rank[i] *= active
+            lse[i], positive[i] = row_lse, own_score
+            loss[i] = (-F.logsigmoid(own_score - row_lse)).where(row_lse != -torch.inf, 0.0)
         if need_expectation:
-            finite = row_lse.where(row_lse != -torch.inf, 0.0)
-            expectation[i] = weighted(s.sub_(finite[..., None]).exp_(), z)
+            with stage("sampled_info_nce", "expectation", device):
+                finite = row_lse.where(row_lse != -torch.inf, 0.0)
+                expectation[i] = weighted(s.sub_(finite[..., None]).exp_(), z)
     return loss, lse, positive, rank, expectation
 
 
@@ -134,16 +138,18 @@ def gather_backward_pool(problem: Gathered, weight: Tensor, lse: Tensor) -> Tens
         return dz
     lse = lse.where(lse != -torch.inf, 0.0)
     for i in problem:
-        q = problem.q(i)
-        s, _, z = problem.scores(i, q)
-        pull = q * weight[i][..., None]
-        if problem.indexed:
-            pull = pull.where(problem.active(i)[..., None], 0.0)
-        p = s.sub_(lse[i][..., None]).exp_()  # (R, K, S)
-        each = p.mT @ pull if z.shape[1] == 1 and p.shape[1] > 1 else p[..., None] * pull[:, :, None]
-        dz.index_add_(0, problem.listed[i].clamp(min=0).flatten(), each.reshape(-1, dz.shape[1]))
-        if problem.indexed:
-            dz.index_add_(0, problem.positives[i].clamp(min=0).flatten(), -pull.flatten(0, 1))
+        with stage("sampled_info_nce", "scores", pool.device):
+            q = problem.q(i)
+            s, _, z = problem.scores(i, q)
+        with stage("sampled_info_nce", "gradients", pool.device):
+            pull = q * weight[i][..., None]
+            if problem.indexed:
+                pull = pull.where(problem.active(i)[..., None], 0.0)
+            p = s.sub_(lse[i][..., None]).exp_()  # (R, K, S)
+            each = p.mT @ pull if z.shape[1] == 1 and p.shape[1] > 1 else p[..., None] * pull[:, :, None]
+            dz.index_add_(0, problem.listed[i].clamp(min=0).flatten(), each.reshape(-1, dz.shape[1]))
+            if problem.indexed:
+                dz.index_add_(0, problem.positives[i].clamp(min=0).flatten(), -pull.flatten(0, 1))
     return dz
 
 
@@ -390,43 +396,27 @@ sampled_op.register_autograd(_backward, setup_context=_save)
 once_differentiable(sampled_backward, "sampled_info_nce")
 
 
-class Eager(torch.autograd.Function):
-    """The same op in C++, called without the registration's Python, which costs as much as a small batch."""
-
-    @staticmethod
-    def forward(ctx, anchors, pool, positives, scale, where, need_rank):
-        learning = any(ctx.needs_input_grad[:4])
-        negatives, seed, count, per_step, anchor_ids, pool_ids = where
-        tensors = anchors, pool, positives, scale, negatives, seed, anchor_ids, pool_ids
-        loss, lse, positive, rank, probabilities = torch.ops.cpc_kernels_cpu.sampled_forward(
-            *cpp_arguments(anchors, pool, positives, negatives, seed, count, per_step, scale, anchor_ids, pool_ids),
-            learning,
-            need_rank,
-        )
-        ctx.mark_non_differentiable(lse, positive, rank)
-        ctx.set_materialize_grads(False)
-        if learning:
-            ctx.save_for_backward(lse, positive, rank.new_empty(0, dtype=lse.dtype), probabilities, *tensors)
-            ctx.options = count, per_step, "cpp"
-        return loss, lse, positive, rank
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 6
-        needs = ctx.needs_input_grad[:4]
-        run = sampled_backward if torch.is_grad_enabled() else gradients  # the op refuses second derivatives
-        grads = run(grad, *ctx.saved_tensors, *ctx.options, *needs)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
+# The same op in C++, with its gradients: the registration's Python costs several times a small batch. A library built
+# before it existed goes without.
+EAGER = getattr(torch.ops.cpc_kernels_cpu, "sampled_loss", None) if CPP.available else None
+REDUCTIONS = ("none", "sum", "mean")
 
 
-def plainly_eager(*tensors: Tensor) -> bool:
-    """Nobody traces, transforms or intercepts."""
+def plainly_eager(scale: float | Tensor, *tensors: Tensor) -> bool:
+    """Plain tensors on the CPU, and nobody traces, transforms or intercepts."""
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1:
+            return False
+        tensors = scale, *tensors
+    elif not isinstance(scale, (int, float)):
+        return False
     return not (
-        torch.compiler.is_compiling()
+        EAGER is None
+        or not CPP.available
+        or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
-        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+        or any(type(t) not in (Tensor, torch.nn.Parameter) or not t.is_cpu for t in tensors)
     )
 
 
@@ -487,6 +477,15 @@ def _run(op, anchors, pool, positives, negatives, scale, anchor_ids, pool_ids, i
     impl = choose(impl, anchors.device)
     if not stats:
         refuse_transforms(op, impl, anchors, pool, positives, scale)
+    drawn = isinstance(negatives, Negatives)
+    count, per_step = (negatives.count, negatives.per_step) if drawn else (0, False)
+    if impl == "cpp" and not stats and plainly_eager(scale, anchors, pool, positives):
+        factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+        which = (None, negatives.seed_number()) if drawn else (negatives, None)
+        where = *which, count, per_step, anchor_ids, pool_ids
+        return EAGER.default(anchors, pool, positives, *factor, *where, REDUCTIONS.index(reduction))
+    seed = negatives.seed_tensor(anchors.device) if drawn else None
+    negatives = None if drawn else negatives.long()
     scale = scale_tensor(op, scale, anchors)
     flat = anchors.ndim == 2
     if flat:
@@ -496,25 +495,14 @@ def _run(op, anchors, pool, positives, negatives, scale, anchor_ids, pool_ids, i
     if anchor_ids is not None:
         anchor_ids, pool_ids = anchor_ids.long(), pool_ids.long()
     n, steps, _d = anchors.shape
-    drawn = isinstance(negatives, Negatives)
-    seed, count, per_step = None, 0, False
-    if drawn:
-        count, per_step = negatives.count, negatives.per_step
-        seed = negatives.seed_tensor(anchors.device)
-        negatives = None
-    else:
-        negatives = negatives.long()
     if impl == "reference":
         from . import reference
 
         if drawn:
-            negatives = draw_negatives(Negatives(count, seed, per_step), positives, len(pool), n, steps)
+            negatives = draw_negatives(Negatives(count, seed, per_step), positives, pool.shape[0], n, steps)
         options = {"scale": scale, "anchor_ids": anchor_ids, "pool_ids": pool_ids, "exclude_positives": drawn}
         rows = reference.sampled_info_nce_rows(anchors, pool, positives, negatives, **options)[0]
         result = [rows["loss"], rows["lse"], rows["positive"], rows["rank"]]
-    elif impl == "cpp" and plainly_eager(anchors, pool, positives, scale):
-        where = negatives, seed, count, per_step, anchor_ids, pool_ids
-        result = Eager.apply(anchors, pool, positives, scale, where, stats)
     else:
         learning = learns(anchors, scale), learns(anchors, pool, scale)
         result = sampled_op(

@@ -12,6 +12,8 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -261,6 +263,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sampled_forward(
     const Tensor& anchors, const Tensor& pool, const Tensor& positives, const OptionalTensor& negatives,
     std::optional<int64_t> seed, int64_t count, bool per_step, double scale, const OptionalTensor& anchor_ids,
     const OptionalTensor& pool_ids, bool need_probabilities, bool need_rank) {
+  RECORD_USER_SCOPE("cpc_kernels/sampled_info_nce/forward");
   const int64_t n = anchors.size(0), steps = anchors.size(1), s = seed ? count : negatives->size(-1);
   const auto options = anchors.options();
   Tensor loss = at::empty({n, steps}, options), lse = at::empty({n, steps}, options);
@@ -304,6 +307,8 @@ bool backward(const Problem<T>& p, const Upstream<T>& up, T* dq, T* dz, double* 
     const int64_t parts = work < (1 << 16) ? 1 : std::max<int64_t>(1, std::min({threads, now, now * width / std::max<int64_t>(p.m, 1)}));
     const auto start = [&](int64_t part) { return first + now * part / parts; };
     next.resize(dz ? parts * p.m : 0);
+    std::optional<at::RecordFunction> stage(std::in_place, at::RecordScope::USER_SCOPE);
+    if (stage->isActive()) stage->before("cpc_kernels/sampled_info_nce/sort");
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; part++)
         if (!loops.prepare(p, up, b, start(part), start(part + 1), dz ? &next[part * p.m] : nullptr)) right = false;
@@ -324,7 +329,9 @@ bool backward(const Problem<T>& p, const Upstream<T>& up, T* dq, T* dz, double* 
         for (int64_t part = begin; part < end; part++) loops.place(p, b, start(part), start(part + 1), &next[part * p.m]);
       });
     }
+    stage.reset();
     if (!read) continue;
+    RECORD_USER_SCOPE("cpc_kernels/sampled_info_nce/sums");
     // A task: one slice of the features, and a share of the anchors and of the candidates where slices are few
     const int64_t shares = work < (1 << 16) ? 1 : (threads + slices - 1) / std::max<int64_t>(slices, 1);
     at::parallel_for(0, slices * shares, work < (1 << 16) ? slices * shares : 1, [&](int64_t begin, int64_t end) {
@@ -349,6 +356,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_backward(
     std::optional<int64_t> seed, int64_t count, bool per_step, double scale, const OptionalTensor& anchor_ids,
     const OptionalTensor& pool_ids, const Tensor& grad_, const Tensor& lse, const Tensor& positive,
     const Tensor& probabilities, bool need_anchors, bool need_pool, bool need_positives, bool need_scale) {
+  RECORD_USER_SCOPE("cpc_kernels/sampled_info_nce/backward");
   const auto options = anchors.options();
   const bool shared = grad_.numel() > 0 && grad_.stride(0) == 0 && grad_.stride(1) == 0;  // from a sum or a mean
   const Tensor grad = shared ? grad_ : grad_.contiguous();
@@ -376,6 +384,126 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_backward(
   return {dq, dz, dv, dscale};
 }
 
+// --- the op with its gradients, in eager mode: no Python between them -------------------------------------------------
+
+struct Options {
+  int64_t count;
+  bool per_step;
+  double scale;  // where no tensor holds it
+  int64_t reduction;
+};
+
+enum Reduction { NONE, SUM, MEAN };
+
+// Gradients leave through this when a graph of them is asked for: a second derivative is an error, not a wrong number.
+struct Once : torch::autograd::Function<Once> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext*, at::TensorList grads, at::TensorList) {
+    torch::autograd::variable_list out;
+    for (const Tensor& grad : grads) out.push_back(grad.view_as(grad));
+    return out;
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list) {
+    TORCH_CHECK(false, "sampled_info_nce: second derivatives are not implemented by this implementation; "
+                "impl=\"reference\" has them.");
+  }
+};
+
+struct Differentiable : torch::autograd::Function<Differentiable> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& anchors, const Tensor& pool,
+                        const Tensor& positives, const OptionalTensor& scale, const OptionalTensor& negatives,
+                        const std::optional<int64_t>& seed, const OptionalTensor& anchor_ids,
+                        const OptionalTensor& pool_ids, const Options& options, bool learning) {
+    const auto dtype = anchors.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const auto compute = [&](const Tensor& t) { return (t.is_floating_point() ? t.to(dtype) : t).contiguous(); };
+    const auto whole = [](const OptionalTensor& t) { return t ? OptionalTensor(t->to(at::kLong).contiguous()) : t; };
+    const bool flat = anchors.dim() == 2;
+    const auto steps = [&](const Tensor& t) { return flat ? t.unsqueeze(1) : t; };
+    const Tensor q = compute(steps(anchors)), z = compute(pool);
+    const Tensor p = positives.is_floating_point() ? compute(steps(positives)) : *whole(steps(positives));
+    const OptionalTensor listed = whole(negatives), a = whole(anchor_ids), c = whole(pool_ids);
+    const double factor = scale ? scale->item<double>() : options.scale;
+    auto [loss, lse, positive, rank, probabilities] =
+        sampled_forward(q, z, p, listed, seed, options.count, options.per_step, factor, a, c, learning, false);
+    int64_t rows = std::max<int64_t>(loss.numel(), 1);
+    if (options.reduction == MEAN && !p.is_floating_point()) {
+      const int64_t* index = p.const_data_ptr<int64_t>();
+      rows = std::max<int64_t>(std::count_if(index, index + p.numel(), [](int64_t i) { return i >= 0; }), 1);
+    }
+    if (learning) {
+      const auto kept = [](const OptionalTensor& t) { return t ? *t : Tensor(); };
+      ctx->save_for_backward({anchors, pool, positives, kept(scale), kept(listed), kept(a), kept(c), lse, positive, probabilities});
+      ctx->set_materialize_grads(false);
+      auto& saved = ctx->saved_data;
+      if (seed) saved["seed"] = *seed;
+      saved["count"] = options.count;
+      saved["per_step"] = options.per_step;
+      saved["scale"] = factor;
+      saved["rows"] = options.reduction == MEAN ? rows : 1;
+    }
+    if (options.reduction == NONE) return flat ? loss.squeeze(1) : loss;
+    loss = loss.sum();
+    return options.reduction == MEAN ? loss.div_(double(rows)) : loss;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list upstream) {
+    torch::autograd::variable_list grads(10);
+    Tensor grad = upstream[0];
+    if (!grad.defined()) return grads;
+    const auto kept = ctx->get_saved_variables();  // once: checkpointing allows no more
+    const Tensor &anchors = kept[0], &pool = kept[1], &positives = kept[2], &scale = kept[3];
+    const bool need[4] = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
+                          scale.defined() && ctx->needs_input_grad(3)};
+    {
+      const at::AutoGradMode off(false);
+      const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+      const auto& saved = ctx->saved_data;
+      const auto dtype = kept[7].scalar_type();
+      const auto compute = [&](const Tensor& t) { return (t.is_floating_point() ? t.to(dtype) : t.to(at::kLong)).contiguous(); };
+      const bool flat = anchors.dim() == 2;
+      const auto steps = [&](const Tensor& t) { return flat ? t.unsqueeze(1) : t; };
+      const Tensor& lse = kept[7];
+      if (grad.dim() == 0) {
+        const int64_t rows = saved.at("rows").toInt();
+        grad = (rows == 1 ? grad : grad.div(double(rows))).expand(lse.sizes());
+      }
+      std::optional<int64_t> seed;
+      if (saved.count("seed")) seed = saved.at("seed").toInt();
+      auto [dq, dz, dv, dscale] = sampled_backward(
+          compute(steps(anchors)), compute(pool), compute(steps(positives)), optional(kept[4]), seed,
+          saved.at("count").toInt(), saved.at("per_step").toBool(), saved.at("scale").toDouble(), optional(kept[5]),
+          optional(kept[6]), grad.view(lse.sizes()), lse, kept[8], kept[9], need[0], need[1], need[2], need[3]);
+      const Tensor each[4] = {dq, dz, dv, dscale};
+      for (int i = 0; i < 4; i++)
+        if (need[i]) grads[i] = each[i].to(kept[i].scalar_type()).view(kept[i].sizes());
+    }
+    if (at::GradMode::is_enabled()) {
+      torch::autograd::variable_list asked, of = {upstream[0], anchors, pool};
+      for (const Tensor& t : {positives, scale})
+        if (t.defined() && t.is_floating_point()) of.push_back(t);
+      for (const Tensor& t : grads)
+        if (t.defined()) asked.push_back(t);
+      asked = Once::apply(at::TensorList(asked), at::TensorList(of));
+      auto next = asked.begin();
+      for (Tensor& t : grads)
+        if (t.defined()) t = *next++;
+    }
+    return grads;
+  }
+};
+
+Tensor sampled_loss(const Tensor& anchors, const Tensor& pool, const Tensor& positives, const OptionalTensor& scale_tensor,
+                    double scale, const OptionalTensor& negatives, std::optional<int64_t> seed, int64_t count, bool per_step,
+                    const OptionalTensor& anchor_ids, const OptionalTensor& pool_ids, int64_t reduction) {
+  const bool learning = at::GradMode::is_enabled() && (anchors.requires_grad() || pool.requires_grad() ||
+                        positives.requires_grad() || (scale_tensor && scale_tensor->requires_grad()));
+  const Options options = {count, per_step, scale, reduction};
+  if (learning)
+    return Differentiable::apply(anchors, pool, positives, scale_tensor, negatives, seed, anchor_ids, pool_ids, options, true);
+  const at::AutoGradMode off(false);
+  return Differentiable::forward(nullptr, anchors, pool, positives, scale_tensor, negatives, seed, anchor_ids, pool_ids, options, false);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(cpc_kernels_cpu, m) {
@@ -383,4 +511,5 @@ TORCH_LIBRARY_FRAGMENT(cpc_kernels_cpu, m) {
   m.def("use_instruction_set", &use_instruction_set);
   m.def("sampled_forward", &sampled_forward);
   m.def("sampled_backward", &sampled_backward);
+  m.def("sampled_loss", &sampled_loss);
 }
