@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .shapes import AnomalyMap
+from .stages import stage
 
 
 @lru_cache(maxsize=16)
@@ -19,6 +20,7 @@ def _window(size: int, device: torch.device) -> Tensor:
     return bell[:, None] * bell[None]
 
 
+@stage("anomaly map")
 def anomaly_map(
     scores: Tensor, size: int, stride: int, resized: tuple[int, int], original: tuple[int, int]
 ) -> AnomalyMap:

@@ -20,6 +20,7 @@ from cpc_kernels.exchange import gather_rows, rank_and_world, shares
 
 from .predictions import Predictions
 from .shapes import Latents, Losses
+from .stages import stage
 
 BLOCK_ROWS = 2**15  # another number changes the last bits of scores against larger banks
 DEVICE_SHARE = 0.5  # of a GPU's free memory; a larger bank stays outside and is streamed
@@ -89,6 +90,7 @@ def bank_blocks(bank: Bank) -> Iterable[Tensor]:
     return bank.split(BLOCK_ROWS) if isinstance(bank, Tensor) else bank
 
 
+@stage("loss")
 def bank_losses(predictions: Predictions, latents: Latents, bank: Bank) -> Losses:
     """How surprising each patch is: its loss against a fixed bank of normal latents, (m, d) -> (n,).
 

@@ -1,4 +1,4 @@
-"""The command line: `cpc-fast demo | fit | evaluate | predict | export | data | doctor`, a file of commands/ for each.
+"""The command line, `cpc-fast VERB`: each verb is listed here and has its own file in commands/.
 
 What fails is one sentence on standard error: exit code 2 where the command was asked for in a way that cannot work, 1
 where it failed, 130 after Ctrl-C, 0 after SIGTERM with everything saved; a traceback with --debug only.
@@ -21,6 +21,7 @@ from .commands.evaluate import evaluate
 from .commands.export import export
 from .commands.fit import fit
 from .commands.predict import predict
+from .commands.profiling import profile
 from .errors import CpcFastError, Stopped
 from .version import __version__
 
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-for command in (demo, fit, evaluate, predict, export, doctor):
+for command in (demo, fit, evaluate, predict, export, doctor, profile):
     app.command()(command)
 app.add_typer(data.app, name="data")
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .shapes import Contexts, Latents
+from .stages import stage
 
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1))  # (dy, dx): down, up, right, left
 
@@ -53,6 +54,7 @@ class ContextNet(nn.Module):
             for _ in range(directions):
                 self.nets.append(nn.Sequential(MaskedConv(features), nn.ReLU(), MaskedConv(features)))
 
+    @stage("contexts")
     def forward(self, latents: Latents) -> Contexts:
         if not self.nets:
             return latents[None]

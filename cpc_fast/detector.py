@@ -185,7 +185,7 @@ class Detector:
             images: Sequence[np.ndarray] = ImageCache(paths, size=config.image_size, channels=config.channels)
             names = [quoted(path) for path in paths]
         else:
-            source, images = f"{len(data)} arrays", [_prepare(image, config) for image in data]
+            source, images = f"{len(data)} arrays", [prepare(image, config) for image in data]
             names = [f"Image {i}" for i in range(len(images))]
         made_for = config.made_for
         config = config.fitted_to([min(image.shape[:2]) for image in images])
@@ -317,7 +317,7 @@ class Detector:
         The answer depends on this image alone: to the last bit the same in any company and order.
         """
         original = image.shape[:2]
-        map = self.scorer.map(_prepare(image, self.config), original).cpu().numpy()
+        map = self.scorer.map(prepare(image, self.config), original).cpu().numpy()
         mask, segments = find_segments(map, self.threshold.value, min_area)
         score = float(map.max())
         return Prediction(score, map, mask, segments, score > self.threshold.value and bool(segments))
@@ -330,7 +330,7 @@ class Detector:
     def explain(self, image: np.ndarray) -> Explanation:
         """Which patch, direction and step made the score of an image, uint8 (h, w, c) or (h, w)."""
         config = self.config
-        prepared = _prepare(image, config)
+        prepared = prepare(image, config)
         surprise = self.scorer.surprise(prepared)
         names = [f"{d} {k}" for d in DIRECTION_NAMES[: config.directions] for k in config.offsets]
         losses, targets = surprise.values.split(surprise.counts), surprise.targets.split(surprise.counts)
@@ -380,7 +380,7 @@ def _check_sizes(images: Sequence[np.ndarray], names: Sequence[str], config: Con
             )
 
 
-def _prepare(image: np.ndarray, config: Config) -> np.ndarray:
+def prepare(image: np.ndarray, config: Config) -> np.ndarray:
     """An image of any kind as the model expects it: (h, w, c) with its channels and size."""
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
         raise UsageError(

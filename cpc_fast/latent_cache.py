@@ -11,6 +11,7 @@ from torch import Tensor
 from .model import CPC
 from .patches import grid_shape
 from .shifts import shift
+from .stages import stage
 
 
 class LatentCache:
@@ -52,6 +53,7 @@ class LatentCache:
             self.kept[i] = whole, copies
         return whole, copies
 
+    @stage("batch")
     def batch(self, chosen: Sequence[int], generator: torch.Generator) -> tuple[Tensor, int]:
         """Latents (b + b * copies, *cells, d) of windows, then of shifted copies; and b."""
         windows, shifted = [], []

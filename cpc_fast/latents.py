@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .errors import CpcFastError
 from .shapes import Latents, Patches
+from .stages import stage
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -78,6 +79,7 @@ class PatchEncoder(nn.Module):
         return F.relu(self.blocks(self.stem(x))).mean((2, 3))
 
 
+@stage("latents")
 def encode(encoder: nn.Module, patches: Patches) -> Latents:
     """Run any module that maps (n, c, p, p) to (n, d) over a grid of patches.
 

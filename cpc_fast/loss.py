@@ -21,8 +21,10 @@ from cpc_kernels.exchange import everyones, rank_and_world
 
 from .predictions import Predictions
 from .shapes import Latents
+from .stages import stage
 
 
+@stage("loss")
 def cpc_loss(
     predictions: Predictions,
     latents: Latents,
@@ -95,6 +97,7 @@ def rows_of_all(counts: list[int], images: int, before: int, total: int, device:
     return torch.cat(parts)
 
 
+@stage("accuracy")
 def accuracy(predictions: Predictions, latents: Latents, most: int = 256) -> Tensor:
     """How often (0..1) a prediction ranks its own patch first among all of `latents`, from at most `most` of them.
 

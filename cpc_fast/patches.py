@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from .errors import CpcFastError
 from .shapes import Images, Patches
+from .stages import stage
 
 
 def grid_shape(height: int, width: int, size: int, stride: int) -> tuple[int, int]:
@@ -22,6 +23,7 @@ def grid_shape(height: int, width: int, size: int, stride: int) -> tuple[int, in
     return -(-(height - size) // stride) + 1, -(-(width - size) // stride) + 1
 
 
+@stage("patches")
 def extract_patches(images: Images, size: int, stride: int) -> Patches:
     """Cut images into overlapping patches, mirroring pixels where the grid reaches past the lower right edge.
 

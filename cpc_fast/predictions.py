@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .contexts import DIRECTIONS
 from .shapes import Contexts, Sources, Targets
+from .stages import stage
 
 
 class Predictions(NamedTuple):
@@ -78,6 +79,7 @@ class Predictor(nn.Module):
         for weight in self.weight:
             nn.init.orthogonal_(weight.data)
 
+    @stage("predictions")
     def forward(self, contexts: Contexts) -> Predictions:
         a, b, gy, gx, _ = contexts.shape
         where = geometry((b, gy, gx), self.offsets, self.directions, contexts.device, a > 1)

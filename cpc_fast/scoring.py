@@ -19,6 +19,7 @@ from .bank import Bank
 from .model import CPC
 from .patches import grid_shape
 from .shapes import AnomalyMap
+from .stages import stage
 from .train import autocast
 
 SHRINK = 8.0  # how many images' worth of trust the overall statistics get against those of one grid position
@@ -69,6 +70,7 @@ class Scorer(nn.Module):
             losses, sources, targets, counts = self.model.surprise(pixels, self.bank)
         return losses.float(), sources, targets, counts, (gy, gx)
 
+    @stage("surprise")
     def surprise(self, image: np.ndarray) -> Surprise:
         """uint8 (h, w, c), resized already."""
         losses, sources, targets, counts, (gy, gx) = self.losses(image)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from skimage.measure import approximate_polygon, find_contours, label, regionprops
 
+from .stages import stage
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -25,6 +27,7 @@ class Segment:
     peak_at: tuple[int, int]
 
 
+@stage("segments")
 def find_segments(scores: np.ndarray, threshold: float, min_area: int = 1) -> tuple[np.ndarray, list[Segment]]:
     """The mask of a map, and its 8-connected regions, highest peak first.
 

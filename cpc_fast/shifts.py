@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .shapes import Images
+from .stages import stage
 
 
 def _pick(images: Images, low: float, high: float, generator: torch.Generator) -> Tensor:
@@ -94,6 +95,7 @@ FAMILIES: dict[str, Callable[[Images, torch.Generator], Images]] = {
 }
 
 
+@stage("shifts")
 def shift(images: Images, families: tuple[str, ...], generator: torch.Generator) -> Images:
     """A transformed copy of each square image, the families taking turns from a random start.
 

@@ -29,6 +29,7 @@ from .latent_cache import LatentCache
 from .model import CPC
 from .shapes import Images
 from .shifts import shift
+from .stages import stage
 
 MAX_BAD_STEPS = 20
 SAVE_SECONDS = 600.0  # a long epoch is saved on the way
@@ -78,6 +79,7 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str = "cosine") 
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
+@stage("batch")
 def make_batch(model: CPC, images: Sequence[np.ndarray], side: int, generator: torch.Generator) -> Images:
     """Random square windows of `side` pixels, standardised, with random brightness and contrast."""
     config = model.config
@@ -104,6 +106,7 @@ def make_optimizer(model: CPC, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(learns, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
+@stage("weights")
 def average_weights(optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
     """Move the running mean of the weights towards them; it lives in the optimiser's state and is saved with it.
 
@@ -196,13 +199,13 @@ def train(
                 with autocast(device):
                     result = forward(batch, shifted, seed=step)
             optimizer.zero_grad(set_to_none=True)
-            result.loss.backward()
+            stage("backward")(result.loss.backward)()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             loss, slope = torch.stack([result.loss.detach().float(), norm.float()]).tolist()  # one wait for the device
             at = replace(at, epoch=epoch, step=i + 1, sampler=generator.get_state())
             if math.isfinite(loss) and math.isfinite(slope):
                 bad = 0
-                optimizer.step()
+                stage("weights")(optimizer.step)()
                 average_weights(optimizer, config.averaging, step)
                 at = replace(at, losses=(at.losses[0] + loss, at.losses[1] + 1))
             else:

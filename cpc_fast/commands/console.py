@@ -65,7 +65,11 @@ def print_table(title: str, columns: tuple[str, ...], rows: list[Any]) -> None:
 
     table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD)
     for i, column in enumerate(columns):
-        numbers = i > 0 and all(str(row[i])[:1].isdigit() or row[i] == "-" for row in rows) and column != "version"
+        numbers = (
+            i > 0
+            and all(str(row[i]).lstrip("-")[:1].isdigit() or row[i] == "-" for row in rows)
+            and column != "version"
+        )
         table.add_column(column, justify="right" if numbers else "left")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))  # Text: no markup in names

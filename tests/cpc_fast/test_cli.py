@@ -37,8 +37,19 @@ def test_help_and_version(capsys):
     for arguments in ([], ["--help"]):
         assert cli.run(arguments) == 0
         out = capsys.readouterr().out
-        assert all(command in out for command in ("demo", "fit", "evaluate", "predict", "data", "doctor"))
-    for command in (["fit"], ["evaluate"], ["predict"], ["demo"], ["doctor"], ["data", "textures"], ["data", "elpv"]):
+        assert all(
+            command in out for command in ("demo", "fit", "evaluate", "predict", "export", "data", "doctor", "profile")
+        )
+    for command in (
+        ["fit"],
+        ["evaluate"],
+        ["predict"],
+        ["demo"],
+        ["doctor"],
+        ["profile"],
+        ["data", "textures"],
+        ["data", "elpv"],
+    ):
         assert cli.run([*command, "--help"]) == 0
         assert "Usage: cpc-fast" in capsys.readouterr().out
 

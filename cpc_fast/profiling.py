@@ -1,0 +1,166 @@
+"""A few training steps and a few scored images under torch.profiler: where time and memory go, stage by stage."""
+
+from __future__ import annotations
+
+import bisect
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, record_function
+
+from .detector import Detector, prepare
+from .saving import write_whole
+from .train import Position, make_optimizer, train
+
+PHASES = ("training step", "scoring an image")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stage of one phase, in the order of the flow; every figure is a mean over the steps, or the images.
+
+    Attributes:
+        phase: one of PHASES.
+        name: the stage; "the rest" is what no stage holds.
+        depth: 0 for a stage of its own, 1 for one inside the stage above it, and so on.
+        ms: time on the thread that calls; on a GPU, the time to launch.
+        device_ms: time of the GPU's kernels that were launched in it; None on a CPU.
+        share: of the phase's time, or of its device_ms where there is one.
+        peak_mb: the most memory held at once beyond what was held before, in MB (10^6 bytes).
+        left_mb: what is still held at its end; negative where it frees what others left.
+    """
+
+    phase: str
+    name: str
+    depth: int
+    ms: float
+    device_ms: float | None
+    share: float
+    peak_mb: float
+    left_mb: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """rows: phase by phase, its total first. operators: (name, ms in all, share of all, calls), the longest first."""
+
+    rows: list[Row]
+    operators: list[tuple[str, float, float, int]]
+
+
+def profile(detector: Detector, images: Sequence[np.ndarray], trace: Path, steps: int = 3) -> Profile:
+    """Watch `steps` training steps and as many scored images, warm, and write a chrome trace; nothing is learned.
+
+    Args:
+        detector: a fitted one; it is copied before its copy is trained on.
+        images: uint8 (h, w, c) at their original resolution; repeated where there are too few for a step.
+        trace: a .json file for https://ui.perfetto.dev.
+
+    Raises CpcFastError where the trace cannot be written.
+    """
+    device, config = detector.bank.device, detector.config.replace(epochs=2)
+    model = copy.deepcopy(detector.model)
+    optimizer = make_optimizer(model, config)
+    batches = [images[i % len(images)] for i in range(steps * config.batch_size)]
+    prepared = [prepare(image, config) for image in batches]
+    second = Position(epoch=1)  # the model has been told the mean and spread of the pixels
+
+    def learn(count: int) -> None:
+        train(model, prepared[: count * config.batch_size], config, optimizer=optimizer, position=second)
+
+    learn(1)
+    detector.inspect(images[0])
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with torch.profiler.profile(activities=activities, profile_memory=True) as watch:
+        with record_function(f"cpc_fast/{PHASES[0]}"):
+            learn(steps)
+        with record_function(f"cpc_fast/{PHASES[1]}"):
+            for image in batches[:steps]:
+                detector.inspect(image)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    write_whole(trace, lambda aside: watch.export_chrome_trace(str(aside)))
+    events = watch.events() or []
+    rows = _rows(events, _Memory(watch, device), steps, device)
+    busy = sum(e.self_cpu_time_total for e in events) or 1.0
+    most = sorted(watch.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    operators = [
+        (e.key, e.self_cpu_time_total / 1000, e.self_cpu_time_total / busy, e.count)
+        for e in most
+        if not e.key.startswith("cpc_fast/")
+    ]
+    return Profile(rows, operators[:8])
+
+
+class _Memory:
+    """What is allocated on a device over time."""
+
+    def __init__(self, watch: Any, device: torch.device) -> None:
+        found = watch.profiler.kineto_results
+        start, kind = found.trace_start_ns(), device.type.upper()
+        changes = sorted(
+            ((e.start_ns() - start) / 1000, e.nbytes())
+            for e in found.events()
+            if e.name() == "[memory]" and e.device_type().name == kind
+        )
+        self.times = [time for time, _ in changes]
+        self.held = np.cumsum([0, *(size for _, size in changes)])
+
+    def of(self, start: float, end: float) -> tuple[float, float]:
+        """(peak, left) between two times, bytes beyond what was held at the first."""
+        first, last = bisect.bisect_left(self.times, start), bisect.bisect_right(self.times, end)
+        held = self.held[first : last + 1] - self.held[first]
+        return float(held.max()), float(held[-1])
+
+
+def _rows(events: Sequence[Any], memory: _Memory, count: int, device: torch.device) -> list[Row]:
+    """Stages of the same name at the same place are one row."""
+    stages = sorted((e for e in events if e.name.startswith("cpc_fast/")), key=lambda e: e.time_range.start)
+    kernels = sorted((e.time_range.start, e.self_device_time_total) for e in events) if device.type == "cuda" else []
+    starts, spent = [start for start, _ in kernels], np.cumsum([0.0, *(time for _, time in kernels)])
+    found: dict[tuple[str, ...], list[tuple[float, float, float, float]]] = {}
+    for event in stages:
+        path, above = [event.name.removeprefix("cpc_fast/")], event.cpu_parent
+        while above is not None:
+            if above.name.startswith("cpc_fast/"):
+                path.append(above.name.removeprefix("cpc_fast/"))
+            above = above.cpu_parent
+        start, end = event.time_range.start, event.time_range.end
+        # by time and not by parents: the kernels of backward are launched from another thread
+        on_device = spent[bisect.bisect_left(starts, end)] - spent[bisect.bisect_left(starts, start)]
+        found.setdefault(tuple(reversed(path)), []).append((end - start, float(on_device), *memory.of(start, end)))
+    rows = []
+    for phase in PHASES:
+        whole = found.get((phase,))
+        if not whole:
+            continue
+        measure = 1 if kernels else 0
+        total = whole[0][measure] or 1.0
+        parts = {path: each for path, each in found.items() if path[0] == phase}
+        for path, each in parts.items():
+            time, on_device = (sum(values) for values in list(zip(*each, strict=True))[:2])
+            peak, left = max(one[2] for one in each), sum(one[3] for one in each) / count
+            rows.append(
+                Row(
+                    phase, path[-1], len(path) - 2, time / count / 1000,
+                    on_device / count / 1000 if kernels else None, (on_device if kernels else time) / total,
+                    peak / 1e6, left / 1e6,
+                )
+            )  # fmt: skip
+        top = [row for row in rows if row.phase == phase and row.depth <= 0]
+        named = [row for row in top if row.depth == 0]
+        rest = (sum(row.ms for row in named), sum(row.device_ms or 0.0 for row in named))
+        phase_row = next(row for row in top if row.depth < 0)
+        rows.append(
+            Row(
+                phase, "the rest", 0, phase_row.ms - rest[0],
+                None if phase_row.device_ms is None else phase_row.device_ms - rest[1],
+                1 - sum(row.share for row in named), 0.0, 0.0,
+            )
+        )  # fmt: skip
+    return rows
