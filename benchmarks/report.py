@@ -467,9 +467,9 @@ def spelled(tile) -> str:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def between(path: Path, name: str, inside: str) -> str:
-    """The file's text with the part between its markers replaced."""
-    whole = path.read_text()
+def between(path: Path, name: str, inside: str, text: str | None = None) -> str:
+    """The file's text (or `text` instead) with the part between its markers replaced."""
+    whole = path.read_text() if text is None else text
     start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
     if whole.count(start) != 1 or whole.count(end) != 1 or whole.index(start) > whole.index(end):
         raise SystemExit(f"{path.name} needs a line {start} and, after it, a line {end}, each once.")
@@ -492,7 +492,9 @@ def render(root: Path = ROOT) -> dict[Path, str]:
     made[document] = f"{whole.split(start)[0]}{start}\n{predicted()}\n{end}{whole.split(end)[1]}"
     for told in devices:
         made |= {root / "docs" / "plots" / name: picture for name, picture in drawn(told).items()}
-    return made
+    from . import ranks  # which uses the tables of this file
+
+    return made | ranks.rendered(root)
 
 
 def main(arguments: list[str] | None = None) -> int:
