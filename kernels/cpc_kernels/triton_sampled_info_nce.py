@@ -1007,7 +1007,8 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
         given = pointers | sizes | dict.fromkeys(inputs, f"*{element}")
         constexprs = unit | constexprs
         signature = {a: given[a] for a in kernel.arg_names if a in given}
-        ours = tuple(a for a in signature if signature[a].startswith("*") or a in divisible)
+        even = constexprs.get("EVEN_D", True)
+        ours = tuple(a for a in signature if signature[a].startswith("*") or (a in divisible and (even or a != "d")))
         constexprs = {a: v for a, v in constexprs.items() if a in kernel.arg_names}
         return tiles.Entry(name, kernel, signature, constexprs, tile.options(), ours, matrix, tile)
 
@@ -1016,15 +1017,16 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
     float32 = "tf32x3" if tiles.compiles(arch, "tf32x3") else "ieee"  # the default of that chip
     for element, width, precision in (("bf16", 16, "ieee"), ("fp32", 32, float32)):
         label = precision if width == 32 else element
-        products = {"PRECISION": precision, "UPCAST": False, "EVEN_D": True, "EXPECTATION": True, "NORMALISED": False}
+        products = {"PRECISION": precision, "UPCAST": False, "EXPECTATION": True, "NORMALISED": False}
         for d in (b for b in tiles.BUCKETS if b <= sampled_tiles.steps_max_d(width)):
             for op, kernel in (("forward", steps_forward_kernel), ("backward", steps_backward_kernel)):
                 tile = sampled_tiles.steps(op, d, arch)
-                # drawing with ids takes the most registers
+                # drawing with ids takes the most registers; and at the largest D, a mask over features
                 for variant, flags in (("listed", listed), ("drawn", drawn)) if d == 64 else (("drawn", drawn),):
                     yield entry(
                         f"steps_{op} D={d} K={tile.rows} {label} {variant}", kernel, tile, element, label != "ieee",
-                        **products, **flags, BK=tile.rows, BS=tile.columns, BD=tile.features,
+                        **products, **flags, EVEN_D=d < sampled_tiles.STEPS_MAX_D,
+                        BK=tile.rows, BS=tile.columns, BD=tile.features,
                     )  # fmt: skip
     # float32 or not, these compute in float32; every D holds as many elements, but for the warps of the largest
     for d in (64, 256, 2048):
