@@ -51,6 +51,7 @@ bench: $(STAMP)
 quality: $(STAMP)
 	$(BIN)/python -m benchmarks.quality $(QUALITY)
 
+# Minutes the first time, seconds after: .cache/aot remembers what was compiled.
 aot: $(STAMP)
 	$(BIN)/python -m benchmarks.aot
 

@@ -70,8 +70,8 @@ class Launch:
         self.width = 16 if self.dtype.itemsize == 2 else 32
         self.upcast = self.arch == "interpreter" and self.dtype == torch.bfloat16
 
-    def tile(self, op: str, d: int, *, ids: bool = False, rank: bool = False) -> tiles.Tile:
-        return tiles.tile(op + ("+ids" if ids or rank else ""), d, self.width, self.arch, self.precision)
+    def tile(self, op: str, d: int, *, ids: bool = False) -> tiles.Tile:
+        return tiles.tile(op + ("+ids" if ids else ""), d, self.width, self.arch, self.precision)
 
     def dot(self) -> dict:
         """The constants that a kernel with a product takes."""

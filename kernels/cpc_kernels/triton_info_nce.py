@@ -150,7 +150,8 @@ def forward_kernel(
     log2_e = tl.full([], 1.4426950408889634, ACC)
     scale2 = scale * log2_e
 
-    b_raw_p = tl.load(p_raw + o_n, mask=m_n, other=0.0) * sign
+    if RANK:
+        b_beaten = tl.load(p_raw + o_n, mask=m_n, other=0.0) * sign
     m_kept = m_n
     if INDEXED:
         b_p = tl.load(p_index + o_n, mask=m_n, other=-1).to(tl.int32)
@@ -200,7 +201,7 @@ def forward_kernel(
             b_raw = tl.where(m_negative, b_raw * sign, float("-inf"))
 
         if RANK:
-            b_rank += tl.sum((b_raw > b_raw_p[:, None]).to(tl.int32), 1)
+            b_rank += tl.sum((b_raw > b_beaten[:, None]).to(tl.int32), 1)
         b_max_new = tl.maximum(b_max, tl.max(b_raw, 1))
         # an infinite maximum is no reference: nothing seen yet (-inf), or a score of +inf
         b_ref = tl.where(tl.abs(b_max_new) == float("inf"), 0.0, b_max_new * scale2)
@@ -215,6 +216,7 @@ def forward_kernel(
 
     b_ref = tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max * scale2)
     m_empty = b_sum == 0
+    b_raw_p = tl.load(p_raw + o_n, mask=m_n, other=0.0) * sign  # not held over the loop: registers
     # log2(sum) - (r_p c - m): one rounding, however large the scores
     b_shift = tl.fma(b_raw_p, tl.zeros_like(b_raw_p) + scale2, -b_ref)
     b_gap = (tl.log2(tl.where(m_empty, 1.0, b_sum)) - b_shift) / log2_e
@@ -507,6 +509,12 @@ def forward(
     launch = Launch("info_nce", anchors, input_precision)
     acc = launch.accumulator
     loss, lse, positive = (anchors.new_empty(n, dtype=acc) for _ in range(3))
+    one_pass = d <= tiles.one_pass_max_d(launch.width)
+    if one_pass and need_expectation and need_rank:  # a tile that holds O has no registers for a count
+        where = (anchors, candidates, positives, scale, anchor_ids, candidate_ids)
+        how = {"elsewhere": elsewhere, "input_precision": input_precision, "splits": splits}
+        loss, lse, positive, _, expectation = forward(*where, True, need_rank=False, **how)
+        return loss, lse, positive, forward(*where, False, **how)[3], expectation
     rank = anchors.new_empty(n if need_rank else 0, dtype=torch.int64)
     expectation = anchors.new_empty((n, d) if need_expectation else (0,), dtype=acc)
     if n == 0:
@@ -519,7 +527,6 @@ def forward(
     has_ids = anchor_ids is not None
     ids = (anchor_ids.contiguous(), candidate_ids.contiguous()) if has_ids else (scale, scale)
     flags = {"INDEXED": indexed, "HAS_IDS": has_ids, "RANK": need_rank, "ACC": launch.acc}
-    one_pass = d <= tiles.one_pass_max_d(launch.width)
     chunked = need_expectation and not one_pass
 
     raw = anchors.new_empty(n, dtype=acc)
@@ -555,7 +562,7 @@ def forward(
         return loss, lse, positive, _ranked(rank, scale), expectation
 
     op = "forward" if need_expectation else "scores" if one_pass else "streamed"
-    tile = launch.tile(op, d, ids=has_ids, rank=need_rank)
+    tile = launch.tile(op, d, ids=has_ids)
     descriptors = tile.descriptors and m > 0  # none describes an empty array
     features = tile.features or max(16, triton.next_power_of_2(d))
     anchors, candidates = (launch.rows(t, features, descriptors) for t in (anchors, candidates))
@@ -704,11 +711,12 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
         matrix = label != "ieee"
         source = dict.fromkeys(("anchors", "candidates", "p_anchors", "p_vectors", "p_grad"), f"*{element}")
         for bucket in (b for b in tiles.BUCKETS if b <= tiles.one_pass_max_d(width)):
-            # ids with rank ask for the most registers; the plain forward is the one that training runs
+            # ids, a rank and a split ask for the most registers; the plain forward is what most training runs
             for op, variant in (("forward", ""), ("forward", "+ids"), ("scores", "+ids"), ("backward", "+ids")):
                 tile = tiles.tile(op + variant, bucket, width, arch, precision)
                 if variant == "" and width == 32:
                     continue
+                ids = variant == "+ids"
                 sizes_of = ("BM", "BN") if op == "backward" else ("BN", "BM")  # resident, streamed
                 blocks = dict(zip(sizes_of, (tile.rows, tile.columns), strict=True))
                 described = {"anchors": f"tensordesc<{element}[{blocks['BN']}, {bucket}]>",
@@ -717,13 +725,13 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
                     f"{op}{variant} D={bucket} {label}{' tma' if tile.descriptors else ''}",
                     backward_candidates_kernel if op == "backward" else forward_kernel, tile,
                     source | (described if tile.descriptors else {}), matrix,
-                    **common, **tiles.VARIANTS[variant], **blocks, BD=bucket, INDEXED=True, NORMALISED=False,
-                    EXPECTATION=op == "forward", STREAMED=False, SPLIT=False, DESCRIPTORS=tile.descriptors,
+                    **common, HAS_IDS=ids, SPLIT=ids, RANK=op == "scores", EXPECTATION=op == "forward",
+                    **blocks, BD=bucket, INDEXED=True, NORMALISED=False, STREAMED=False, DESCRIPTORS=tile.descriptors,
                 )  # fmt: skip
         tile = tiles.tile("streamed", 1024, width, arch, precision)
         yield entry(
             f"streamed D>{tiles.one_pass_max_d(width)} {label}", forward_kernel, tile, source, matrix,
-            **common, **tiles.VARIANTS["+ids"], INDEXED=True, EXPECTATION=False, STREAMED=True, SPLIT=False,
+            **common, HAS_IDS=True, RANK=True, INDEXED=True, EXPECTATION=False, STREAMED=True, SPLIT=True,
             DESCRIPTORS=False, BN=tile.rows, BM=tile.columns, BD=tile.features,
         )  # fmt: skip
         tile = tiles.tile("positive", 1024, width, arch, precision)

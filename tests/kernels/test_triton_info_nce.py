@@ -416,7 +416,7 @@ def test_every_op_has_a_tile_everywhere():
         for op in ("positive", "forward", "scores", "streamed", "backward", "combine", "exponentials", "coefficients"):
             for d in (1, 64, 65, 512, 2048):
                 for width, precision in ((16, "ieee"), (32, "tf32"), (32, "tf32x3"), (32, "ieee")):
-                    for variant in tiles.VARIANTS:
+                    for variant in ("", "+ids"):
                         assert tiles.tile(op + variant, d, width, arch, precision).warps in (4, 8)
 
 
