@@ -215,11 +215,10 @@ def carry_out_all(jobs: Sequence[Job], device: torch.device, *, minutes: float |
             done = (step.epoch - 1) * step.steps + step.step
             if not told and done >= max(10, step.steps * step.epochs // 50):
                 told = True
-                whole = step.seconds_left * step.steps * step.epochs / max(1, step.steps * step.epochs - done)
-                print(
-                    f"  {duration(step.seconds_left)} left for this fit; {duration(whole * waiting)} for all "
-                    f"{waiting} fits at this pace", flush=True,
-                )  # fmt: skip
+                share = 1 - done / (step.steps * step.epochs)
+                others = step.seconds_left / max(share, 1e-9) * (waiting - 1)
+                more = f"; {duration(step.seconds_left + others)} for all {waiting} fits at this pace" if others else ""
+                print(f"  {duration(step.seconds_left)} left for this fit{more}", flush=True)
 
         record, scored, threshold = carry_out(job, device, on_step)
         write_text(job.path, json.dumps(record, indent=1, allow_nan=False) + "\n")
