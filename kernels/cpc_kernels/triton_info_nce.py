@@ -257,7 +257,7 @@ def combine_kernel(
     m_kept = m_n
     if INDEXED:
         m_kept = tl.load(p_index + o_n, mask=m_n, other=-1) >= 0
-    size = n.to(tl.int64)
+    size = tl.cast(n, tl.int64)  # n = 1 is a constant to the compiler
 
     b_top = tl.full([BN], float("-inf"), dtype=ACC)
     for i_s in range(0, splits):

@@ -4,6 +4,12 @@ Inputs sit inside larger NaN-filled buffers, so that a read beyond the end shows
 conftest), so that an element nobody wrote shows.
 """
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tolerance import assert_as_good_as_naive, error
@@ -434,3 +440,12 @@ def test_profiler_sees_each_stage():
         triton_info_nce.forward(*inputs, splits=2)
     names = {event.key for event in profile.key_averages()}
     assert {f"cpc_kernels/info_nce/{stage}" for stage in ("positive", "forward", "combine")} <= names
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_sizes_of_one():
+    """On a GPU an integer argument of 1 is a constant to the compiler, which has fewer methods than a tensor."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", Path(__file__).parent / "sizes_of_one.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"\d+ kernels\n", done.stdout), done.stdout
