@@ -98,6 +98,31 @@ def test_palette_alpha_one_bit_and_cmyk(tmp_path):
     assert np.abs(read_image(tmp_path / "cmyk.tif").astype(int) - ramp(channels=3)).max() <= 1
 
 
+def test_cmyk_as_cameras_and_as_print_shops_write_it(tmp_path):
+    """A JPEG of Photoshop stores its inks inverted and says so in an Adobe marker, as Pillow's own does."""
+    smooth = np.repeat(np.linspace(40, 200, 24 * 32).reshape(24, 32, 1), 3, 2).astype(np.uint8)
+    path = tmp_path / "x.jpg"
+    Image.fromarray(smooth).convert("CMYK").save(path, quality=95)
+    assert b"Adobe" in path.read_bytes()
+    assert np.abs(read_image(path).astype(int) - smooth).max() <= 6
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 24), (24, 0)])
+def test_no_pixels_at_all(tmp_path, size):
+    (tmp_path / "x.png").write_bytes(png(*size))
+    refused(tmp_path / "x.png")
+    (tmp_path / "x.pgm").write_bytes(b"P5 %d %d 255\n" % size)
+    refused(tmp_path / "x.pgm")
+
+
+def test_an_image_in_memory_is_read_like_a_file(tmp_path):
+    data = save(tmp_path / "x.png").read_bytes()
+    np.testing.assert_array_equal(read_image("there.png", data), ramp())
+    for bad, words in ((b"", "'there.png' is empty"), (b"no", "'there.png' is not an image"), (data[:90], "cut short")):
+        with pytest.raises(ImageError, match=words):
+            read_image("there.png", bad)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_exif_orientation_is_applied(tmp_path, orientation, suffix):

@@ -161,6 +161,15 @@ def test_names_are_text_and_each_is_once(tmp_path):
     assert found == [(str(tmp_path / "a" / "x.png"), "x"), (str(tmp_path / "b" / "x.jpg"), "x_2")]
 
 
+def test_a_circle_of_links_ends(detector, folder, tmp_path):
+    images = Path(shutil.copytree(folder, tmp_path / "images"))
+    (images / "round").symlink_to(images)
+    (images / "self.png").symlink_to(images / "self.png")
+    found = answers.predict(detector, [images], tmp_path / "out", pictures=False)
+    assert (found.images, found.skipped) == (8, 2)
+    assert "circle of links" in (tmp_path / "out" / "predictions.json").read_text()
+
+
 def test_the_command_killed_terminated_and_sharded_by_torchrun(tmp_path, capsys, monkeypatch):
     data, run = make_set(tmp_path / "data", train=6, good=30), tmp_path / "run"
     assert cli.run(["fit", str(data), "--out", str(run), *SET_TINY, "--epochs", "1"]) == 0
