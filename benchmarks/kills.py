@@ -45,8 +45,9 @@ def _live(images: list[np.ndarray], run: Path) -> int:
         os._exit(code)
 
 
-def _asides(run: Path) -> list[str]:
-    return [name for name in os.listdir(run) if name.endswith(".tmp")] if run.exists() else []
+def _writing(run: Path, pid: int) -> bool:
+    """Whether this process has begun a file and not yet given it its name."""
+    return run.exists() and any(name.endswith(f".{pid}.tmp") for name in os.listdir(run))
 
 
 def survive(folder: Path, kills: int, seed: int) -> dict[str, int]:
@@ -64,7 +65,7 @@ def survive(folder: Path, kills: int, seed: int) -> dict[str, int]:
             pid, writing = _live(images, run), chance.random() < 1 / 3
             until = time.monotonic() + chance.uniform(0, 1) * length
             while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
-                if time.monotonic() > until and (not writing or _asides(run)):
+                if time.monotonic() > until and (not writing or _writing(run, pid)):
                     break
                 time.sleep(0 if writing else 0.001)
             if ended == (0, 0) and count["kills"] < kills:
@@ -76,7 +77,7 @@ def survive(folder: Path, kills: int, seed: int) -> dict[str, int]:
                 break
             assert os.WIFSIGNALED(ended[1]), "it failed by itself"
             count["kills"] += 1
-            count["half written"] += bool(_asides(run))
+            count["half written"] += _writing(run, pid)
             count["with a checkpoint"] += (run / FILES[1]).exists()
             try:
                 checkpoint_config(run)  # raises where it cannot be read

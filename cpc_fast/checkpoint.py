@@ -48,9 +48,10 @@ class Checkpoint:
         run = self.path.parent
         if not resume:
             refuse_run(run)
-            return Position()
         for path in (self.path, self.best, run / DETECTOR, run / "config.json"):
             remove_asides(path)
+        if not resume:
+            return Position()
         try:
             tensors, about = read_tensors(self.path, "checkpoint to resume from", self._expected)
         except UsageError:

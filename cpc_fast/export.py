@@ -42,8 +42,12 @@ class Program(nn.Module):
     >>> # Program(detector, (128, 128))(torch.zeros(5, 1, 128, 128, dtype=torch.uint8))  ->  (5,), (5, 128, 128)
     """
 
-    weight: Tensor
     bank: Tensor
+    step_mean: Tensor
+    step_spread: Tensor
+    place_mean: Tensor
+    place_spread: Tensor
+    window: Tensor
 
     def __init__(self, detector: Detector, size: tuple[int, int]) -> None:
         super().__init__()
@@ -207,4 +211,4 @@ def _onnx_runner(path: Path) -> Runner:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(["scores", "maps"], {"images": images})
+    return lambda images: [np.asarray(value) for value in session.run(["scores", "maps"], {"images": images})]
