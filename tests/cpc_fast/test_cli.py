@@ -69,12 +69,20 @@ def test_fit_shows_progress_and_says_what_is_next(data, tmp_path, capsys):
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.endswith(".tmp")]
 
 
-def test_tensorboard_scalars_or_a_word_about_the_package(data, tmp_path, capsys):
-    code = cli.run(["fit", str(data), "--out", str(tmp_path), "--tensorboard", *SET_TINY])
-    if code:
-        assert "pip install 'cpc_fast[tensorboard]'" in capsys.readouterr().err
-    else:
-        assert list((tmp_path / "tensorboard").glob("events*"))
+def test_tensorboard_scalars(data, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
+    assert cli.run(["fit", str(data), "--out", str(tmp_path / "run"), "--tensorboard", *SET_TINY]) == 0
+    events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "accuracy", "images per second"}
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]  # two epochs of two steps
+
+
+def test_tensorboard_is_asked_for_by_name(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert cli.run(["fit", str(data), "--out", str(tmp_path / "run"), "--tensorboard", *SET_TINY]) == 1
+    assert "pip install 'cpc_fast[tensorboard]'" in capsys.readouterr().err
 
 
 def test_evaluate_writes_metrics_table_and_report(fitted, data, tmp_path, capsys):
