@@ -26,7 +26,7 @@ from .report import between, table
 FOLDER = RESULTS / "ranks"
 N, D = 12288, 256  # anchors, and as many candidates, of the whole batch
 WORLDS, EXCHANGES = (1, 2, 4), ("gathered", "ring")
-ROUNDS = 3
+ROUNDS = 2
 
 # --- the simulation ---------------------------------------------------------------------------------------------------
 
@@ -217,8 +217,8 @@ def measured_table(told: dict[str, Any]) -> str:
     head = ("ranks", "candidates", "peak of a rank, MiB", "step, s", "simulated, s", "link, GB/s")
     return (
         f"N = M = {told['rows']:,} in all, D = {told['features']}, float32, forward and backward; {place['device']}, "
-        f"{told['cores']} cores for all ranks, one thread each, torch {place['torch']}, commit {place['commit']}, "
-        f"{place['date']}.\n\n{table(head, rows)}"
+        f"{told['cores']} cores for all ranks, one thread each, at a load of {place['load']:g} (other work), "
+        f"torch {place['torch']}, commit {place['commit']}, {place['date']}.\n\n{table(head, rows)}"
     )
 
 

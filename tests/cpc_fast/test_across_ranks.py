@@ -1,6 +1,5 @@
 """Training on several gloo processes: one process's loss, gradients and weights."""
 
-import copy
 import os
 import signal
 import subprocess
@@ -17,7 +16,6 @@ from cpc_fast.errors import UsageError
 from cpc_fast.model import CPC
 from tests import processes
 
-IMAGES = {2: [(3, 1), (4, 0)], 4: [(2, 1, 1, 0)]}
 CASES = [
     {"negatives": negatives, "across_ranks": exchange, "context": context}
     for negatives, exchange, context in [
@@ -27,6 +25,10 @@ CASES = [
         ("sampled", "auto", "none"),
     ]
 ]
+IMAGES = {  # how many of the four images each rank has, for each case
+    2: list(zip(CASES, [(3, 1), (4, 0), (4, 0), (3, 1)], strict=True)),
+    4: [(CASES[1], (2, 1, 1, 0)), (CASES[3], (2, 1, 1, 0))],
+}
 
 
 def whole_batch():
@@ -44,37 +46,32 @@ def gradients(model):
 
 
 def step(rank, world):
-    """(loss, gradients) of every case and share of the images, after DistributedDataParallel has averaged."""
+    """(loss, gradients) of every case, after DistributedDataParallel has averaged."""
     answers = []
-    for case in CASES:
-        for counts in IMAGES[world]:
-            own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-            images, shifted = whole_batch()
-            model = DistributedDataParallel(model_of(case))
-            loss = model(images[own], shifted[own], seed=7).loss
-            loss.backward()
-            answers.append((loss.detach(), gradients(model)))
+    for case, counts in IMAGES[world]:
+        own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        images, shifted = whole_batch()
+        model = DistributedDataParallel(model_of(case))
+        loss = model(images[own], shifted[own], seed=7).loss
+        loss.backward()
+        answers.append((loss.detach(), gradients(model)))
     return answers
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_step_of_ddp_is_that_of_one_process(world, tmp_path):
     answers = processes.run(world, step, tmp_path)
-    at = 0
-    for case in CASES:
+    for at, (case, counts) in enumerate(IMAGES[world]):
         images, shifted = whole_batch()
-        model = model_of(case)
-        alone = copy.deepcopy(model)
+        alone = model_of(case)
         loss = alone(images, shifted, seed=7).loss
         loss.backward()
-        for counts in IMAGES[world]:
-            for rank in range(world):
-                found, grads = answers[rank][at]
-                what = f"{case} {counts} rank {rank}"
-                torch.testing.assert_close(found, loss.detach(), rtol=1e-12, atol=0, msg=lambda m, w=what: f"{w}: {m}")
-                for ours, theirs in zip(grads, gradients(alone), strict=True):
-                    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12, msg=lambda m, w=what: f"{w}: {m}")
-            at += 1
+        for rank in range(world):
+            found, grads = answers[rank][at]
+            what = f"{case} {counts} rank {rank}"
+            torch.testing.assert_close(found, loss.detach(), rtol=1e-12, atol=0, msg=lambda m, w=what: f"{w}: {m}")
+            for ours, theirs in zip(grads, gradients(alone), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12, msg=lambda m, w=what: f"{w}: {m}")
 
 
 def test_there_is_no_ring_for_sampled_negatives():
