@@ -41,8 +41,9 @@ def gathered(d: int, count: int, arch: str) -> Tile:
 
 def steps(op: str, d: int, arch: str) -> Tile:
     """16 steps, the rows of a matrix instruction (CPC has 3 to 12), by `columns` gathered pool rows."""
-    full = op == "backward" and d > 256  # a [columns, D] product that is added to memory
-    return Tile(16, 16 if full or arch == "interpreter" else 32, 8 if full else 4, 2, _features(d))
+    full = d > 256  # twice the warps; backward's [columns, D] product is added to memory
+    columns = 16 if arch == "interpreter" or (full and op == "backward") else 32
+    return Tile(16, columns, 8 if full else 4, 2, _features(d))
 
 
 def resolve(arch: str) -> Tile:
