@@ -407,7 +407,7 @@ def predicted() -> str:
         "Least milliseconds in bf16, and the unit that needs them: `matrix` products, `exp`, the `L2` past which the "
         "other side streams, `HBM`.",
         table(("case", "kernel", *targets), rows),
-        "The kernels as compiled, D padded to the next of 64, 128, 256, 512; `+ids`: with ids and ranks; `tma`: rows "
+        "The kernels as compiled, D padded to the next of 64, 128, 256, 512; `+ids`: with ids, in pieces; `tma`: rows "
         f"through descriptors, else pointers (Triton {told['triton']}):",
     ]
     head = ("entry", "tile", "warps", "registers", "stack", "shared, bytes", "matrix instructions", "blocks per SM")
