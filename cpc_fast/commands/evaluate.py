@@ -109,8 +109,9 @@ def evaluate_run(name: str, detector: Detector, data: Path) -> Evaluation:
 def make_section(title: str, detector: Detector, evaluation: Evaluation) -> Section:
     from ..report import Section
 
-    threshold = detector.threshold.value
-    return Section(title, evaluation.metrics, evaluation.scored, threshold, threshold, detector.trained_on)
+    threshold, note = detector.threshold.value, detector.threshold.note
+    about = {**detector.trained_on, **({"threshold": note} if note else {})}
+    return Section(title, evaluation.metrics, evaluation.scored, threshold, threshold, about)
 
 
 def _print_metrics(evaluation: Evaluation, threshold: Threshold) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
@@ -53,7 +54,7 @@ def fit(
     check_device(device)
     from ..images import read_image
     from ..inputs import has_colour
-    from ..layouts import find_train
+    from ..layouts import find_test, find_train
     from ..runs import need_checkpoint, refuse_run
 
     images = find_train(data)
@@ -90,8 +91,14 @@ def fit(
     say(f"Scores above {detector.threshold.value:.4g} are anomalous.")
     if detector.threshold.note:
         say(detector.threshold.note)
-    say(f"Next: {shlex.join(['cpc-fast', 'evaluate', str(out), str(data)])}")
-    say(f"  or: {shlex.join(['cpc-fast', 'predict', str(out), 'IMAGES', '--out', 'answers'])}")
+    if tensorboard:
+        say(f"Curves: {shlex.join(['tensorboard', '--logdir', str(out / 'tensorboard')])}")
+    commands = [["predict", str(out), "IMAGES", "--out", "answers"]]
+    with contextlib.suppress(UsageError):  # a flat folder has nothing to be compared with
+        find_test(data)
+        commands.insert(0, ["evaluate", str(out), str(data)])
+    for lead, command in zip(("Next:", "  or:"), commands, strict=False):
+        say(f"{lead} {shlex.join(['cpc-fast', *command])}")
     return 0
 
 

@@ -69,9 +69,18 @@ def test_fit_shows_progress_and_says_what_is_next(data, tmp_path, capsys):
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.endswith(".tmp")]
 
 
-def test_tensorboard_scalars(data, tmp_path):
+def test_a_flat_folder_is_not_sent_to_evaluate(data, tmp_path, capsys):
+    flat = str(data / "train" / "good")
+    assert cli.run(["fit", flat, "--out", str(tmp_path), *SET_TINY]) == 0
+    said = capsys.readouterr().out
+    assert "Next: cpc-fast predict" in said
+    assert "evaluate" not in said
+
+
+def test_tensorboard_scalars(data, tmp_path, capsys):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
     assert cli.run(["fit", str(data), "--out", str(tmp_path / "run"), "--tensorboard", *SET_TINY]) == 0
+    assert "Curves: tensorboard --logdir" in capsys.readouterr().out
     events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {"loss", "accuracy", "images per second"}
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]  # two epochs of two steps
