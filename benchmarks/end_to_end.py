@@ -195,7 +195,7 @@ def training(
     def make() -> tuple[Tensor, Tensor | None]:
         pixels = make_batch(model, images, min(config.crop or side, side), generator)
         copies = pixels.repeat(config.shift_copies, 1, 1, 1)
-        return pixels, shift(copies, config.shifts, generator) if config.shifts else None
+        return pixels, shift(copies, config.shifts, generator, config.unit) if config.shifts else None
 
     pixels, shifted = make()
     with autocast(device):

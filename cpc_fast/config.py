@@ -15,7 +15,19 @@ NORMS = ("group", "layer", "none")
 CONTEXTS = ("none", "masked-conv")
 NEGATIVES = ("batch", "other-images", "sampled")
 ACROSS_RANKS = ("auto", "local", "gathered", "ring")
-SHIFTS = ("quarter-turn", "magnify", "noise", "blur", "intensity", "sharpen", "shuffle", "invert", "warp")
+SHIFTS = (
+    "quarter-turn",
+    "magnify",
+    "noise",
+    "blur",
+    "intensity",
+    "sharpen",
+    "shuffle",
+    "invert",
+    "warp",
+    "spots",
+    "curves",
+)
 KINDS = {
     "int": ((int,), "a whole number"), "int | None": ((int, type(None)), "a whole number, or none"),
     "float": ((float, int), "a number"), "str": ((str,), "a text"), "bool": ((bool,), "true or false"),
@@ -122,6 +134,11 @@ class Config:
     def offsets(self) -> tuple[int, ...]:
         """How many grid cells ahead each of the K steps looks."""
         return tuple(self.skip + k for k in range(1, self.steps + 1))
+
+    @property
+    def unit(self) -> float:
+        """1/32 of a patch, in pixels: what the sizes of blur, spots and the like are counted in."""
+        return self.patch_size / 32
 
     @property
     def features(self) -> int:

@@ -46,7 +46,7 @@ class LatentCache:
                 top, left = (int(torch.randint(n - self.side + 1, (), generator=generator)) for n in pixels.shape[2:])
                 window = pixels[..., top : top + self.side, left : left + self.side]
                 window = window.repeat(config.shift_copies, 1, 1, 1)
-                copies = self.model.latents(shift(window, config.shifts, generator)).float()
+                copies = self.model.latents(shift(window, config.shifts, generator, config.unit)).float()
         size = whole.nbytes + copies.nbytes
         if size <= self.left:
             self.left -= size

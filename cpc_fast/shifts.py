@@ -3,10 +3,16 @@
 On a homogeneous texture all patches look alike and in-batch contrast has nothing to learn. A blurred or turned copy
 gives it something: the right answer must be told from a patch that is *almost* right. The idea is CSI's (Tack et al.
 2020, arXiv 2007.08176), carried from whole images to the candidates of CPC. The anomaly score stays the plain loss.
+
+Most families change the whole image. `spots` and `curves` change little of it, as defects do, and every patch: on
+surfaces that vary from image to image they teach more than all the others.
+
+A `unit` is 1/32 of a patch in pixels, so that what is learned does not depend on the resolution.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,11 +29,16 @@ def _pick(images: Images, low: float, high: float, generator: torch.Generator) -
     return (low + (high - low) * drawn).to(images.device)
 
 
-def _quarter_turn(images: Images, generator: torch.Generator) -> Images:
+def _sign(images: Images, generator: torch.Generator) -> Tensor:
+    """Minus or plus one for each image, (b, 1, 1, 1)."""
+    return (torch.randint(2, (len(images), 1, 1, 1), generator=generator) * 2 - 1).to(images.device)
+
+
+def _quarter_turn(images: Images, generator: torch.Generator, unit: float) -> Images:
     return images.rot90(1 if torch.rand((), generator=generator) < 0.5 else 3, (2, 3))
 
 
-def _magnify(images: Images, generator: torch.Generator) -> Images:
+def _magnify(images: Images, generator: torch.Generator, unit: float) -> Images:
     """The middle of the image, enlarged 1.3 to 2 times."""
     factor = float(_pick(images[:1], 1.3, 2.0, generator))
     zoom = torch.eye(2, 3, device=images.device) / factor
@@ -35,31 +46,36 @@ def _magnify(images: Images, generator: torch.Generator) -> Images:
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
-def _noise(images: Images, generator: torch.Generator) -> Images:
+def _noise(images: Images, generator: torch.Generator, unit: float) -> Images:
     grain = torch.randn(images.shape, generator=generator).to(images.device)
     return images + grain * _pick(images, 0.2, 0.8, generator)
 
 
-def _blur(images: Images, generator: torch.Generator) -> Images:
-    sigma = float(_pick(images[:1], 1.0, 2.5, generator))
-    axis = torch.arange(-6, 7, device=images.device)
+def _blur(images: Images, generator: torch.Generator, unit: float) -> Images:
+    sigma = float(_pick(images[:1], 1.0, 2.5, generator)) * unit
+    reach = math.ceil(6 * unit)
+    axis = torch.arange(-reach, reach + 1, device=images.device)
     bell = torch.exp(-0.5 * (axis / sigma) ** 2)
-    kernel = (bell[:, None] * bell / bell.sum() ** 2).expand(images.shape[1], 1, 13, 13)
-    return F.conv2d(F.pad(images, (6, 6, 6, 6), mode="reflect"), kernel, groups=images.shape[1])
+    bell = (bell / bell.sum()).expand(images.shape[1], 1, 1, -1)
+    images = F.conv2d(F.pad(images, (reach,) * 4, mode="reflect"), bell, groups=images.shape[1])
+    return F.conv2d(images, bell.mT, groups=images.shape[1])
 
 
-def _intensity(images: Images, generator: torch.Generator) -> Images:
-    return images * _pick(images, 0.4, 0.8, generator) + _pick(images, -1.5, 1.5, generator)
+def _intensity(images: Images, generator: torch.Generator, unit: float) -> Images:
+    """Another brightness, and less contrast or more."""
+    mean = images.mean((2, 3), keepdim=True)
+    contrast = torch.exp(_pick(images, 0.3, 1.0, generator) * _sign(images, generator))
+    return (images - mean) * contrast + mean + _pick(images, -1.5, 1.5, generator)
 
 
-def _sharpen(images: Images, generator: torch.Generator) -> Images:
-    return images + (images - _blur(images, generator)) * _pick(images, 1.0, 2.0, generator)
+def _sharpen(images: Images, generator: torch.Generator, unit: float) -> Images:
+    return images + (images - _blur(images, generator, unit)) * _pick(images, 1.0, 2.0, generator)
 
 
-def _shuffle(images: Images, generator: torch.Generator) -> Images:
+def _shuffle(images: Images, generator: torch.Generator, unit: float) -> Images:
     """Move every pixel a few places at random: the histogram stays, the texture goes."""
     b, _, h, w = images.shape
-    reach = int(_pick(images[:1], 2.0, 6.0, generator))
+    reach = int(float(_pick(images[:1], 2.0, 6.0, generator)) * unit)
     dy, dx = torch.randint(-reach, reach + 1, (2, b, h, w), generator=generator)
     y = (torch.arange(h)[:, None] + dy).clamp(0, h - 1)
     x = (torch.arange(w) + dx).clamp(0, w - 1)
@@ -67,22 +83,55 @@ def _shuffle(images: Images, generator: torch.Generator) -> Images:
     return images.flatten(2).gather(2, flat).view_as(images)
 
 
-def _invert(images: Images, generator: torch.Generator) -> Images:
+def _invert(images: Images, generator: torch.Generator, unit: float) -> Images:
     return images.mean((2, 3), keepdim=True) * 2 - images
 
 
-def _warp(images: Images, generator: torch.Generator) -> Images:
+def _warp(images: Images, generator: torch.Generator, unit: float) -> Images:
     """Bend the image like soft rubber: smooth random displacements of a few pixels."""
     b, _, h, w = images.shape
-    coarse = torch.rand(b, 2, max(2, h // 12), max(2, w // 12), generator=generator).to(images.device) * 2 - 1
+    knots = max(2, int(h / (12 * unit))), max(2, int(w / (12 * unit)))
+    coarse = torch.rand(b, 2, *knots, generator=generator).to(images.device) * 2 - 1
     bend = F.interpolate(coarse, size=(h, w), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
     straight = F.affine_grid(torch.eye(2, 3, device=images.device).expand(b, 2, 3), [b, 1, h, w], align_corners=False)
-    reach = torch.tensor([16 / w, 16 / h], device=images.device)  # 8 pixels, where 2 spans the image
+    reach = torch.tensor([16 / w, 16 / h], device=images.device) * unit  # 8 units, where 2 spans the image
     reach = reach * _pick(images, 0.3, 1.0, generator)
     return F.grid_sample(images, straight + bend * reach, padding_mode="reflection", align_corners=False)
 
 
-FAMILIES: dict[str, Callable[[Images, torch.Generator], Images]] = {
+def _hills(images: Images, spacing: float, generator: torch.Generator) -> Tensor:
+    """A smooth random landscape of mean 0 and spread 1 for each image, (b, 1, h, w), hills `spacing` pixels apart."""
+    b, _, h, w = images.shape
+    coarse = torch.randn(b, 1, max(3, round(h / spacing) + 1), max(3, round(w / spacing) + 1), generator=generator)
+    hills = F.interpolate(coarse.to(images.device), size=(h, w), mode="bicubic", align_corners=True)
+    return (hills - hills.mean((2, 3), keepdim=True)) / hills.std((2, 3), keepdim=True)
+
+
+def _spots(images: Images, generator: torch.Generator, unit: float) -> Images:
+    """Islands all over the image: of another brightness, of one flat tone, or a piece of another image turned over."""
+    spacing = float(_pick(images[:1], 6.0, 14.0, generator)) * unit
+    inside = torch.sigmoid(8 * (_hills(images, spacing, generator) - _pick(images, 0.6, 1.2, generator)))
+    offset = _pick(images, 0.8, 2.5, generator) * _sign(images, generator)
+    shaded = images * _pick(images, 0.2, 0.8, generator) + offset
+    flat = images.mean((2, 3), keepdim=True) + offset
+    h, w = images.shape[2:]
+    elsewhere = images.roll((1, h // 2, w // 3), (0, 2, 3)).flip(3)
+    kind = torch.randint(3, (len(images), 1, 1, 1), generator=generator).to(images.device)
+    painted = torch.where(kind == 0, elsewhere, torch.where(kind == 1, shaded, flat))
+    return images.lerp(painted, inside)
+
+
+def _curves(images: Images, generator: torch.Generator, unit: float) -> Images:
+    """Dark or bright winding lines: where a random landscape crosses its mean height."""
+    hills = _hills(images, float(_pick(images[:1], 14.0, 24.0, generator)) * unit, generator)
+    slope_y, slope_x = torch.gradient(hills, dim=(2, 3))
+    pixels_away = hills / torch.hypot(slope_y, slope_x).clamp_min(0.01)
+    inside = torch.exp(-((pixels_away / (_pick(images, 0.6, 2.0, generator) * unit)) ** 2))
+    tone = images.mean((2, 3), keepdim=True) + _pick(images, 1.2, 3.0, generator) * _sign(images, generator)
+    return images.lerp(tone.expand_as(images), inside)
+
+
+FAMILIES: dict[str, Callable[[Images, torch.Generator, float], Images]] = {
     "quarter-turn": _quarter_turn,
     "magnify": _magnify,
     "noise": _noise,
@@ -92,12 +141,16 @@ FAMILIES: dict[str, Callable[[Images, torch.Generator], Images]] = {
     "shuffle": _shuffle,
     "invert": _invert,
     "warp": _warp,
+    "spots": _spots,
+    "curves": _curves,
 }
 
 
 @stage("shifts")
-def shift(images: Images, families: tuple[str, ...], generator: torch.Generator) -> Images:
+def shift(images: Images, families: tuple[str, ...], generator: torch.Generator, unit: float = 1.0) -> Images:
     """A transformed copy of each square image, the families taking turns from a random start.
+
+    `unit`, 1/32 of a patch in pixels, is what the sizes of blur, spots and the like are counted in.
 
     >>> shift(torch.randn(4, 1, 64, 64), ("noise", "magnify"), torch.Generator().manual_seed(0)).shape
     torch.Size([4, 1, 64, 64])
@@ -107,5 +160,5 @@ def shift(images: Images, families: tuple[str, ...], generator: torch.Generator)
     for i, family in enumerate(families):
         rows = slice((start + i) % len(families), None, len(families))
         if len(images[rows]):
-            shifted[rows] = FAMILIES[family](images[rows], generator)
+            shifted[rows] = FAMILIES[family](images[rows], generator, unit)
     return shifted

@@ -195,7 +195,7 @@ def train(
             else:
                 batch = make_batch(model, [images[j] for j in own], side, draws)
                 copies = batch.repeat(config.shift_copies, 1, 1, 1)
-                shifted = shift(copies, config.shifts, draws) if config.shifts else None
+                shifted = shift(copies, config.shifts, draws, config.unit) if config.shifts else None
                 with autocast(device):
                     result = forward(batch, shifted, seed=step)
             optimizer.zero_grad(set_to_none=True)

@@ -69,3 +69,14 @@ def test_shifts_change_the_images_and_repeat_with_the_seed(family, channels):
     assert torch.equal(first, second)
     assert first.shape == images.shape
     assert all((a != b).any() for a, b in zip(first, images, strict=True))
+
+
+def test_sizes_of_shifts_grow_with_the_patch():
+    fine, coarse = (
+        (shift(torch.zeros(8, 1, 128, 128), ("curves",), torch.Generator().manual_seed(0), unit) != 0).float().mean()
+        for unit in (1.0, 4.0)
+    )
+    assert 0.5 < fine / coarse < 2  # lines four times as wide, and a quarter as many
+    grain = torch.randn(4, 1, 64, 64, generator=torch.Generator().manual_seed(1))
+    soft, softer = (shift(grain, ("blur",), torch.Generator().manual_seed(0), unit).std() for unit in (1.0, 2.0))
+    assert softer < 0.7 * soft
