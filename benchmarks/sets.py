@@ -82,12 +82,12 @@ def _elpv(folder: Path) -> Path | str:
     return write_elpv(folder / "elpv")
 
 
-# Tiles and cells are scaled; every other choice is the preset's.
+# Cells are scaled; every other choice is the preset's.
 BEDS = {
     bed.name: bed
     for bed in (
         *(Bed(name, lambda folder, name=name: _textures(folder) / name, free=True) for name in TEXTURES),
-        Bed("magnetic tiles", _tiles, {"image_size": 160}, halved=True),
+        Bed("magnetic tiles", _tiles, halved=True),
         Bed("solar cells", _elpv, {"image_size": 128}),
     )
 }

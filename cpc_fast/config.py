@@ -203,7 +203,8 @@ _TEXTURES = Config(
 PRESETS: dict[str, Config] = {
     # The shifts are kept apart from the defects that the demo paints (stain, blur, scratch, foreign and turned pieces).
     "cpu-demo": _TEXTURES,
-    "quality": _TEXTURES.replace(width=32, epochs=20, shifts=SHIFTS),
+    # Parts vary among themselves: shifts that change little of a patch, as defects do; patches stay small.
+    "quality": _TEXTURES.replace(made_for=None, stem=4, epochs=16, shifts=("spots", "curves", "warp", "shuffle")),
     # Unverified: put together from the paper's abstract and the code of its second author, not from its text.
     "paper": Config(
         image_size=256, channels=1, patch_size=64, patch_stride=32, width=64, stem=2, norm="none", steps=5, skip=1,
