@@ -260,7 +260,7 @@ def free_table() -> str:
 
 
 ENCODERS = (  # flops of a forward pass for one anchor; training takes three times as many
-    ("a patch of 32 x 32 pixels, width 32 (this package's `quality`)", None),
+    ("a patch of 32 x 32 pixels, width 16 (this package's `quality`)", None),
     ("an image of 224 x 224 pixels, ResNet-50", 8.2e9),
     ("an image of 224 x 224 pixels, ViT-L/16", 1.23e11),
 )
