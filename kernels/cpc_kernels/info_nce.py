@@ -18,6 +18,7 @@ This file argues for its length: two schedules of one op, each with its registra
 """
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -78,6 +79,8 @@ class Chunks:
         self.positives, self.scale = positives, scale
         self.anchor_ids, self.candidate_ids = anchor_ids, candidate_ids
         self.here = positives < len(candidates) if elsewhere and self.indexed else None
+        # no row is masked where none is ignored; on a GPU, asking would wait
+        self.ignoring = self.indexed and (positives.device.type != "cpu" or bool((positives < 0).any()))
         m = max(len(candidates), 1)
         low, high = CHUNK_ROWS
         self.rows = min(max(CHUNK_SCORES // m // 64 * 64, low), high)
@@ -85,21 +88,25 @@ class Chunks:
             min(self.rows, len(anchors)), len(candidates), dtype=self.dtype, device=anchors.device
         )
         # Folded into the product on a CPU; on a GPU, reading it would wait. A NaN must not be: BLAS may take it for 1.
-        self.alpha = scale.item() if scale.device.type == "cpu" and scale.isfinite() else None
+        self.alpha = None
+        if scale.device.type == "cpu" and math.isfinite(number := scale.item()):
+            self.alpha = number
 
     def __iter__(self):
         for start in range(0, len(self.anchors), self.rows):
             yield slice(start, min(start + self.rows, len(self.anchors)))
 
     def active(self, i):  # (R,)
-        return self.positives[i] >= 0 if self.indexed else None
+        return self.positives[i] >= 0 if self.ignoring else None
 
     def place(self, i):  # (R,) among these candidates; anything where ignored or elsewhere
+        if self.here is None and not self.ignoring:
+            return self.positives[i]
         return self.positives[i].clamp(min=0, max=None if self.here is None else len(self.candidates) - 1)
 
     def q(self, i):  # (R, D), zero where ignored
         q = self.anchors[i].to(self.dtype)
-        return q.where(self.active(i)[:, None], 0.0) if self.indexed else q
+        return q.where(self.active(i)[:, None], 0.0) if self.ignoring else q
 
     def own(self, i):  # (R, D) the positives' vectors
         return own_vectors(self.positives[i], self.candidates).to(self.dtype)
@@ -119,7 +126,7 @@ class Chunks:
             else:
                 s.scatter_(1, index, positive.masked_fill(self.here[i, None], -torch.inf))
                 positive = positive.where(self.here[i, None], 0.0)
-            positive = positive[:, 0].where(self.active(i), 0.0)
+            positive = positive[:, 0].where(self.active(i), 0.0) if self.ignoring else positive[:, 0]
         else:
             positive = (q * self.own(i)).sum(1).mul_(self.scale)
         if self.anchor_ids is not None:
@@ -159,8 +166,7 @@ def chunked_forward(
             with stage("info_nce", "loss", device):
                 if need_rank:
                     rank[i] = (s > own_score[:, None]).sum(1)
-                top = s.amax(1)
-                top = top.where(top.abs() != torch.inf, 0.0)
+                top = s.amax(1).nan_to_num_(torch.nan, 0.0, 0.0)  # infinity is no reference
                 total = s.sub_(top[:, None]).exp_().sum(1)  # s is now P times total
                 row_lse = top + total.log()
                 total = total.where(total > 0, 1.0)
@@ -188,13 +194,14 @@ def chunked_forward(
                 dq[i] = o if active is None else o.where(active[:, None], 0.0)
                 if dk.numel():
                     dk.addmm_(s.T, q * (weight / total)[:, None])
-                pull = q.mul_(-weight[:, None]) if chunks.indexed or anchors.dtype != dtype else q * -weight[:, None]
+                copied = chunks.ignoring or anchors.dtype != dtype
+                pull = q.mul_(-weight[:, None]) if copied else q * -weight[:, None]
                 if dk.numel() and chunks.indexed:
-                    dk.index_add_(0, positives[i].clamp(min=0), pull)
+                    dk.index_add_(0, chunks.place(i), pull)
                 elif dv.numel():
                     dv[i] = pull
-    if not positives.is_floating_point():
-        loss.masked_fill_(positives < 0, 0.0)
+        if chunks.ignoring:
+            loss.masked_fill_(positives < 0, 0.0)
     return loss, lse, positive, rank, expectation
 
 
@@ -214,7 +221,7 @@ def chunked_backward_candidates(
                 s, _ = chunks.scores(i, q)
             with stage("info_nce", "gradients", anchors.device):
                 pull = q * weight[i, None]
-                if chunks.indexed:
+                if chunks.ignoring:
                     pull = pull.where(chunks.active(i)[:, None], 0.0)
                 dk.addmm_(s.sub_(lse[i, None]).exp_().T, pull)
                 if chunks.indexed:
@@ -246,11 +253,48 @@ def check_indices(op: str, what: str, indices: Tensor, size: int, lowest: int = 
         )
 
 
+# --- the op without its registration, whose Python costs several times a small batch ----------------------------------
+
+
+def undisturbed() -> bool:
+    """Nobody compiles, traces, transforms or intercepts."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    )
+
+
+def plainly_eager(*tensors: Tensor) -> bool:
+    """Plain tensors on the CPU, undisturbed."""
+    return undisturbed() and all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in tensors)
+
+
+def plain_form(compute, save, backward, gradients, registered):
+    """The autograd node made of an op's parts; `registered` gives the gradients to whom someone listens, or
+    differentiates once more."""
+
+    class Plain(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            output = compute(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            batched = any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
+            plain = undisturbed() and not batched and not torch.is_grad_enabled()
+            return backward(ctx, *grads, gradients=gradients if plain else registered)
+
+    return Plain.apply
+
+
 # --- the row op: one loss per row, any upstream gradient --------------------------------------------------------------
 
 
-@torch.library.custom_op("cpc_kernels::info_nce", mutates_args=())
-def info_nce_op(
+def compute_rows(
     anchors: Tensor,
     candidates: Tensor,
     positives: Tensor,
@@ -275,6 +319,9 @@ def info_nce_op(
     )
 
 
+info_nce_op = torch.library.custom_op("cpc_kernels::info_nce", compute_rows, mutates_args=())
+
+
 @info_nce_op.register_fake
 def _(anchors, candidates, positives, scale, anchor_ids, candidate_ids, impl, need_expectation, need_rank):
     n, dtype = anchors.shape[0], compute_dtype(anchors.dtype)
@@ -284,8 +331,7 @@ def _(anchors, candidates, positives, scale, anchor_ids, candidate_ids, impl, ne
     return row, torch.empty_like(row), torch.empty_like(row), rank, expectation
 
 
-@torch.library.custom_op("cpc_kernels::info_nce_backward", mutates_args=())
-def info_nce_backward(
+def rows_gradients(
     grad: Tensor,
     loss: Tensor,
     lse: Tensor,
@@ -331,24 +377,12 @@ def info_nce_backward(
     return dq, dk, dv, dscale
 
 
+info_nce_backward = torch.library.custom_op("cpc_kernels::info_nce_backward", rows_gradients, mutates_args=())
+
+
 @info_nce_backward.register_fake
-def _(
-    grad,
-    loss,
-    lse,
-    expectation,
-    anchors,
-    candidates,
-    positives,
-    scale,
-    anchor_ids,
-    candidate_ids,
-    impl,
-    need_anchors,
-    need_candidates,
-    need_positives,
-    need_scale,
-):
+def _(grad, loss, lse, expectation, anchors, candidates, positives, *rest):
+    need_anchors, need_candidates, need_positives, need_scale = rest[-4:]
     return (
         anchors.new_empty(anchors.shape) if need_anchors else grad.new_empty(0),
         candidates.new_empty(candidates.shape) if need_candidates else grad.new_empty(0),
@@ -378,31 +412,23 @@ def _save(ctx, inputs, output):
     ctx.impl = impl
 
 
-def _backward(ctx, grad, *_):
+def _backward(ctx, grad, *_, gradients=info_nce_backward):
     if grad is None:
         return (None,) * 9
-    need_anchors, need_candidates, need_positives, need_scale = ctx.needs_input_grad[:4]
-    dq, dk, dv, dscale = info_nce_backward(
-        grad, *ctx.saved_tensors, ctx.impl, need_anchors, need_candidates, need_positives, need_scale
-    )
-    return (
-        dq if need_anchors else None,
-        dk if need_candidates else None,
-        dv if need_positives else None,
-        dscale if need_scale else None,
-        *[None] * 5,
-    )
+    needs = ctx.needs_input_grad[:4]
+    grads = gradients(grad, *ctx.saved_tensors, ctx.impl, *needs)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 5)
 
 
 info_nce_op.register_autograd(_backward, setup_context=_save)
 once_differentiable(info_nce_backward, "info_nce")
+info_nce_plainly = plain_form(compute_rows, _save, _backward, rows_gradients, info_nce_backward)
 
 
 # --- the sum op: one upstream gradient, so every gradient is ready when forward ends ----------------------------------
 
 
-@torch.library.custom_op("cpc_kernels::info_nce_sum", mutates_args=())
-def info_nce_sum(
+def compute_sum(
     anchors: Tensor,
     candidates: Tensor,
     positives: Tensor,
@@ -433,6 +459,9 @@ def info_nce_sum(
     return loss.sum(), dq, dk.to(candidates.dtype), dv, dscale
 
 
+info_nce_sum = torch.library.custom_op("cpc_kernels::info_nce_sum", compute_sum, mutates_args=())
+
+
 @info_nce_sum.register_fake
 def _(anchors, candidates, positives, scale, anchor_ids, candidate_ids, need_scale):
     dtype = compute_dtype(anchors.dtype)
@@ -445,12 +474,14 @@ def _(anchors, candidates, positives, scale, anchor_ids, candidate_ids, need_sca
     )
 
 
-@torch.library.custom_op("cpc_kernels::info_nce_sum_backward", mutates_args=())
-def info_nce_sum_backward(
+def sum_gradients(
     grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dscale: Tensor, of: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`of`: what they are gradients of. Nothing is computed from it; through it a second derivative meets a refusal."""
     return tuple(each * grad.to(each.dtype) for each in (dq, dk, dv, dscale))
+
+
+info_nce_sum_backward = torch.library.custom_op("cpc_kernels::info_nce_sum_backward", sum_gradients, mutates_args=())
 
 
 @info_nce_sum_backward.register_fake
@@ -464,7 +495,7 @@ def _save_sum(ctx, inputs, output):
     ctx.save_for_backward(*output[1:], *inputs[:4])
 
 
-def _backward_sum(ctx, grad, *_):
+def _backward_sum(ctx, grad, *_, gradients=info_nce_sum_backward):
     if grad is None:
         return (None,) * 7
     saved = ctx.saved_tensors  # read once: checkpointing allows no more
@@ -472,12 +503,13 @@ def _backward_sum(ctx, grad, *_):
     needs = ctx.needs_input_grad[:4]
     # what nobody asked for is not multiplied
     units = [unit if need else unit.new_empty(0) for unit, need in zip(units, needs, strict=True)]
-    grads = info_nce_sum_backward(grad, *units, list(of))
+    grads = gradients(grad, *units, list(of))
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
 
 
 info_nce_sum.register_autograd(_backward_sum, setup_context=_save_sum)
 once_differentiable(info_nce_sum_backward, "info_nce")
+info_nce_sum_plainly = plain_form(compute_sum, _save_sum, _backward_sum, sum_gradients, info_nce_sum_backward)
 
 
 # --- the door ---------------------------------------------------------------------------------------------------------
@@ -579,6 +611,16 @@ def choose(impl: str, device: torch.device) -> str:
     return "triton" if device.type in ("cuda", "xpu") else "chunked"
 
 
+def accept(op, anchors, candidates, positives, anchor_ids, candidate_ids, impl, reduction="none"):
+    """Anchors, candidates and positives checked, of autocast's dtype, indices int64; and the impl that runs."""
+    need_tensors(op, anchors=anchors, candidates=candidates, positives=positives)
+    anchors, candidates, positives = autocast(anchors.device, anchors, candidates, positives)
+    check(op, anchors, candidates, positives, anchor_ids, candidate_ids, impl, reduction)
+    if not positives.is_floating_point():
+        positives = positives.long()
+    return anchors, candidates, positives, choose(impl, anchors.device)
+
+
 def transformed() -> bool:
     """Inside torch.func's vmap, grad and the like; a compiler that is looking has a world of its own."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
@@ -637,25 +679,22 @@ def info_nce(
     >>> info_nce(q, k, torch.arange(8), scale=10.0, reduction="none").shape
     torch.Size([8])
     """
-    need_tensors("info_nce", anchors=anchors, candidates=candidates, positives=positives)
-    anchors, candidates, positives = autocast(anchors.device, anchors, candidates, positives)
-    check("info_nce", anchors, candidates, positives, anchor_ids, candidate_ids, impl, reduction)
-    impl = choose(impl, anchors.device)
+    anchors, candidates, positives, impl = accept(
+        "info_nce", anchors, candidates, positives, anchor_ids, candidate_ids, impl, reduction
+    )
     refuse_transforms("info_nce", impl, anchors, candidates, positives, scale)
     scale = scale_tensor("info_nce", scale, anchors)
-    if not positives.is_floating_point():
-        positives = positives.long()
     if impl == "reference":
         from . import reference
 
         ids = {"anchor_ids": anchor_ids, "candidate_ids": candidate_ids}
         return reference.info_nce(anchors, candidates, positives, scale=scale, reduction=reduction, **ids)
+    where = anchors, candidates, positives, scale, anchor_ids, candidate_ids
+    plain = impl == "chunked" and plainly_eager(*where[:4])
     if impl == "chunked" and reduction != "none" and learns(candidates):
-        total, *_ = info_nce_sum(anchors, candidates, positives, scale, anchor_ids, candidate_ids, learns(scale))
+        total, *_ = (info_nce_sum_plainly if plain else info_nce_sum)(*where, learns(scale))
         return total if reduction == "sum" else total / count_active(positives)
-    loss, *_ = info_nce_op(
-        anchors, candidates, positives, scale, anchor_ids, candidate_ids, impl, learns(anchors, scale), False
-    )
+    loss, *_ = (info_nce_plainly if plain else info_nce_op)(*where, impl, learns(anchors, scale), False)
     return reduce(loss, positives, reduction)
 
 
@@ -694,13 +733,10 @@ def info_nce_stats(
     >>> info_nce_stats(q, k, torch.arange(8)).rank.shape
     torch.Size([8])
     """
-    need_tensors("info_nce_stats", anchors=anchors, candidates=candidates, positives=positives)
-    anchors, candidates, positives = autocast(anchors.device, anchors, candidates, positives)
-    check("info_nce_stats", anchors, candidates, positives, anchor_ids, candidate_ids, impl)
-    impl = choose(impl, anchors.device)
+    anchors, candidates, positives, impl = accept(
+        "info_nce_stats", anchors, candidates, positives, anchor_ids, candidate_ids, impl
+    )
     scale = scale_tensor("info_nce_stats", scale, anchors)
-    if not positives.is_floating_point():
-        positives = positives.long()
     if impl == "reference":
         from . import reference
 

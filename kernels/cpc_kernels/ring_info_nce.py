@@ -29,10 +29,9 @@ from .bilinear_info_nce import project_rows
 from .capabilities import triton_module
 from .exchange import Shares, everyones, gather_rows, gather_rows_with_grad, rank_and_world, total
 from .info_nce import (
+    accept,
     autocast,
-    check,
     check_indices,
-    choose,
     chunked_backward_candidates,
     chunked_forward,
     compute_dtype,
@@ -294,9 +293,8 @@ def info_nce_across_ranks(
     torch.Size([])
     """
     op = "info_nce_across_ranks"
-    need_tensors(op, anchors=anchors, candidates=candidates, positives=positives)
-    anchors, candidates, positives = autocast(anchors.device, anchors, candidates, positives)
-    check(op, anchors, candidates, positives, anchor_ids, candidate_ids, impl, reduction)
+    where = anchors, candidates, positives, anchor_ids, candidate_ids
+    anchors, candidates, positives, impl = accept(op, *where, impl, reduction)
     scale = scale_tensor(op, scale, anchors)
     indexed = not positives.is_floating_point()
     learning = torch.is_grad_enabled() and candidates.requires_grad
@@ -304,7 +302,6 @@ def info_nce_across_ranks(
     of, _, learning = agree(op, anchors, candidates, anchor_ids is not None, [learning, any_learning], group)
     exchange = chosen(op, exchange, of, candidates)
     if indexed:
-        positives = positives.long()
         check_indices(op, "positives", positives, of.total)
     counted = (positives >= 0).sum() if indexed else len(positives)
     options = {"scale": scale, "anchor_ids": anchor_ids, "impl": impl}
@@ -317,7 +314,6 @@ def info_nce_across_ranks(
         ids = None if candidate_ids is None else gather_rows(candidate_ids.long(), of)
         loss = info_nce(anchors, everybody, positives, candidate_ids=ids, reduction=one, **options)
     else:
-        impl = choose(impl, anchors.device)
         if impl == "reference":
             raise ValueError(f'{op}: impl="reference" has no ring; exchange="gathered" has it.')
         if anchor_ids is not None:

@@ -31,6 +31,7 @@ from .info_nce import (
     need_tensors,
     once_differentiable,
     own_vectors,
+    plainly_eager,
     reduce,
     refuse_transforms,
     scale_tensor,
@@ -215,22 +216,8 @@ def cpp_arguments(anchors, pool, positives, negatives, seed, count, per_step, sc
 
 
 @sampled_op.register_fake
-def _(
-    anchors,
-    pool,
-    positives,
-    scale,
-    negatives,
-    seed,
-    count,
-    per_step,
-    anchor_ids,
-    pool_ids,
-    impl,
-    need_expectation,
-    need_probabilities,
-    need_rank,
-):
+def _(anchors, pool, positives, scale, negatives, seed, count, *rest):
+    *_, impl, need_expectation, need_probabilities, need_rank = rest
     n, steps, _d = anchors.shape
     dtype = compute_dtype(anchors.dtype)
     s = negatives.shape[-1] if negatives is not None else count
@@ -245,28 +232,29 @@ def _(
     )
 
 
-def gradients(
-    grad,
-    lse,
-    positive,
-    expectation,
-    probabilities,
-    anchors,
-    pool,
-    positives,
-    scale,
-    negatives,
-    seed,
-    anchor_ids,
-    pool_ids,
-    count,
-    per_step,
-    impl,
-    need_anchors,
-    need_pool,
-    need_positives,
-    need_scale,
-):
+@torch.library.custom_op("cpc_kernels::sampled_info_nce_backward", mutates_args=())
+def sampled_backward(
+    grad: Tensor,
+    lse: Tensor,
+    positive: Tensor,
+    expectation: Tensor,
+    probabilities: Tensor,
+    anchors: Tensor,
+    pool: Tensor,
+    positives: Tensor,
+    scale: Tensor,
+    negatives: Tensor | None,
+    seed: Tensor | None,
+    anchor_ids: Tensor | None,
+    pool_ids: Tensor | None,
+    count: int,
+    per_step: bool,
+    impl: str,
+    need_anchors: bool,
+    need_pool: bool,
+    need_positives: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dz, dv, dscale; empty where not needed."""
     dtype = compute_dtype(anchors.dtype)
     indexed = not positives.is_floating_point()
@@ -303,57 +291,9 @@ def gradients(
     return dq, dz, dv, dscale
 
 
-@torch.library.custom_op("cpc_kernels::sampled_info_nce_backward", mutates_args=())
-def sampled_backward(
-    grad: Tensor,
-    lse: Tensor,
-    positive: Tensor,
-    expectation: Tensor,
-    probabilities: Tensor,
-    anchors: Tensor,
-    pool: Tensor,
-    positives: Tensor,
-    scale: Tensor,
-    negatives: Tensor | None,
-    seed: Tensor | None,
-    anchor_ids: Tensor | None,
-    pool_ids: Tensor | None,
-    count: int,
-    per_step: bool,
-    impl: str,
-    need_anchors: bool,
-    need_pool: bool,
-    need_positives: bool,
-    need_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    saved = grad, lse, positive, expectation, probabilities, anchors, pool, positives, scale
-    extra = negatives, seed, anchor_ids, pool_ids, count, per_step, impl
-    return gradients(*saved, *extra, need_anchors, need_pool, need_positives, need_scale)
-
-
 @sampled_backward.register_fake
-def _(
-    grad,
-    lse,
-    positive,
-    expectation,
-    probabilities,
-    anchors,
-    pool,
-    positives,
-    scale,
-    negatives,
-    seed,
-    anchor_ids,
-    pool_ids,
-    count,
-    per_step,
-    impl,
-    need_anchors,
-    need_pool,
-    need_positives,
-    need_scale,
-):
+def _(grad, lse, positive, expectation, probabilities, anchors, pool, positives, *rest):
+    need_anchors, need_pool, need_positives, need_scale = rest[-4:]
     return (
         anchors.new_empty(anchors.shape if need_anchors else (0,)),
         pool.new_empty(pool.shape if need_pool else (0,)),
@@ -402,22 +342,15 @@ EAGER = getattr(torch.ops.cpc_kernels_cpu, "sampled_loss", None) if CPP.availabl
 REDUCTIONS = ("none", "sum", "mean")
 
 
-def plainly_eager(scale: float | Tensor, *tensors: Tensor) -> bool:
-    """Plain tensors on the CPU, and nobody traces, transforms or intercepts."""
+def takes(scale: float | Tensor, *tensors: Tensor) -> bool:
+    """Whether EAGER can have this call."""
     if isinstance(scale, Tensor):
         if scale.numel() != 1:
             return False
         tensors = scale, *tensors
     elif not isinstance(scale, (int, float)):
         return False
-    return not (
-        EAGER is None
-        or not CPP.available
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or any(type(t) not in (Tensor, torch.nn.Parameter) or not t.is_cpu for t in tensors)
-    )
+    return EAGER is not None and CPP.available and plainly_eager(*tensors)
 
 
 # --- the door ---------------------------------------------------------------------------------------------------------
@@ -479,7 +412,7 @@ def _run(op, anchors, pool, positives, negatives, scale, anchor_ids, pool_ids, i
         refuse_transforms(op, impl, anchors, pool, positives, scale)
     drawn = isinstance(negatives, Negatives)
     count, per_step = (negatives.count, negatives.per_step) if drawn else (0, False)
-    if impl == "cpp" and not stats and plainly_eager(scale, anchors, pool, positives):
+    if impl == "cpp" and not stats and takes(scale, anchors, pool, positives):
         factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
         which = (None, negatives.seed_number()) if drawn else (negatives, None)
         where = *which, count, per_step, anchor_ids, pool_ids

@@ -243,6 +243,27 @@ def test_second_derivatives_are_refused():
             dq.sum().backward()
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("vectors", [False, True])
+def test_without_its_registration_it_is_the_same_op(vectors, reduction, monkeypatch):
+    anchors, candidates, positives, tags = make(vectors=vectors, ids=True)
+    leaves = anchors.requires_grad_(), candidates.requires_grad_(), torch.tensor(0.7, requires_grad=True)
+
+    def results():
+        loss = info_nce(*leaves[:2], positives, scale=leaves[2], reduction=reduction, **tags)
+        single = torch.autograd.grad(-2 * loss.sum(), leaves, retain_graph=True)
+        if reduction == "mean":
+            return loss, *single
+        return loss, *single, *torch.autograd.grad(loss, leaves, torch.eye(len(anchors)), is_grads_batched=True)
+
+    plain = results()
+    assert "Plain" in str(plain[0].grad_fn.next_functions if reduction == "mean" else plain[0].grad_fn)
+    monkeypatch.setattr(module, "plainly_eager", lambda *tensors: False)
+    registered = results()
+    assert "Plain" not in str(registered[0].grad_fn.next_functions) + str(registered[0].grad_fn)
+    assert all(torch.equal(a, b) for a, b in zip(plain, registered, strict=True))
+
+
 @pytest.mark.parametrize("vectors", [False, True])
 def test_opcheck(vectors, unpoisoned):
     anchors, candidates, positives, tags = make(vectors=vectors, ids=True)
