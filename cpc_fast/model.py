@@ -16,7 +16,7 @@ from .latents import PatchEncoder, encode
 from .loss import accuracy, cpc_loss
 from .patches import extract_patches
 from .predictions import Predictor
-from .shapes import Images, Latents, Losses
+from .shapes import Images, Latents, Losses, Shifted
 
 # Mean and spread of each channel that pretrained backbones were trained with; grey takes the mean of the three.
 IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))}
@@ -103,7 +103,7 @@ class CPC(nn.Module):
         """(b, c, h, w) -> (b, gy, gx, d)."""
         return encode(self.encoder, extract_patches(images, self.config.patch_size, self.config.patch_stride))
 
-    def forward(self, images: Images, shifted: Images | None = None, seed: int = 0) -> StepResult:
+    def forward(self, images: Images, shifted: Shifted | None = None, seed: int = 0) -> StepResult:
         """The loss of a batch; `shifted` are transformed images whose patches are further wrong answers."""
         return self.compare(
             self.latents(images if shifted is None else torch.cat([images, shifted])), len(images), seed

@@ -2,7 +2,7 @@
 
     images -> patches -> latents -> contexts -> predictions -> losses
 
-b images of c channels, h x w pixels; a grid of gy x gx patches, p pixels a side; d features; a contexts of each patch
+b images (and s shifted ones) of c channels, h x w pixels; a grid of gy x gx patches, p pixels a side; d features; a contexts of each patch
 (1, or as many as directions); n predictions, one for each (direction, step, context patch) whose target lies inside the
 grid. The test suite checks these shapes at every call (jaxtyping); in use they cost nothing.
 """
@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Images = Float[Tensor, "b c h w"]  # standardised: each image has mean 0 and variance 1
+Shifted = Float[Tensor, "s c h w"]  # transformed copies of some of them
 Patches = Float[Tensor, "b gy gx c p p"]
 Latents = Float[Tensor, "b gy gx d"]  # what a patch looks like
 Contexts = Float[Tensor, "a b gy gx d"]  # what is known when standing at a patch
