@@ -15,7 +15,7 @@ from benchmarks import measure
 from benchmarks.cases import Case
 
 DEVICE = torch.device("cpu")
-SECONDS = 12  # of timed rounds, per case
+SECONDS = 8  # of timed rounds, per case
 
 
 def pytest_addoption(parser):
