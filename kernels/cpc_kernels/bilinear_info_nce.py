@@ -9,7 +9,9 @@
 Which contexts speak about which step is either everything (N x K rows) or listed: `sources` name the context of every
 row, sorted by step, `counts` how many rows each step has. Listed rows are projected one product per step; on a GPU,
 where at least half of everything is asked for, in one product of which these rows are kept. Nothing but the projection
-itself is stored: the contexts that a step reads are gathered again in backward, and added to one gradient.
+itself is stored: the contexts that a step reads are gathered again in backward, and added to one gradient. "fused"
+stores not even that: its kernel makes a tile of predictions, scores it against all candidates and forgets it. With
+gradients they would be wanted again (dW, dz), so it has none.
 
 The cheaper side is projected. Contexts: P C D + P S' D multiply-adds, P the number of rows, S' the candidates that each
 is scored against. Candidates: K M C D + P S' C, and P C D where the positives are vectors of their own. (Three times as
@@ -22,14 +24,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import tiles
+from .capabilities import triton_module
 from .info_nce import (
     InfoNCEStats,
     autocast,
+    check_ids,
+    check_indices,
+    compute_dtype,
     info_nce,
     info_nce_stats,
+    learns,
     once_differentiable,
     reduce,
     refuse_transforms,
+    scale_tensor,
     spell,
 )
 from .negatives import Negatives, draw_negatives
@@ -143,6 +152,49 @@ def project_rows(contexts, weights, sources, counts, impl):
     return project(contexts, weights, sources, list(counts), at_once)
 
 
+# --- the projection inside the kernel ---------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("cpc_kernels::bilinear_fused", mutates_args=())
+def fused_op(
+    contexts: Tensor,
+    weights: Tensor,
+    candidates: Tensor,
+    positives: Tensor,
+    scale: Tensor,
+    anchor_ids: Tensor | None,
+    candidate_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, lse, positive score and rank (K, N) of positives (K, N)."""
+    check_indices("bilinear_info_nce", "positives", positives, len(candidates))
+    launch = triton_module("info_nce", contexts.device).forward_projected
+    return launch(contexts, weights, candidates, positives, scale, anchor_ids, candidate_ids)
+
+
+@fused_op.register_fake
+def _(contexts, weights, candidates, positives, scale, anchor_ids, candidate_ids):
+    row = contexts.new_empty(positives.shape, dtype=compute_dtype(contexts.dtype))
+    return row, torch.empty_like(row), torch.empty_like(row), torch.empty_like(positives)
+
+
+def fused(op, contexts, weights, candidates, positives, scale, anchor_ids, candidate_ids, plain: bool):
+    """The stats (N, K) of a problem that fits the kernel; an error that says what does not, and what would run."""
+    learning = learns(contexts, weights, candidates, scale)
+    limit = tiles.projected_max_d(16 if contexts.dtype.itemsize == 2 else 32)
+    for wrong, why in (
+        (not plain, "takes every context with every step, all candidates and indices as positives"),
+        (learning, "makes no gradients, which would need the predictions stored"),
+        (weights.shape[1] > limit, f"holds up to {limit} features D of {contexts.dtype}, not {weights.shape[1]}"),
+    ):
+        if wrong:
+            raise RuntimeError(f'{op}: impl="fused" {why}; impl="auto" would run.')
+    check_ids(op, "anchor_ids", anchor_ids, len(contexts), candidate_ids, "candidate_ids")
+    check_ids(op, "candidate_ids", candidate_ids, len(candidates), anchor_ids, "anchor_ids")
+    ids = [None if each is None else each.long() for each in (anchor_ids, candidate_ids)]
+    found = fused_op(contexts, weights, candidates, positives.long().T.contiguous(), scale, *ids)
+    return InfoNCEStats(*(each.T for each in found))
+
+
 # --- the door ---------------------------------------------------------------------------------------------------------
 
 
@@ -218,10 +270,18 @@ def _run(
     rows = sources.shape[0] if listed else n * steps
     drawn = isinstance(negatives, Negatives)
     scored = m if negatives is None else negatives.count if drawn else negatives.shape[-1]
-    if side == "auto":
+    if side == "auto" and impl == "fused":
+        side = "contexts"
+    elif side == "auto":
         side = cheaper_side(rows, steps, m, scored, d, c, vectors)
     options = {"scale": scale, "anchor_ids": anchor_ids, "impl": impl}
     dense, sampled = (info_nce_stats, sampled_info_nce_stats) if stats else (info_nce, sampled_info_nce)
+
+    if impl == "fused":
+        plain = side == "contexts" and not (listed or vectors or negatives is not None)
+        where = contexts, weights, candidates, positives, scale_tensor(op, scale, contexts), anchor_ids, candidate_ids
+        rows = fused(op, *where, plain)
+        return rows if stats else reduce(rows.loss, positives, reduction)
 
     if side == "contexts":
         if listed:
@@ -340,7 +400,9 @@ def bilinear_info_nce(
     negatives: None (all candidates, as `info_nce`), or as for `sampled_info_nce`: Negatives(count, seed, per_step), or
     indices (N, S) or (N, K, S), (P, S) for listed rows.
     scale: number or one-element tensor (it may learn). anchor_ids: (N,), or (P,) for listed rows; candidate_ids: (M,).
-    reduction: none, sum, or mean over the rows that are not ignored. impl: that of `info_nce` or `sampled_info_nce`.
+    reduction: none, sum, or mean over the rows that are not ignored. impl: that of `info_nce` or `sampled_info_nce`; or
+    fused (Triton; every context and step, all candidates, no gradients, D up to 128, 64 in float32), which makes the
+    predictions inside the kernel and stores none. auto does not take it: it was never timed.
     side: what is projected, contexts or candidates; auto takes the cheaper.
     Gradients reach contexts, weights, candidates, vector positives and scale.
 

@@ -27,6 +27,10 @@ ONE_PASS_MAX_D_FP32 = 64
 three tf32 products keep both halves of every operand, so that at D = 128 only 16 columns fit the registers of an sm_90
 without spilling; at D = 256 64 x 32 spills 800 bytes. Chunks multiply as torch does (`torch.backends.cuda.matmul`)."""
 
+PROJECTED_MAX_D = 128
+"""Up to here predictions may be made inside the kernel that scores them. An ESTIMATE, never timed on a GPU: what W_k
+and the predictions of a tile take of the shared memory beside the scores."""
+
 CHUNK_ELEMENTS = 1 << 24
 """Scores that the chunked schedule holds at once (64 MB in fp32). An ESTIMATE: 50 MB of L2 against the matrix product's
 wish for many rows."""
@@ -38,6 +42,11 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 def one_pass_max_d(width: int) -> int:
     """Features up to which forward and backward are one pass each; `width`: bits of an element (64 counts as 32)."""
     return ONE_PASS_MAX_D if width == 16 else ONE_PASS_MAX_D_FP32
+
+
+def projected_max_d(width: int) -> int:
+    """Features up to which the projection may happen inside the kernel."""
+    return min(PROJECTED_MAX_D, one_pass_max_d(width))
 
 
 class Tile(NamedTuple):
@@ -137,6 +146,7 @@ _HOPPER = {
     "scores": _tma(          T(128, 128, 8, 3), T(256, 64, 8, 3),  T(256, 64, 8, 3),  T(128, 32, 8, 3)),
     "backward": _tma(        T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 2)),
     "streamed": (            T(128, 64, 8, 3, features=64),),
+    "projected": (           T(128, 64, 8, 2, features=64),),
 }
 _BLACKWELL = {  # products end in tensor memory, and pass through registers to be scaled
     "forward": _tma(         T(128, 128, 8, 3), T(128, 128, 8, 2), T(128, 32, 8, 2),  T(64, 32, 8, 2)),
@@ -144,30 +154,35 @@ _BLACKWELL = {  # products end in tensor memory, and pass through registers to b
     "scores": _tma(          T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3)),
     "backward": _tma(        T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 2)),
     "streamed": (            T(128, 64, 8, 3, features=64),),
+    "projected": (           T(128, 64, 8, 2, features=64),),
 }
 _HOPPER_FP32 = {
     "forward": (             T(64, 32, 4, 2),),
     "scores": (              T(64, 64, 4, 2),),
     "backward": (            T(64, 32, 4, 2),),
     "streamed": (            T(64, 64, 4, 2, features=32),),
+    "projected": (           T(64, 32, 4, 2, features=32),),
 }
 _BLACKWELL_FP32 = {
     "forward": (             T(64, 32, 8, 2),),
     "scores": (              T(64, 32, 8, 2),),
     "backward": (            T(64, 32, 8, 2),),
     "streamed": (            T(64, 32, 8, 2, features=32),),
+    "projected": (           T(64, 32, 8, 2, features=32),),
 }
 _AMPERE = {
     "forward": (             T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 3),   T(32, 32, 8, 2)),
     "scores": (              T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 2)),
     "backward": (            T(128, 32, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 3),   T(32, 32, 8, 2)),
     "streamed": (            T(128, 64, 8, 3, features=64),),
+    "projected": (           T(128, 64, 8, 2, features=64),),
 }
 _SMALL = {  # 99 KB of shared memory; and AMD's 64 KB, with one stage
     "forward": (             T(64, 64, 4, 2),   T(64, 32, 4, 2),   T(64, 32, 8, 2),   T(32, 16, 8, 2)),
     "scores": (              T(64, 64, 4, 2),   T(64, 64, 4, 2),   T(64, 32, 8, 2),   T(32, 32, 8, 2)),
     "backward": (            T(64, 32, 4, 2),   T(64, 32, 4, 2),   T(64, 32, 8, 2),   T(32, 16, 8, 2)),
     "streamed": (            T(64, 64, 4, 2, features=64),),
+    "projected": (           T(64, 32, 4, 2, features=64),),
 }
 _FP32 = {
     "forward": (             T(32, 32, 4, 2),),
@@ -175,6 +190,7 @@ _FP32 = {
     "backward": (            T(32, 32, 4, 2),),
     "streamed": (            T(64, 32, 8, 2, features=32),),
     "positive": (            T(32, 32, 4, 2, features=32),),
+    "projected": (           T(32, 32, 4, 2, features=32),),
 }
 _SMALL_FP32 = {
     "forward": (             T(32, 32, 4, 2),),
@@ -182,6 +198,7 @@ _SMALL_FP32 = {
     "backward": (            T(32, 32, 4, 2),),
     "streamed": (            T(32, 32, 4, 2, features=32),),
     "positive": (            T(32, 32, 4, 2, features=32),),
+    "projected": (           T(32, 32, 4, 2, features=32),),
 }
 # fmt: on
 # small enough that small tests see several tiles; with ids they see pointers
@@ -189,6 +206,7 @@ _INTERPRETER = {
     **dict.fromkeys(("forward", "scores", "backward"), (T(32, 16, 4, 2, descriptors=True),)),
     **dict.fromkeys(("forward+ids", "scores+ids", "backward+ids"), (T(32, 16, 4, 2),)),
     "streamed": (T(32, 16, 4, 2, features=64),),
+    "projected": (T(32, 16, 4, 2, features=16),),
     "positive": (T(16, 16, 4, 2, features=64),),
 }
 _ANY = {

@@ -115,10 +115,11 @@ def positive_kernel(
 
 @triton.jit
 def forward_kernel(
-    anchors,  # (N, D)
+    anchors,  # (N, D); contexts (N, C) when PROJECTED: then a row is one of (K, N), step after step
     candidates,  # (M, D)
+    p_maps,  # (K D, C) when PROJECTED
     p_index,  # (N,) int64 when INDEXED
-    p_raw,  # (N,) from positive_kernel
+    p_raw,  # (N,) from positive_kernel, unless PROJECTED
     p_scale,  # (1,)
     p_anchor_ids,  # (N,) when HAS_IDS
     p_candidate_ids,  # (M,) when HAS_IDS
@@ -127,9 +128,10 @@ def forward_kernel(
     p_gap,  # (SPLITS, N) out, when several
     p_rank,  # (SPLITS, N) out, when RANK
     p_expectation,  # (SPLITS, N, D) out, when EXPECTATION
-    n, m, d, split_size,
+    n, m, d, split_size, c, row_tiles,
     stride_an, stride_ad, stride_cm, stride_cd,
     INDEXED: tl.constexpr, HAS_IDS: tl.constexpr, RANK: tl.constexpr, EXPECTATION: tl.constexpr,
+    PROJECTED: tl.constexpr, BC: tl.constexpr,  # features of a context per step
     STREAMED: tl.constexpr,  # features come in chunks of BD; else all D <= BD features stay resident
     SPLIT: tl.constexpr, EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -138,7 +140,13 @@ def forward_kernel(
     i_n = tl.program_id(0)
     i_split = tl.program_id(1)
     o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
-    m_n = o_n < n
+    if PROJECTED:
+        i_k = (i_n // row_tiles).to(tl.int64)
+        o_context = o_n - i_k * row_tiles * BN
+        o_n = i_k * n + o_context
+        m_n = o_context < n
+    else:
+        m_n = o_n < n
     o_d = tl.arange(0, BD).to(tl.int64)
     start = i_split * split_size
     stop = tl.minimum(start + split_size, m)
@@ -150,7 +158,7 @@ def forward_kernel(
     log2_e = tl.full([], 1.4426950408889634, ACC)
     scale2 = scale * log2_e
 
-    if RANK:
+    if RANK and not PROJECTED:
         b_beaten = tl.load(p_raw + o_n, mask=m_n, other=0.0) * sign
     m_kept = m_n
     if INDEXED:
@@ -161,7 +169,19 @@ def forward_kernel(
         last_p = tl.max(b_p)
     if HAS_IDS:
         b_aid = tl.load(p_anchor_ids + o_n, mask=m_n, other=0)
-    if not STREAMED:
+    if PROJECTED:
+        b_made = tl.zeros([BN, BD], dtype=ACC)
+        for i_c in range(0, c, BC):
+            o_c = i_c + tl.arange(0, BC).to(tl.int64)
+            b_x = _load_tile(anchors, o_context, m_n, o_c, stride_an, stride_ad, c, 0, False, True)
+            b_w = _load_tile(p_maps, i_k * d + o_d, o_d < d, o_c, c, 1, c, 0, False, True)
+            b_made = _dot(b_x, tl.trans(b_w), b_made, PRECISION, UPCAST)
+        b_q = b_made.to(p_maps.dtype.element_ty)  # [BN, BD] rounded as in memory
+        b_v = _load_tile(candidates, b_p.to(tl.int64), m_kept, o_d, stride_cm, stride_cd, d, 0, False, EVEN_D)
+        b_all = _dot(b_q, tl.trans(b_v), tl.zeros([BN, BN], dtype=ACC), PRECISION, UPCAST)
+        m_diagonal = tl.arange(0, BN)[:, None] == tl.arange(0, BN)[None, :]
+        b_beaten = tl.sum(tl.where(m_diagonal, b_all, 0.0), 1) * sign
+    elif not STREAMED:
         b_q = _load_tile(anchors, o_n, m_n, o_d, stride_an, stride_ad, d, i_n * BN, DESCRIPTORS, EVEN_D)
 
     b_max = tl.full([BN], float("-inf"), dtype=ACC)  # of raw scores
@@ -216,7 +236,8 @@ def forward_kernel(
 
     b_ref = tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max * scale2)
     m_empty = b_sum == 0
-    b_raw_p = tl.load(p_raw + o_n, mask=m_n, other=0.0) * sign  # not held over the loop: registers
+    # not held over the loop where it lies in memory: registers
+    b_raw_p = b_beaten if PROJECTED else tl.load(p_raw + o_n, mask=m_n, other=0.0) * sign
     # log2(sum) - (r_p c - m): one rounding, however large the scores
     b_shift = tl.fma(b_raw_p, tl.zeros_like(b_raw_p) + scale2, -b_ref)
     b_gap = (tl.log2(tl.where(m_empty, 1.0, b_sum)) - b_shift) / log2_e
@@ -577,9 +598,9 @@ def forward(
         op, forward_kernel, (row_tiles, splits),
         launch.describe(anchors, tile.rows, features) if descriptors else anchors,
         launch.describe(candidates, tile.columns, features) if descriptors else candidates,
-        rows, raw, scale, *ids, loss, positive, lses, gap, ranks, expectations,
-        n, m, d, split_size, *anchors.stride(), *candidates.stride(),
-        EXPECTATION=need_expectation, STREAMED=tile.features > 0, SPLIT=splits > 1, EVEN_D=True,
+        scale, rows, raw, scale, *ids, loss, positive, lses, gap, ranks, expectations,
+        n, m, d, split_size, 0, 0, *anchors.stride(), *candidates.stride(),
+        PROJECTED=False, BC=0, EXPECTATION=need_expectation, STREAMED=tile.features > 0, SPLIT=splits > 1, EVEN_D=True,
         DESCRIPTORS=descriptors, PRECISION=launch.precision, UPCAST=launch.upcast,
         BN=tile.rows, BM=tile.columns, BD=features, **flags, **tile.options(),
     )  # fmt: skip
@@ -593,6 +614,47 @@ def forward(
             BN=tile.rows, BD=tile.columns, **tile.options(),
         )  # fmt: skip
     return loss, lse, positive, _ranked(rank, scale), expectation
+
+
+def forward_projected(
+    contexts: Tensor,
+    maps: Tensor,
+    candidates: Tensor,
+    positives: Tensor,
+    scale: Tensor,
+    anchor_ids: Tensor | None = None,
+    candidate_ids: Tensor | None = None,
+    *,
+    input_precision: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, lse, positive score and rank (K, N) of the predictions W_k c_n, which are made inside the kernel.
+
+    contexts (N, C), maps (K, D, C), positives (K, N) int64, anchor_ids (N,); the rest as `forward`. Up to
+    `tiles.projected_max_d` features D.
+    """
+    (n, c), (steps, d, _), m = contexts.shape, maps.shape, len(candidates)
+    launch = Launch("bilinear_info_nce", contexts, input_precision)
+    has_ids = anchor_ids is not None
+    tile = launch.tile("projected", d, ids=has_ids)
+    loss, lse, positive = (contexts.new_empty(steps, n, dtype=launch.accumulator) for _ in range(3))
+    rank = contexts.new_empty(steps, n, dtype=torch.int64)
+    if loss.numel() == 0:
+        return loss, lse, positive, rank
+    features, scale = max(16, triton.next_power_of_2(d)), scale.contiguous()
+    contexts, maps = (launch.rows(t, tile.features, False) for t in (contexts, maps.reshape(steps * d, c)))
+    candidates = launch.rows(candidates, features, False)
+    ids = (anchor_ids.repeat(steps), candidate_ids.contiguous()) if has_ids else (scale, scale)
+    row_tiles, split_size = triton.cdiv(n, tile.rows), launch.split(1, m, tile.columns, 1)[0]
+    launch(
+        "forward", forward_kernel, (row_tiles * steps, 1),
+        contexts, candidates, maps, positives.contiguous(), scale, scale, *ids,
+        loss, positive, lse, lse, rank, lse, n, m, d, split_size, contexts.shape[1], row_tiles,
+        *contexts.stride(), *candidates.stride(),
+        INDEXED=True, HAS_IDS=has_ids, RANK=True, EXPECTATION=False, PROJECTED=True, BC=tile.features, STREAMED=False,
+        SPLIT=False, EVEN_D=True, DESCRIPTORS=False, **launch.dot(),
+        BN=tile.rows, BM=tile.columns, BD=features, **tile.options(),
+    )  # fmt: skip
+    return loss, lse, positive, _ranked(rank, scale)
 
 
 def _ranked(rank: Tensor, scale: Tensor) -> Tensor:
@@ -692,9 +754,10 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
         "p_loss": "*fp32", "p_lse": "*fp32", "p_positive": "*fp32", "p_gap": "*fp32", "p_rank": "*i64",
         "p_expectation": "*fp32", "p_weights": "*fp32", "p_norm": "*fp32",
     }  # fmt: skip
-    sizes = dict.fromkeys(("n", "m", "d", "split_size", "stride_an", "stride_cm", "stride_vn"), "i32")
+    names = ("n", "m", "d", "split_size", "c", "row_tiles", "stride_an", "stride_cm", "stride_vn")
+    sizes = dict.fromkeys(names, "i32")
     divisible = (*pointers, "anchors", "candidates", "p_anchors", "p_vectors", "p_grad", "p_gaps", "p_lses", "p_ranks",
-                 "p_expectations", "d", "split_size", "stride_an", "stride_cm", "stride_vn")  # fmt: skip
+                 "p_expectations", "p_maps", "d", "c", "split_size", "stride_an", "stride_cm", "stride_vn")  # fmt: skip
 
     def entry(name, kernel, tile, extra, matrix=True, **constexprs):
         given = pointers | sizes | extra
@@ -709,7 +772,7 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
         common = unit | {"ACC": tl.float32, "PRECISION": precision, "UPCAST": False, "EVEN_D": True}
         label = element if width == 16 else precision
         matrix = label != "ieee"
-        source = dict.fromkeys(("anchors", "candidates", "p_anchors", "p_vectors", "p_grad"), f"*{element}")
+        source = dict.fromkeys(("anchors", "candidates", "p_anchors", "p_vectors", "p_grad", "p_maps"), f"*{element}")
         for bucket in (b for b in tiles.BUCKETS if b <= tiles.one_pass_max_d(width)):
             # ids, a rank and a split ask for the most registers; the plain forward is what most training runs
             for op, variant in (("forward", ""), ("forward", "+ids"), ("scores", "+ids"), ("backward", "+ids")):
@@ -727,12 +790,20 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
                     source | (described if tile.descriptors else {}), matrix,
                     **common, HAS_IDS=ids, SPLIT=ids, RANK=op == "scores", EXPECTATION=op == "forward",
                     **blocks, BD=bucket, INDEXED=True, NORMALISED=False, STREAMED=False, DESCRIPTORS=tile.descriptors,
+                    PROJECTED=False, BC=0,
                 )  # fmt: skip
+        for bucket in (b for b in tiles.BUCKETS if b <= tiles.projected_max_d(width)):
+            tile = tiles.tile("projected+ids", bucket, width, arch, precision)
+            yield entry(
+                f"projected+ids D={bucket} {label}", forward_kernel, tile, source, matrix,
+                **common, HAS_IDS=True, RANK=True, INDEXED=True, EXPECTATION=False, STREAMED=False, SPLIT=False,
+                DESCRIPTORS=False, PROJECTED=True, BC=tile.features, BN=tile.rows, BM=tile.columns, BD=bucket,
+            )  # fmt: skip
         tile = tiles.tile("streamed", 1024, width, arch, precision)
         yield entry(
             f"streamed D>{tiles.one_pass_max_d(width)} {label}", forward_kernel, tile, source, matrix,
             **common, HAS_IDS=True, RANK=True, INDEXED=True, EXPECTATION=False, STREAMED=True, SPLIT=True,
-            DESCRIPTORS=False, BN=tile.rows, BM=tile.columns, BD=tile.features,
+            DESCRIPTORS=False, PROJECTED=False, BC=0, BN=tile.rows, BM=tile.columns, BD=tile.features,
         )  # fmt: skip
         tile = tiles.tile("positive", 1024, width, arch, precision)
         yield entry(

@@ -15,7 +15,8 @@ import torch
 from tolerance import assert_as_good_as_naive, error
 
 pytest.importorskip("triton")
-from cpc_kernels import info_nce, info_nce_stats, launching, reference, tiles, triton_info_nce
+from cpc_kernels import bilinear_info_nce, info_nce, info_nce_stats, launching, reference, tiles, triton_info_nce
+from cpc_kernels.bilinear_info_nce import bilinear_info_nce_stats, fused_op
 from cpc_kernels.info_nce import info_nce_op
 
 # the interpreter computes with numpy, which warns where a GPU is silent
@@ -419,7 +420,17 @@ def test_splits_fill_the_device_and_no_more():
 
 def test_every_op_has_a_tile_everywhere():
     for arch in (*tiles.ARCHITECTURES, "interpreter"):
-        for op in ("positive", "forward", "scores", "streamed", "backward", "combine", "exponentials", "coefficients"):
+        for op in (
+            "positive",
+            "forward",
+            "scores",
+            "streamed",
+            "backward",
+            "combine",
+            "exponentials",
+            "coefficients",
+            "projected",
+        ):
             for d in (1, 64, 65, 512, 2048):
                 for width, precision in ((16, "ieee"), (32, "tf32"), (32, "tf32x3"), (32, "ieee")):
                     for variant in ("", "+ids"):
@@ -449,3 +460,60 @@ def test_every_kernel_compiles_for_sizes_of_one():
     command = [sys.executable, "-W", "ignore", Path(__file__).parent / "sizes_of_one.py"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert re.fullmatch(r"\d+ kernels\n", done.stdout), done.stdout
+
+
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 0.7), (torch.float16, -0.3)])
+def test_predictions_made_inside_the_kernel(dtype, scale, ids):
+    """Ragged in every size, several tiles of rows, columns and features of a context."""
+    g = torch.Generator().manual_seed(0)
+    n, steps, c, d, m = 37, 2, 21, 19, 35
+    contexts, weights, candidates = (
+        torch.randn(shape, generator=g).mul(s).to(dtype)
+        for shape, s in (((n, c), 1), ((steps, d, c), c**-0.5), ((m, d), 1))
+    )
+    positives = torch.randint(-1, m, (n, steps), generator=g)
+    tags = {"anchor_ids": torch.arange(n) % 5, "candidate_ids": torch.arange(m) % 5} if ids else {}
+    where = contexts, weights, candidates, positives
+    ours = bilinear_info_nce_stats(*where, scale=scale, impl="fused", **tags)
+    naive = bilinear_info_nce_stats(*where, scale=scale, impl="reference", side="contexts", **tags)
+    exact = [t.double() if t.is_floating_point() else t for t in where]
+    truth = bilinear_info_nce_stats(*exact, scale=scale, impl="reference", side="contexts", **tags)
+    for name in ("loss", "lse", "positive"):
+        a, b, e = (getattr(each, name) for each in (ours, naive, truth))
+        assert torch.equal(a.isinf(), e.isinf())
+        a, b, e = (t.where(t.isfinite(), 0.0) for t in (a, b, e))
+        assert_as_good_as_naive(actual=a, naive=b, truth=e, name=name, dtype=dtype)
+    assert float((ours.rank == truth.rank).double().mean()) > (0.99 if dtype == torch.float32 else 0.9)
+    mean = bilinear_info_nce(*where, scale=scale, impl="fused", **tags)
+    torch.testing.assert_close(mean, ours.loss.sum() / (positives >= 0).sum())
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (0, 3), (3, 0)])
+def test_predictions_inside_the_kernel_of_one_and_of_none(n, m):
+    where = torch.ones(n, 4), torch.ones(2, 3, 4), torch.ones(m, 3), torch.full((n, 2), min(m, 1) - 1)
+    ours, truth = (bilinear_info_nce_stats(*where, impl=impl) for impl in ("fused", "reference"))
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_opcheck_of_predictions_inside_the_kernel(unpoisoned):
+    where = torch.randn(3, 4), torch.randn(2, 3, 4), torch.randn(5, 3), torch.tensor([[0, 1, 4], [2, -1, 3]])
+    torch.library.opcheck(fused_op, (*where, torch.ones(1), None, None))
+
+
+def test_what_predictions_inside_the_kernel_cannot_do():
+    def fused(d=3, dtype=torch.float32, **options):
+        where = torch.ones(4, 5, dtype=dtype), torch.ones(2, d, 5, dtype=dtype), torch.ones(6, d, dtype=dtype)
+        positives = options.pop("positives", torch.zeros(4, 2, dtype=torch.int64))
+        return bilinear_info_nce(*where, positives, impl="fused", **options)
+
+    for options, message in (
+        ({"scale": torch.ones((), requires_grad=True)}, 'makes no gradients.*impl="auto" would run'),
+        ({"d": 65}, r"holds up to 64 features D of torch.float32, not 65; impl=\"auto\" would run"),
+        ({"d": 129, "dtype": torch.float16}, "holds up to 128 features"),
+        ({"positives": torch.ones(4, 2, 3)}, "takes every context with every step, all candidates and indices"),
+        ({"side": "candidates"}, "takes every context"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            fused(**options)
