@@ -167,6 +167,8 @@ def find_train(root: str | os.PathLike) -> list[Path]:
         raise UsageError(f"{quoted(root)} has test but no train/good: nothing to learn from; add {quoted(good)}.")
     if flat:
         return flat
+    if os.path.isdir(root / "good") and find_images(root / "good"):
+        raise UsageError(f"{quoted(root)} holds no images itself, its folder good does: name {quoted(root / 'good')}.")
     raise UsageError(
         f"{quoted(root)} holds no images ({' '.join(SUFFIXES)}) and no train/good; "
         f"name a folder of normal images, or one with train/good inside.{_categories(root, 'train')}"

@@ -475,7 +475,7 @@ def _section(section: Section, budget: int) -> dict[str, Any]:
         "title": section.title, "metrics": section.metrics, "trained_on": section.trained_on,
         "low": low, "high": high, "digits": digits, "threshold": threshold, "undecided": undecided,
         "shown": f"{threshold:.{digits}f}", "across": across(threshold), "bin": round(100 / BINS, 3),
-        "ticks": [(across(t), f"{t:.{max(0, digits - 2)}f}") for t in _ticks(low, high)],
+        "ticks": [(across(t), f"{t:g}") for t in _ticks(low, high)],
         "rows": rows, "cards": cards, "masks": any(s.truth is not None for s in scored),
         "good": int(good.sum()), "defective": int((~good).sum()),
         "true": true, "false": false,

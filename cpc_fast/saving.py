@@ -80,7 +80,14 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """A safetensors file with `about` as JSON in its header, whole or not at all."""
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    write_whole(path, lambda aside: save_file(plain, aside, {"about": json.dumps(about)}))
+
+    def write(aside: Path) -> None:
+        aside.touch()  # with the rights that the user gives new files; save_file keeps its own to the owner
+        rights = aside.stat().st_mode
+        save_file(plain, aside, {"about": json.dumps(about)})
+        aside.chmod(rights)
+
+    write_whole(path, write)
 
 
 def read_tensors(

@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from samples import SET_TINY, make_set, save, texture
 
 from cpc_fast import cli, saving
 from cpc_fast.checkpoint import checkpoint_config
-from cpc_fast.errors import CpcFastError
+from cpc_fast.errors import CpcFastError, UsageError
+from cpc_fast.images import find_train
+from cpc_fast.saving import write_tensors, write_text
 
 CLI = [sys.executable, "-m", "cpc_fast.cli"]
 
@@ -278,6 +281,19 @@ def test_a_disk_that_is_really_full(fitted, tmp_path):
         assert (position.epoch, position.step) == (1, 0)
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_weights_have_the_rights_of_other_new_files(tmp_path):
+    write_text(tmp_path / "text", "")
+    write_tensors(tmp_path / "weights", {"w": torch.ones(2)}, {})
+    assert (tmp_path / "weights").stat().st_mode == (tmp_path / "text").stat().st_mode
+
+
+def test_images_in_a_folder_good_are_pointed_at(tmp_path):
+    (tmp_path / "good").mkdir()
+    Image.new("L", (40, 40)).save(tmp_path / "good" / "a.png")
+    with pytest.raises(UsageError, match="its folder good does: name"):
+        find_train(tmp_path)
 
 
 def test_a_write_that_fails_anywhere_leaves_no_litter(tmp_path, monkeypatch):

@@ -229,6 +229,7 @@ def test_ticks_are_few_and_inside(low, high):
     ticks = report._ticks(low, high)
     assert 2 <= len(ticks) <= 8
     assert all(low - 1e-12 <= t <= high + 1e-12 for t in ticks)
+    assert [float(f"{t:g}") for t in ticks] == pytest.approx(ticks, abs=1e-9 * (high - low))  # as they are labelled
 
 
 def test_wilson_interval_and_percent():
