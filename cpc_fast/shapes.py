@@ -2,9 +2,9 @@
 
     images -> patches -> latents -> contexts -> predictions -> losses
 
-b images (and s shifted ones) of c channels, h x w pixels; a grid of gy x gx patches, p pixels a side; d features; a contexts of each patch
-(1, or as many as directions); n predictions, one for each (direction, step, context patch) whose target lies inside the
-grid. The test suite checks these shapes at every call (jaxtyping); in use they cost nothing.
+b images (and s shifted ones) of c channels, h x w pixels; a grid of gy x gx patches, p pixels a side; d features; a
+contexts of each patch (1, or as many as directions); n predictions, one for each (direction, step, context patch) whose
+target lies inside the grid. The test suite checks these shapes at every call (jaxtyping); in use they cost nothing.
 """
 
 from jaxtyping import Float, Int

@@ -1,7 +1,7 @@
 """What must be settled before any test imports the packages.
 
-Without a GPU, Triton kernels run in its interpreter on CPU tensors; Triton reads this when it is first imported. And the
-shapes that cpc_fast's signatures promise (shapes.py) are checked at every call.
+Without a GPU, Triton kernels run in its interpreter on CPU tensors; Triton reads this when it is first imported.
+The shapes that cpc_fast's signatures promise (shapes.py) are checked at every call.
 """
 
 import os

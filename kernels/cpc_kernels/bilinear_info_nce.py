@@ -188,8 +188,8 @@ def fused(op, contexts, weights, candidates, positives, scale, anchor_ids, candi
     ):
         if wrong:
             raise RuntimeError(f'{op}: impl="fused" {why}; impl="auto" would run.')
-    check_ids(op, "anchor_ids", anchor_ids, len(contexts), candidate_ids, "candidate_ids")
-    check_ids(op, "candidate_ids", candidate_ids, len(candidates), anchor_ids, "anchor_ids")
+    check_ids(op, "anchor_ids", anchor_ids, len(contexts), candidate_ids, "candidate_ids", contexts.device)
+    check_ids(op, "candidate_ids", candidate_ids, len(candidates), anchor_ids, "anchor_ids", contexts.device)
     ids = [None if each is None else each.long() for each in (anchor_ids, candidate_ids)]
     found = fused_op(contexts, weights, candidates, positives.long().T.contiguous(), scale, *ids)
     return InfoNCEStats(*(each.T for each in found))

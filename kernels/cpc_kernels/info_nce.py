@@ -549,11 +549,17 @@ def check_types(op: str, anchors: Tensor, impl: str, impls: tuple[str, ...], red
             )
 
 
-def check_ids(op: str, name: str, ids: Tensor | None, size: int, other: Tensor | None, other_name: str) -> None:
+def check_ids(
+    op: str, name: str, ids: Tensor | None, size: int, other: Tensor | None, other_name: str, device: torch.device
+) -> None:
     if ids is None:
         if other is not None:
             raise ValueError(f"{op}: {other_name} was given without {name}; ids are given for both or for neither.")
         return
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor. Got {type(ids).__name__}.")
+    if ids.device != device:
+        raise ValueError(f"{op}: {name} must be on the anchors' device. Got {ids.device}, anchors on {device}.")
     if ids.is_floating_point() or ids.ndim != 1 or ids.shape[0] != size:
         raise ValueError(f"{op}: {name} must be ({size},) integers. Got {tuple(ids.shape)} {ids.dtype}.")
 
@@ -601,8 +607,8 @@ def check(op, anchors, candidates, positives, anchor_ids, candidate_ids, impl, r
         raise ValueError(
             f"{op}: positives given as {what} must be {expected}. {spell(anchors=anchors, positives=positives)}"
         )
-    check_ids(op, "anchor_ids", anchor_ids, n, candidate_ids, "candidate_ids")
-    check_ids(op, "candidate_ids", candidate_ids, candidates.shape[0], anchor_ids, "anchor_ids")
+    check_ids(op, "anchor_ids", anchor_ids, n, candidate_ids, "candidate_ids", anchors.device)
+    check_ids(op, "candidate_ids", candidate_ids, candidates.shape[0], anchor_ids, "anchor_ids", anchors.device)
 
 
 def choose(impl: str, device: torch.device) -> str:

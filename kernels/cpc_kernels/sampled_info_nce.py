@@ -384,8 +384,8 @@ def check(op, anchors, pool, positives, negatives, anchor_ids, pool_ids, impl, r
         if tuple(negatives.shape[:-1]) not in (leading[:1], leading) or negatives.ndim < 2:
             forms = "(N, S)" if anchors.ndim == 2 else "(N, S), shared by the K steps, or (N, K, S)"
             raise ValueError(f"{op}: negatives must be {forms}. {spell(anchors=anchors, negatives=negatives)}")
-    check_ids(op, "anchor_ids", anchor_ids, leading[0], pool_ids, "pool_ids")
-    check_ids(op, "pool_ids", pool_ids, pool.shape[0], anchor_ids, "anchor_ids")
+    check_ids(op, "anchor_ids", anchor_ids, leading[0], pool_ids, "pool_ids", anchors.device)
+    check_ids(op, "pool_ids", pool_ids, pool.shape[0], anchor_ids, "anchor_ids", anchors.device)
 
 
 def choose(impl: str, device: torch.device) -> str:

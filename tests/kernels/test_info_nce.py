@@ -356,6 +356,16 @@ BAD = [
     ),
     ({"anchors": torch.zeros(32, 128, dtype=torch.long)}, TypeError, r"must be floating point. Got torch.int64"),
     ({"scale": torch.ones(2)}, ValueError, r"a number or a tensor of one element. Got shape \(2,\)"),
+    (
+        {"anchor_ids": torch.zeros(32, dtype=torch.int, device="meta"), "candidate_ids": torch.zeros(48)},
+        ValueError,
+        r"anchor_ids must be on the anchors' device. Got meta, anchors on cpu",
+    ),
+    (
+        {"anchor_ids": [0] * 32, "candidate_ids": torch.zeros(48)},
+        TypeError,
+        r"anchor_ids must be a tensor. Got list",
+    ),
     ({"anchor_ids": torch.zeros(32, dtype=torch.int)}, ValueError, r"anchor_ids was given without candidate_ids"),
     (
         {"anchor_ids": torch.zeros(3, dtype=torch.int), "candidate_ids": torch.zeros(48)},
