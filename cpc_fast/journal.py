@@ -9,6 +9,7 @@ here grows in memory with the answers.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -32,7 +33,8 @@ Inputs = list[tuple[str, str]]  # (path, NAME)
 def agree_on_inputs(out: Path, asked: dict[str, Any], find: Callable[[], Inputs], shard: Shard, resume: bool) -> Inputs:
     """The images to answer: found once and written down, so that all shards, and a run that goes on, see the same.
 
-    Raises UsageError where `out` holds answers about something else that this call must not mix with its own.
+    Raises UsageError where `out` holds answers that this call must not mix with its own: about something else, or of
+    this shard to its end; CpcFastError where it would replace what another process is writing.
     """
     folder = out / "progress"
     path = folder / "inputs.jsonl"
@@ -47,18 +49,26 @@ def agree_on_inputs(out: Path, asked: dict[str, Any], find: Callable[[], Inputs]
                     f"{quoted(out)} holds answers of another call (different: {differ}); choose another --out, or ask "
                     "for the same again."
                 )
+            if not resume and _ended(folder / f"{shard}.jsonl"):  # the others would be mixed with answers from before
+                raise UsageError(
+                    f"Shard {shard.number} of {shard.count} in {quoted(out)} is done; do the rest with --resume, or "
+                    f"remove {quoted(folder)} to answer all images anew."
+                )
             return inputs
         inputs = find()
-        for name in {old.stem for kind in ("jsonl", "lock") for old in folder.glob(f"*-of-*.{kind}")}:
-            with locked(folder, f"{name}.lock"):  # refused where a process is still writing
-                (folder / f"{name}.jsonl").unlink(missing_ok=True)
 
         def write(aside: Path) -> None:
             with open(aside, "w", encoding="ascii") as file:
                 file.write(json.dumps(asked) + "\n")
                 file.writelines(json.dumps(pair) + "\n" for pair in inputs)
 
-        write_whole(path, write)
+        with ExitStack() as stack:  # nothing is removed where a process is still writing
+            names = {old.stem for kind in ("jsonl", "lock") for old in folder.glob(f"*-of-*.{kind}")}
+            for name in sorted(names):
+                stack.enter_context(locked(folder, f"{name}.lock"))
+            for name in names:
+                (folder / f"{name}.jsonl").unlink(missing_ok=True)
+            write_whole(path, write)
         return inputs
 
 
@@ -85,14 +95,19 @@ class Journal:
             {"images": 0, "flagged": 0, "skipped": 0, "in_colour": 0},
         )
         self._end = 0  # bytes
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        with open(path, "rb") as file:
-            for line in file:
-                if self.done == total or (entry := _parse(line)) is None:
-                    break
-                self._count(entry)
-                self._end += len(line)
-        os.ftruncate(self._file, self._end)
+        with self._told():
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                with open(path, "rb") as file:
+                    for line in file:
+                        if self.done == total or (entry := _parse(line)) is None:
+                            break
+                        self._count(entry)
+                        self._end += len(line)
+                os.ftruncate(self._file, self._end)
+            except BaseException:
+                os.close(self._file)
+                raise
         self._synced = time.monotonic()
 
     def add(self, entry: dict[str, Any]) -> None:
@@ -100,7 +115,8 @@ class Journal:
         self._write(entry)
         self._count(entry)
         if time.monotonic() - self._synced > SYNC_SECONDS:
-            os.fsync(self._file)
+            with self._told():
+                os.fsync(self._file)
             self._synced = time.monotonic()
 
     def finish(self) -> None:
@@ -108,8 +124,11 @@ class Journal:
         self._write({"end": self.total})
 
     def close(self) -> None:
-        os.fsync(self._file)
-        os.close(self._file)
+        try:
+            with self._told():
+                os.fsync(self._file)
+        finally:
+            os.close(self._file)
 
     def _count(self, entry: dict[str, Any]) -> None:
         self.done += 1
@@ -120,16 +139,25 @@ class Journal:
 
     def _write(self, entry: dict[str, Any]) -> None:
         line = json.dumps(entry, allow_nan=False).encode() + b"\n"
+        with self._told():
+            try:
+                if os.pwrite(self._file, line, self._end) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                os.ftruncate(self._file, self._end)
+                raise
+        self._end += len(line)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What the system refuses, as a sentence."""
         try:
-            if os.pwrite(self._file, line, self._end) < len(line):
-                raise OSError(28, "No space left on device")
+            yield
         except OSError as error:
-            os.ftruncate(self._file, self._end)
             raise CpcFastError(
                 f"Could not write {quoted(self.path)}: {error.strerror}. The {self.done} answers before are kept; free "
-                "some space and go on with --resume."
+                "some space, or see to the folder, and go on with --resume."
             ) from None
-        self._end += len(line)
 
 
 @contextmanager

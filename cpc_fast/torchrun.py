@@ -20,30 +20,40 @@ def launched() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
+def own_gpu(device: torch.device) -> torch.device:
+    """Where torchrun started several processes, "cuda" is a GPU for each; any other device stays what it is.
+
+    Raises UsageError where a node has fewer GPUs than processes, or one GPU was asked for by number.
+    """
+    if launched()[1] == 1 or device.type != "cuda":
+        return device
+    import torch
+
+    local = int(os.environ["LOCAL_RANK"])
+    if device.index is not None:
+        raise UsageError(f"--device {device}: torchrun gives every process a GPU of its own; say --device cuda.")
+    if local >= torch.cuda.device_count():
+        raise UsageError(
+            f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, but there are "
+            f"{torch.cuda.device_count()} GPUs; start as many with --nproc-per-node."
+        )
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device
+
+
 @contextmanager
 def together(device: torch.device) -> Iterator[torch.device]:
     """Inside, torch.distributed connects the processes: NCCL on GPUs, gloo on CPUs. Gives this process's device.
 
-    Raises UsageError where a node has fewer GPUs than processes, or one GPU was asked for by number.
+    Raises UsageError as own_gpu does.
     """
-    world = launched()[1]
-    if world == 1:
+    if launched()[1] == 1:
         yield device
         return
-    import torch
     from torch import distributed as dist
 
-    if device.type == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
-        if device.index is not None:
-            raise UsageError(f"--device {device}: torchrun gives every process a GPU of its own; say --device cuda.")
-        if local >= torch.cuda.device_count():
-            raise UsageError(
-                f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, but there are "
-                f"{torch.cuda.device_count()} GPUs; start as many with --nproc-per-node."
-            )
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+    device = own_gpu(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield device
     dist.destroy_process_group()  # not after a failure: the others may be waiting, and torchrun ends them

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import Stopped
+from ..torchrun import launched, own_gpu
 from .console import complain, note_colour, say, stopped, terminable
 from .options import Device, check_device, choose_device
 
@@ -38,13 +38,12 @@ def predict(
     from ..runs import need_detector, refuse_swapped
 
     refuse_swapped(run, images, "predict RUN IMAGES --out DIR")
-    rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
-    under_torchrun = rank.isdecimal() and world.isdecimal()
-    part = Shard.parse(shard or (f"{int(rank) + 1}/{world}" if under_torchrun else "1/1"))
+    rank, world = launched()
+    part = Shard.parse(shard) if shard else Shard(rank + 1, world)
     need_detector(run)
     if not (resume and (out / "progress" / "inputs.jsonl").exists()):
         plan(images, out, answer_kinds(tiff, not scores_only))
-    torch_device = choose_device(device)
+    torch_device = own_gpu(choose_device(device))
     from .. import answers
     from ..detector import Detector
     from ..progress import counting

@@ -1,20 +1,24 @@
 """predict over many images: killed and resumed, cut into shards, images vanish; the lists come out the same."""
 
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from samples import SET_TINY, TINY_CONFIG, make_set, save, texture
 
 from cpc_fast import answers, cli
 from cpc_fast.detector import Detector
 from cpc_fast.errors import CpcFastError, Stopped, UsageError
 from cpc_fast.inputs import Shard, find_inputs
+from cpc_fast.torchrun import own_gpu
 
 LISTS = ("scores.csv", "predictions.json")
 
@@ -125,6 +129,43 @@ def test_answers_of_another_call_are_not_mixed(detector, folder, tmp_path):
     assert sorted(path.name for path in (tmp_path / "progress").iterdir()) == ["1-of-1.jsonl", "inputs.jsonl"]
 
 
+def test_a_shard_that_is_done_is_not_begun_again(detector, folder, tmp_path):
+    for n in (1, 2):
+        answers.predict(detector, [folder], tmp_path, shard=Shard(n, 2))
+    before = lists(tmp_path)
+    with pytest.raises(UsageError, match=r"Shard 1 of 2 in .* is done; do the rest with --resume, or remove"):
+        answers.predict(detector, [folder], tmp_path, shard=Shard(1, 2))
+    assert answers.predict(detector, [folder], tmp_path, shard=Shard(1, 2), resume=True).listed
+    assert lists(tmp_path) == before
+
+
+def test_nothing_is_removed_while_a_shard_is_written(detector, folder, tmp_path):
+    for n in (1, 3):
+        answers.predict(detector, [folder], tmp_path, shard=Shard(n, 3))
+
+    def alone(done: int, total: int) -> None:
+        with pytest.raises(CpcFastError, match="by another process"):
+            answers.predict(detector, [folder], tmp_path)
+
+    assert answers.predict(detector, [folder], tmp_path, shard=Shard(2, 3), on_image=alone).listed
+
+
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert own_gpu(gpu) == gpu
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert (own_gpu(cpu), own_gpu(gpu)) == (cpu, torch.device("cuda", 1))
+    with pytest.raises(UsageError, match="say --device cuda"):
+        own_gpu(torch.device("cuda", 0))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UsageError, match="started 4 processes here, but there are 2 GPUs"):
+        own_gpu(gpu)
+
+
 def test_two_processes_do_not_write_one_shard(detector, folder, tmp_path):
     def again(done: int, total: int) -> None:
         for resume in (False, True):
@@ -146,6 +187,24 @@ def test_a_full_disk_keeps_the_answers_before(detector, folder, whole, tmp_path,
             answers.predict(detector, [folder], tmp_path)
     answers.predict(detector, [folder], tmp_path, resume=True)
     assert lists(tmp_path) == whole
+
+
+@pytest.mark.parametrize("call", ["open", "fsync"])
+def test_a_disk_that_fails_is_told_in_a_sentence(detector, folder, tmp_path, monkeypatch, call):
+    does = getattr(os, call)
+
+    def fails(file, *more):
+        name = os.readlink(f"/proc/self/fd/{file}") if call == "fsync" else os.fspath(file)
+        if name.endswith("1-of-1.jsonl"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return does(file, *more)
+
+    files = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fails)
+        with pytest.raises(CpcFastError, match=r"Could not write .*1-of-1\.jsonl': Input/output error. The \d answers"):
+            answers.predict(detector, [folder], tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 @pytest.mark.parametrize("text", ["", "2", "0/4", "5/4", "-1/4", "1/0", "a/b", "1/4/2", "٣/٤", "1/" + "9" * 99])
@@ -185,7 +244,7 @@ def test_the_command_killed_terminated_and_sharded_by_torchrun(tmp_path, capsys,
         before = lines()
         with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as cut:
             while lines() < before + 3 and cut.poll() is None:
-                pass
+                time.sleep(0.002)
             cut.send_signal(end)
             said = cut.communicate(timeout=120)[1]
         assert cut.returncode in (-9, 0)
@@ -197,6 +256,11 @@ def test_the_command_killed_terminated_and_sharded_by_torchrun(tmp_path, capsys,
 
     capsys.readouterr()
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")  # somebody else's
+    assert cli.run(["predict", str(run), images, "--out", str(tmp_path / "alone"), "--scores-only"]) == 0
+    assert lists(tmp_path / "alone")["scores.csv"] == lists(tmp_path / "whole")["scores.csv"]
+    capsys.readouterr()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert cli.run(["predict", str(run), images, "--out", str(tmp_path / "ranks"), "--scores-only"]) == 0
