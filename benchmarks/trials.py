@@ -28,7 +28,7 @@ from cpc_fast.images import ImageCache, shorter_sides
 from cpc_fast.layouts import find_train
 from cpc_fast.progress import duration
 from cpc_fast.report import contact_sheet
-from cpc_fast.saving import write_text, write_whole
+from cpc_fast.saving import clear_run, write_text, write_whole
 from cpc_fast.scored import Scored
 from cpc_fast.train import Progress
 
@@ -124,8 +124,7 @@ def detector_of(job: Job, device: torch.device, on_step: OnStep = None) -> tuple
     except CpcFastError as error:  # of another version, or damaged: it is ours to replace
         print(f"  Fitting anew: {error}", flush=True)
     if not resume:
-        weights.unlink(missing_ok=True)
-        checkpoint.unlink(missing_ok=True)
+        clear_run(job.run)
     started = time.perf_counter()
     detector = Detector.fit(job.data, config, out=job.run, resume=resume, device=device, on_step=on_step)
     return detector, None if resume else time.perf_counter() - started
@@ -207,7 +206,7 @@ def carry_out_all(jobs: Sequence[Job], device: torch.device, *, minutes: float |
             return False
         print(title, flush=True)
         if fresh and job.fitted:
-            (job.run / "model.safetensors").unlink(missing_ok=True)
+            clear_run(job.run)
         told = False
 
         def on_step(step: Progress, waiting: int = sum(j.fitted for j in todo[i:])) -> None:

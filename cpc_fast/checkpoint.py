@@ -20,7 +20,7 @@ from torch import nn
 from .config import Config
 from .errors import CpcFastError, UsageError
 from .images import quoted
-from .runs import CHECKPOINT, DETECTOR, need_checkpoint, refuse_run
+from .runs import BEST, CHECKPOINT, DETECTOR, need_checkpoint, refuse_run
 from .saving import FORMAT, Spec, read_config, read_tensors, remove_asides, versions, write_tensors
 from .train import Position
 
@@ -40,7 +40,7 @@ class Checkpoint:
     """The training state of a run: begin restores it, save writes it."""
 
     def __init__(self, run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> None:
-        self.path, self.best = run / CHECKPOINT, run / "best.safetensors"
+        self.path, self.best = run / CHECKPOINT, run / BEST
         self.model, self.optimizer, self.config = model, optimizer, config
 
     def begin(self, resume: bool) -> Position:

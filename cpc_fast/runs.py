@@ -8,7 +8,7 @@ from pathlib import Path
 from .errors import CpcFastError, UsageError
 from .images import quoted
 
-DETECTOR, CHECKPOINT = "model.safetensors", "checkpoint.safetensors"
+DETECTOR, CHECKPOINT, BEST = "model.safetensors", "checkpoint.safetensors", "best.safetensors"
 
 
 def need_run(run: Path) -> None:

@@ -27,7 +27,7 @@ from .config import Config
 from .errors import CpcFastError, UsageError
 from .images import quoted
 from .model import CPC
-from .runs import DETECTOR, need_file, need_run
+from .runs import BEST, CHECKPOINT, DETECTOR, need_file, need_run
 from .version import __version__
 
 FORMAT = 1  # of the run folder; raised when an older reader would misread it
@@ -170,6 +170,13 @@ def save_run(run: Path, tensors: dict[str, Tensor], config: Config, about: dict[
     write_text(run / "config.json", json.dumps(record, indent=2) + "\n")
 
 
+def clear_run(run: Path) -> None:
+    """Remove a run, to fit anew in its folder. Where another process writes: CpcFastError, and nothing is removed."""
+    with locked(run):
+        for name in (DETECTOR, CHECKPOINT, BEST, "config.json"):
+            (run / name).unlink(missing_ok=True)
+
+
 def load_run(
     run: Path, encoder: nn.Module | None = None, leave: str = ""
 ) -> tuple[dict[str, Tensor], Config, dict[str, Any]]:
@@ -187,6 +194,12 @@ def load_run(
         return specs
 
     tensors, about = read_tensors(run / DETECTOR, "detector", expect, leave)
+    mean, spread = (tuple(tensors[f"calibration.place_{name}"].shape) for name in ("mean", "spread"))
+    if mean != spread or 0 in mean:
+        raise CpcFastError(
+            f"The calibration in {quoted(run)} is damaged (means {mean}, spreads {spread}: one shape, and not empty); "
+            "restore it from a copy, or fit again."
+        )
     return tensors, read_config(run, about), about
 
 

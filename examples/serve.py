@@ -13,6 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from cpc_fast.detector import Detector
 from cpc_fast.errors import CpcFastError
 from cpc_fast.images import read_image
+from cpc_fast.report import printable
 
 MAX_BODY, MAX_FILES, MAX_PIXELS, MAX_WAITING, SECONDS = 32 << 20, 8, 1 << 24, 8, 30
 
@@ -46,7 +47,7 @@ def make_app(detector: Detector) -> FastAPI:
             Request(request.scope, limited).form(max_files=MAX_FILES, max_fields=0) as form,
         ):
             files = [value for _, value in form.multi_items() if not isinstance(value, str)]
-            return [(file.filename or "image", await file.read()) for file in files]
+            return [(printable(file.filename or "image"), await file.read()) for file in files]
 
     @app.post("/score")
     async def score(request: Request) -> list[dict]:

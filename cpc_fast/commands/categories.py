@@ -24,7 +24,7 @@ def evaluate_all(
     submission: Path | None,
 ) -> int:  # fmt: skip
     """A run for each category, fitted where none is; its metrics and report in it; the table in `runs`."""
-    from ..errors import UsageError
+    from ..errors import Stopped, UsageError
     from ..images import quoted
     from ..layouts import find_categories, find_private, find_test, find_train
 
@@ -44,6 +44,11 @@ def evaluate_all(
     from ..saving import write_text
     from ..submission import write_submission
 
+    again = ["cpc-fast", "evaluate", "--all", str(root), "--runs", str(runs)]
+    again += ["--preset", preset] if preset else []
+    again += [part for setting in settings or [] for part in ("--set", setting)]
+    again += ["--device", device] if device != "auto" else []
+    again += ["--submission", str(submission)] if submission else []
     metrics: dict[str, dict[str, Any]] = {}
     notes = []
     try:
@@ -59,17 +64,9 @@ def evaluate_all(
             if submission:
                 with counting(f"{name}: private images") as on_image:
                     write_submission(detector, category, submission, on_image=on_image)
+    except Stopped as why:
+        raise Stopped(f"{why} All of it is saved in {runs}. Go on with: {shlex.join(again)}") from None
     except KeyboardInterrupt:
-        again = [
-            "cpc-fast",
-            "evaluate",
-            "--all",
-            str(root),
-            "--runs",
-            str(runs),
-            *(["--preset", preset] if preset else []),
-        ]
-        again += [part for setting in settings or [] for part in ("--set", setting)]
         return stopped(f"Stopped; every finished epoch is in {runs}. Go on with: {shlex.join(again)}")
     rows = summary(metrics)
     write_metrics(runs / "summary.json", mean_metrics(list(metrics.values())))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import config as configs
+from ..errors import Stopped
 from .console import number, print_table, say, share, stopped
 from .evaluate import evaluate_run, make_section
 from .fit import fit_or_go_on
@@ -45,6 +46,7 @@ def demo(
     datasets.write_textures(out / "data")
     evaluations: dict[str, Evaluation] = {}
     sections: list[Section] = []
+    again = shlex.join(["cpc-fast", "demo", "--out", str(out), *_as_options(epochs, device, settings)])
     try:
         for texture in datasets.TEXTURES:
             detector = fit_or_go_on(texture, out / "data" / texture, out / texture, config, torch_device, fresh)
@@ -52,8 +54,9 @@ def demo(
             write_metrics(out / texture / "metrics.json", evaluation.metrics)
             evaluations[texture] = evaluation
             sections.append(make_section(texture, detector, evaluation))
+    except Stopped as why:
+        raise Stopped(f"{why} All of it is saved in {out}. Go on with: {again}") from None
     except KeyboardInterrupt:
-        again = shlex.join(["cpc-fast", "demo", "--out", str(out), *_as_options(epochs, device, settings)])
         return stopped(f"Stopped; every finished epoch is in {out}. Go on with: {again}")
     write_metrics(out / "summary.json", mean_metrics([e.metrics for e in evaluations.values()]))
     write_report(out / "report.html", sections)

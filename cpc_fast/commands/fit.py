@@ -42,9 +42,7 @@ def fit(
         typer.Option(help=f"Scale images so that their shorter side is this [{by_preset('image_size')}]."),
     ] = None,
     settings: Settings = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last whole epoch in the run folder.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what is saved in the run folder.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write scalars to RUN/tensorboard.")] = False,
     across_ranks: Annotated[
         str | None, typer.Option(help="Started by torchrun: whose patches are negatives: auto, local, gathered, ring.")
@@ -144,11 +142,11 @@ def fit_or_go_on(name: str, data: Path, run: Path, config: Config, device: torch
     from ..images import shorter_sides
     from ..layouts import find_train
     from ..runs import CHECKPOINT, DETECTOR
+    from ..saving import clear_run
 
     config = config.fitted_to(shorter_sides(find_train(data), config.image_size))
     if fresh:
-        for file in (DETECTOR, CHECKPOINT, "config.json"):
-            (run / file).unlink(missing_ok=True)
+        clear_run(run)
     elif (run / DETECTOR).exists():
         detector = Detector.load(run, device)
         if detector.config == config:

@@ -10,7 +10,9 @@ from samples import SET_TINY, make_set
 from test_layouts import make_ad2
 
 from cpc_fast.cli import run
+from cpc_fast.commands import categories, demo
 from cpc_fast.commands.categories import COLUMNS, TEXTURES, markdown, summary
+from cpc_fast.errors import Stopped
 
 OPTIONS = [*SET_TINY, "--set", "epochs=1", "--set", "made_for=48", "--device", "cpu"]
 
@@ -35,6 +37,24 @@ def test_every_category_is_fitted_once_and_told(tmp_path, capsys, monkeypatch):
     assert "was fitted with another config; fit anew with --fresh" in capsys.readouterr().err
     assert run([*command, "--submission", "maps"]) == 2
     assert "bolt' has no test_private: only MVTec AD 2 takes --submission" in capsys.readouterr().err
+
+
+def test_terminated_it_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_set(tmp_path / "parts" / "nut", train=3, good=1, holes=1)
+
+    def stop(*_):
+        raise Stopped("Stopped in epoch 1.")
+
+    for command in (categories, demo):
+        monkeypatch.setattr(command, "fit_or_go_on", stop)
+    assert run(["evaluate", "--all", "parts", "--set", "steps=2", "--device", "cpu", "--fresh"]) == 0
+    assert capsys.readouterr().err == (
+        "Stopped in epoch 1. All of it is saved in runs/parts. Go on with: cpc-fast evaluate --all parts --runs "
+        "runs/parts --set steps=2 --device cpu\n"
+    )
+    assert run(["demo", "--out", "demo", "--epochs", "2"]) == 0
+    assert capsys.readouterr().err.endswith("saved in demo. Go on with: cpc-fast demo --out demo --epochs 2\n")
 
 
 def test_the_tree_for_the_server(tmp_path, capsys):

@@ -39,6 +39,17 @@ def same(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_run_is_not_cleared_while_it_is_written(tmp_path):
+    names = {"model.safetensors", "checkpoint.safetensors", "best.safetensors", "config.json"}
+    for name in names:
+        (tmp_path / name).touch()
+    with saving.locked(tmp_path), pytest.raises(CpcFastError, match="by another process"):
+        saving.clear_run(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == names
+    saving.clear_run(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("encoder", [None, Encoder], ids=["own", "dropout"])
 def test_stopped_after_every_step_it_ends_at_the_same_weights(tmp_path, encoder):
     make = encoder or (lambda: None)

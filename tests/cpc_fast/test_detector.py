@@ -1,5 +1,7 @@
 """The detector: the same score in any company, the same after a save, the same after an interruption."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,18 @@ def test_saved_and_loaded_it_says_the_same(tmp_path, image_size):
     assert loaded.train_images_per_s == detector.train_images_per_s > 0
     image = texture(70)
     assert loaded.inspect(image).map.tobytes() == detector.inspect(image).map.tobytes()
+
+
+def test_a_calibration_of_two_shapes_or_none_is_refused(detector, tmp_path):
+    for shapes in (((2, 2), (1, 1)), ((0, 1), (0, 1))):
+        tensors = [torch.ones(shape) for shape in shapes]
+        places = dict(zip(("place_mean", "place_spread"), tensors, strict=True))
+        changed = Detector(
+            detector.model, detector.bank, replace(detector.calibration, **places), detector.threshold, {}
+        )
+        changed.save(tmp_path / "run")
+        with pytest.raises(CpcFastError, match=r"The calibration in .*run' is damaged \(means"):
+            Detector.load(tmp_path / "run")
 
 
 def test_the_same_twice(detector):

@@ -47,7 +47,7 @@ def example():
     spec = importlib.util.spec_from_file_location("serve", SERVE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.MAX_BODY, module.MAX_PIXELS, module.SECONDS = 1 << 20, 512 * 512, 2
+    module.MAX_BODY, module.MAX_PIXELS, module.SECONDS = 1 << 20, 512 * 512, 5
     return module
 
 
@@ -59,7 +59,9 @@ def port(detector, example):
         server = uvicorn.Server(options)
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
+        until = time.monotonic() + 60
         while not server.started:
+            assert time.monotonic() < until, "the server did not start"
             time.sleep(0.01)
         yield listening.getsockname()[1]
         server.should_exit = True
@@ -125,6 +127,12 @@ def test_a_bad_image_is_named_and_the_others_are_answered(port):
     words = ("not an image", "67,108,864", "cut it into pieces", "smaller than one patch", "cut short", "not an image")
     for answer, word in zip(answers[1:], (*words, "is empty (0 bytes)"), strict=True):
         assert word in answer["error"], answer
+
+
+def test_a_name_that_json_cannot_hold_is_escaped(port):
+    body = form(("+2AA-.png", png(picture(1))))
+    status, answers = post(port, body, kind=f"multipart/form-data; boundary={EDGE}; charset=utf-7")
+    assert (status, answers[0]["name"]) == (200, "\\ud800.png")
 
 
 def test_too_many_files_none_and_what_is_no_form(port, example):
