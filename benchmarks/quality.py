@@ -178,7 +178,7 @@ def parse(
     parser.add_argument("--fresh", action="store_true", help="do again what is done")
     parser.add_argument("--tables", action="store_true", help="only write the tables from what is there")
     args = parser.parse_args(arguments)
-    names = args.sets or list(BEDS)
+    names = args.sets or default_sets or list(BEDS)
     args.sets = list(
         dict.fromkeys(n for name in names for n in (GROUPS["textures"] if name == "textures" else (name,)))
     )

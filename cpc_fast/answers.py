@@ -27,7 +27,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from .bank import bank_blocks
+from .bank import host_blocks
 from .detector import Detector, Prediction
 from .errors import CpcFastError, Stopped
 from .images import quoted, read_image
@@ -130,7 +130,7 @@ def fingerprint(detector: Detector) -> str:
     tensors = {**detector.model.state_dict(), "bank": detector.bank, **vars(detector.calibration)}
     for name in sorted(tensors):
         digest.update(name.encode())
-        for part in bank_blocks(tensors[name]) if name == "bank" else [tensors[name]]:
+        for part in host_blocks(tensors[name]) if name == "bank" else [tensors[name]]:
             digest.update(part.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -29,7 +29,8 @@ DEVICE_SHARE = 0.5  # of a GPU's free memory; a larger bank stays outside and is
 class StreamedBank:
     """Rows (m, d) that stay where they are and come to the device one block at a time.
 
-    On a GPU the next block is copied while one is scored: two blocks are on the device. across_ranks: every rank of
+    On a GPU the next block is copied while one is scored: with the one before, which the caller holds until it is
+    given the next, three blocks are on the device. across_ranks: every rank of
     torch.distributed reads its share of the blocks, and all of them score the same image together.
 
     Args:
@@ -83,6 +84,21 @@ class StreamedBank:
 
 
 Bank = Tensor | StreamedBank  # (m, d)
+
+
+def host_blocks(bank: Bank) -> Iterator[Tensor]:
+    """All rows (b, d) on the CPU, BLOCK_ROWS at a time, wherever they are and whoever scores them."""
+    if isinstance(bank, Tensor):
+        yield from (rows.detach().cpu() for rows in bank.split(BLOCK_ROWS))
+    else:
+        yield from (bank.read(block).cpu() for block in range(-(-len(bank) // BLOCK_ROWS)))
+
+
+def host_rows(bank: Bank) -> Tensor:
+    """All rows (m, d) on the CPU, where there must be room for them."""
+    if isinstance(bank, Tensor):
+        return bank.detach().cpu()
+    return bank.rows.cpu() if isinstance(bank.rows, Tensor) else bank.rows[:]
 
 
 def bank_blocks(bank: Bank) -> Iterable[Tensor]:

@@ -20,7 +20,7 @@ from torch import distributed as dist
 
 from cpc_kernels.exchange import rank_and_world
 
-from .bank import Bank, StreamedBank, place_bank, reservoir
+from .bank import Bank, StreamedBank, host_rows, place_bank, reservoir
 from .checkpoint import Checkpoint
 from .config import Config, preset
 from .errors import CpcFastError, Stopped, UsageError
@@ -252,7 +252,7 @@ class Detector:
 
     def _write(self, run: Path) -> None:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors["bank"] = self.bank if isinstance(self.bank, Tensor) else torch.cat([*self.bank])
+        tensors["bank"] = host_rows(self.bank)
         for name in Calibration.__dataclass_fields__:
             tensors[f"calibration.{name}"] = getattr(self.calibration, name)
         about = {

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .anomaly_map import _window
+from .bank import host_rows
 from .contexts import DIRECTIONS
 from .detector import Detector
 from .errors import CpcFastError, UsageError
@@ -57,7 +58,7 @@ class Program(nn.Module):
         self.gy, self.gx = grid_shape(*size, config.patch_size, config.patch_stride)
         place = found.place_mean.shape == (self.gy, self.gx)
         for name, value in {
-            "bank": detector.bank,
+            "bank": host_rows(detector.bank),
             "step_mean": found.step_mean,
             "step_spread": found.step_spread,
             "place_mean": found.place_mean if place else found.place_mean.mean(),

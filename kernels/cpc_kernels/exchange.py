@@ -24,10 +24,10 @@ def rank_and_world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
 
 def everyones(numbers: list[int], device: torch.device, group: dist.ProcessGroup | None = None) -> list[list[int]]:
     """The same few integers of every rank, in rank order. On a GPU the host waits for them."""
-    own = torch.tensor(numbers, dtype=torch.int64, device=device)
     world = rank_and_world(group)[1]
     if world == 1:
         return [numbers]
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
     gathered = [torch.empty_like(own) for _ in range(world)]
     dist.all_gather(gathered, own, group=group)
     return torch.stack(gathered).tolist()

@@ -203,7 +203,7 @@ def backward_block(impl, weight, lse, anchors, block, place, scale, anchor_ids, 
 
 
 def agree(op: str, anchors: Tensor, candidates: Tensor, ids: bool, learning: list[bool], group) -> tuple:
-    """Candidates and anchors of each rank, and whether any rank's candidates learn; all ranks raise alike."""
+    """Candidates and anchors of each rank, and whether any rank's candidates learn; what it raises, all ranks raise."""
     rank = rank_and_world(group)[0]
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     dtype = dtypes.index(anchors.dtype) if anchors.dtype in dtypes else -1
@@ -285,8 +285,9 @@ def info_nce_across_ranks(
 
     Gradients are those of the sum of what all ranks differentiate, so with the mean over W ranks each parameter's is W
     times that of one process, which DistributedDataParallel's average over the ranks makes exactly one process's.
-    All ranks call this, and backward, in the same order. Raises as `info_nce`; what does not fit between ranks raises
-    the same error on all of them. Source: the merge of kernels/README.md.
+    All ranks call this, and backward, in the same order. What does not fit between ranks raises the
+    same error on all of them; what is wrong with one rank's own input raises as `info_nce`, on that rank alone, and the
+    others wait for it until the group's timeout. Source: the merge of kernels/README.md.
 
     >>> q, k = torch.randn(8, 16), torch.randn(32, 16)
     >>> info_nce_across_ranks(q, k, torch.arange(8), scale=10.0).shape    # one process: plain info_nce

@@ -174,3 +174,13 @@ def test_a_merge_is_the_mean(detector, data):
 def test_an_unknown_reading_is_refused():
     with pytest.raises(ValueError, match="form is 'loss squared'; it must be one of loss, lse"):
         Other(form="loss squared")
+
+
+def test_the_solar_cells_are_kept_for_reporting(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ablate, "find_beds", lambda names, tiles: asked.append(names) or [])
+    monkeypatch.setattr(ablate, "carry_out_all", lambda jobs, *_, **options: True)
+    monkeypatch.setattr(ablate, "render", dict)
+    for chosen in ([], ["--sets", "solar cells"]):
+        assert ablate.main(chosen) == 0
+    assert asked == [["brick", "grass", "gravel", "magnetic tiles"], ["solar cells"]]

@@ -11,9 +11,11 @@ import torch
 from samples import SET_TINY, TINY_CONFIG, make_set
 from torch.nn.parallel import DistributedDataParallel
 
+from cpc_fast.commands.options import choose_device
 from cpc_fast.detector import Detector
 from cpc_fast.errors import UsageError
 from cpc_fast.model import CPC
+from cpc_fast.torchrun import own_gpu, together
 from tests import processes
 
 CASES = [
@@ -111,3 +113,25 @@ def test_torchrun_fits_what_one_process_fits(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert found.threshold.value == pytest.approx(alone.threshold.value, rel=1e-2, abs=1e-2)
     assert not (out / "run.lock").exists()
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    """With torch.cuda and the group's start replaced: which device and backend are asked for."""
+    asked = []
+    for name, value in {"is_available": lambda: True, "device_count": lambda: 2, "set_device": asked.append}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", asked.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    assert own_gpu(choose_device("auto")) == torch.device("cuda")  # alone: the current one
+    rank = {"TORCHELASTIC_RUN_ID": "0", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in rank.items():
+        monkeypatch.setenv(name, value)
+    for name in ("auto", "cuda"):
+        with together(choose_device(name)) as device:
+            assert device == torch.device("cuda", 1)
+    assert asked == [torch.device("cuda", 1), "nccl"] * 2
+    with pytest.raises(UsageError, match="--device cuda:0: torchrun gives every process a GPU of its own"):
+        together(choose_device("cuda:0")).__enter__()
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UsageError, match="torchrun started 2 processes here, but there are 2 GPUs"):
+        own_gpu(choose_device("auto"))

@@ -6,8 +6,10 @@ from safetensors.torch import save_file
 from samples import TINY_CONFIG, texture
 
 from cpc_fast import bank as module
-from cpc_fast.bank import StreamedBank, bank_losses
+from cpc_fast.answers import fingerprint
+from cpc_fast.bank import StreamedBank, bank_losses, host_rows
 from cpc_fast.detector import Detector
+from cpc_fast.export import Program
 from cpc_fast.predictions import Predictor
 from tests import processes
 
@@ -64,6 +66,20 @@ def test_shared_by_processes(world, tmp_path, small_blocks):
         assert all(torch.equal(each[at], alone) for each in answers)
 
 
+def test_all_rows_whoever_scores_them(tmp_path, small_blocks, monkeypatch):
+    bank = torch.randn(130, 4)
+    save_file({"bank": bank}, tmp_path / "bank.safetensors")
+    monkeypatch.setattr(module, "rank_and_world", lambda: (1, 2))
+    shares = [
+        StreamedBank(bank, across_ranks=True),
+        StreamedBank.open(tmp_path / "bank.safetensors", across_ranks=True),
+    ]
+    for each in (bank, *shares):
+        assert torch.equal(host_rows(each), bank)
+        assert torch.equal(torch.cat([*module.host_blocks(each)]), bank)
+    assert [len(share.blocks) for share in shares] == [2, 2]  # of three
+
+
 def test_a_detector_that_leaves_its_bank_in_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_ROWS", 24)
     detector = Detector.fit([texture(i) for i in range(6)], TINY_CONFIG, out=tmp_path / "run", epochs=1)
@@ -76,3 +92,5 @@ def test_a_detector_that_leaves_its_bank_in_the_file(tmp_path, monkeypatch):
         assert (maps[0] == maps[2]).all()
     streamed.save(tmp_path / "again")
     assert torch.equal(Detector.load(tmp_path / "again").bank, detector.bank)
+    assert torch.equal(Program(streamed, (48, 48)).bank, detector.bank)
+    assert fingerprint(streamed) == fingerprint(loaded)
