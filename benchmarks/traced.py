@@ -3,7 +3,7 @@
     python -m benchmarks.traced --trace FILE.json    torch.profiler: a table, and a trace for Perfetto
     benchmarks/nsys.sh OUT                           Nsight Systems, which starts this with --nsys
 
-Every phase is a named range: training step, scoring one image, and inside them the kernels' own cpc_kernels/... ranges.
+Every phase is a named range: training step, scoring an image, and inside them the kernels' own cpc_kernels/... ranges.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         for _ in range(STEPS):
             with record_function("training step"):
                 trained.ours()
-            with record_function("scoring one image"):
+            with record_function("scoring an image"):
                 scored.ours()
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -2,6 +2,8 @@
 
 An image's score is the maximum of its anomaly map, and its mask is the map above the threshold: one threshold serves
 both, so an image is flagged if and only if its mask is not empty.
+
+Longer than 250 lines because fit, save, load and predict are one public class, which most users read alone.
 """
 
 from __future__ import annotations

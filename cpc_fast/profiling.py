@@ -28,9 +28,8 @@ class Row:
         phase: one of PHASES.
         name: the stage; "the rest" is what no stage holds.
         depth: 0 for a stage of its own, 1 for one inside the stage above it, and so on.
-        ms: time on the thread that calls; on a GPU, the time to launch.
-        device_ms: time of the GPU's kernels that were launched in it; None on a CPU.
-        share: of the phase's time, or of its device_ms where there is one.
+        ms: time on the thread that calls; on a GPU, the time to launch, not to run, its kernels.
+        share: of the phase's time.
         peak_mb: the most memory held at once beyond what was held before, in MB (10^6 bytes).
         left_mb: what is still held at its end; negative where it frees what others left.
     """
@@ -39,7 +38,6 @@ class Row:
     name: str
     depth: int
     ms: float
-    device_ms: float | None
     share: float
     peak_mb: float
     left_mb: float
@@ -86,7 +84,7 @@ def profile(detector: Detector, images: Sequence[np.ndarray], trace: Path, steps
             torch.cuda.synchronize(device)
     write_whole(trace, lambda aside: watch.export_chrome_trace(str(aside)))
     events = watch.events() or []
-    rows = _rows(events, _Memory(watch, device), steps, device)
+    rows = _rows(events, _Memory(watch, device), steps)
     busy = sum(e.self_cpu_time_total for e in events) or 1.0
     most = sorted(watch.key_averages(), key=lambda e: -e.self_cpu_time_total)
     operators = [
@@ -118,12 +116,10 @@ class _Memory:
         return float(held.max()), float(held[-1])
 
 
-def _rows(events: Sequence[Any], memory: _Memory, count: int, device: torch.device) -> list[Row]:
+def _rows(events: Sequence[Any], memory: _Memory, count: int) -> list[Row]:
     """Stages of the same name at the same place are one row."""
     stages = sorted((e for e in events if e.name.startswith("cpc_fast/")), key=lambda e: e.time_range.start)
-    kernels = sorted((e.time_range.start, e.self_device_time_total) for e in events) if device.type == "cuda" else []
-    starts, spent = [start for start, _ in kernels], np.cumsum([0.0, *(time for _, time in kernels)])
-    found: dict[tuple[str, ...], list[tuple[float, float, float, float]]] = {}
+    found: dict[tuple[str, ...], list[tuple[float, float, float]]] = {}
     for event in stages:
         path, above = [event.name.removeprefix("cpc_fast/")], event.cpu_parent
         while above is not None:
@@ -131,36 +127,21 @@ def _rows(events: Sequence[Any], memory: _Memory, count: int, device: torch.devi
                 path.append(above.name.removeprefix("cpc_fast/"))
             above = above.cpu_parent
         start, end = event.time_range.start, event.time_range.end
-        # by time and not by parents: the kernels of backward are launched from another thread
-        on_device = spent[bisect.bisect_left(starts, end)] - spent[bisect.bisect_left(starts, start)]
-        found.setdefault(tuple(reversed(path)), []).append((end - start, float(on_device), *memory.of(start, end)))
+        found.setdefault(tuple(reversed(path)), []).append((end - start, *memory.of(start, end)))
     rows = []
     for phase in PHASES:
         whole = found.get((phase,))
         if not whole:
             continue
-        measure = 1 if kernels else 0
-        total = whole[0][measure] or 1.0
+        total = whole[0][0] or 1.0
         parts = {path: each for path, each in found.items() if path[0] == phase}
         for path, each in parts.items():
-            time, on_device = (sum(values) for values in list(zip(*each, strict=True))[:2])
-            peak, left = max(one[2] for one in each), sum(one[3] for one in each) / count
-            rows.append(
-                Row(
-                    phase, path[-1], len(path) - 2, time / count / 1000,
-                    on_device / count / 1000 if kernels else None, (on_device if kernels else time) / total,
-                    peak / 1e6, left / 1e6,
-                )
-            )  # fmt: skip
+            times, peaks, left = zip(*each, strict=True)
+            time, peak = sum(times), max(peaks) / 1e6
+            name, depth = path[-1], len(path) - 2
+            rows.append(Row(phase, name, depth, time / count / 1000, time / total, peak, sum(left) / count / 1e6))
         top = [row for row in rows if row.phase == phase and row.depth <= 0]
         named = [row for row in top if row.depth == 0]
-        rest = (sum(row.ms for row in named), sum(row.device_ms or 0.0 for row in named))
-        phase_row = next(row for row in top if row.depth < 0)
-        rows.append(
-            Row(
-                phase, "the rest", 0, phase_row.ms - rest[0],
-                None if phase_row.device_ms is None else phase_row.device_ms - rest[1],
-                1 - sum(row.share for row in named), 0.0, 0.0,
-            )
-        )  # fmt: skip
+        rest = next(row.ms for row in top if row.depth < 0) - sum(row.ms for row in named)
+        rows.append(Row(phase, "the rest", 0, rest, 1 - sum(row.share for row in named), 0.0, 0.0))
     return rows

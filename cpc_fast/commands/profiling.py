@@ -53,19 +53,18 @@ def profile(
     from ..profiling import profile as watch
 
     found = watch(detector, images, out, steps)
-    config, gpu = detector.config, torch_device.type == "cuda"
+    config = detector.config
     size = f"{images[0].shape[0]} x {images[0].shape[1]}"
     what = {
         PHASES[0]: f"Training step: {config.batch_size} images, mean of {steps}, {device_name(torch_device)}",
         PHASES[1]: f"Scoring an image of {size} pixels, mean of {steps}",
     }
-    columns = ("stage", "ms", *(("GPU ms",) if gpu else ()), "share", "MB at most", "MB left")
+    columns = ("stage", "ms", "share", "MB at most", "MB left")
     for phase, title in what.items():
         rows = [
             (
                 "all" if row.depth < 0 else "  " * row.depth + row.name, f"{row.ms:.2f}",
-                *((f"{row.device_ms or 0:.2f}",) if gpu else ()), f"{row.share:.1%}",
-                f"{row.peak_mb:.1f}", f"{row.left_mb:.1f}",
+                f"{row.share:.1%}", f"{row.peak_mb:.1f}", f"{row.left_mb:.1f}",
             )
             for row in found.rows
             if row.phase == phase

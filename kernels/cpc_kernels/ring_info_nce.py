@@ -14,6 +14,8 @@ three of float32 gradients in backward: O((N + M) D / W). Bytes that a rank send
 blocks in the candidates' dtype and W in float32, with ids 8 bytes more for each candidate of the 2 (W - 1).
 
 Where all candidates are few they are gathered instead: one exchange, and the kernels as they are for one process.
+
+Longer than 250 lines because the ring and its alternatives, local and gathered, share one door and its checks.
 """
 
 from collections.abc import Sequence
