@@ -33,6 +33,8 @@ from typing import Any
 
 import torch
 
+from cpc_kernels.capabilities import device_name
+
 from . import providers
 from .cases import BYTES, Case
 from .providers import Problem, Provider, Unavailable
@@ -43,18 +45,6 @@ GRAPH_BELOW_MS = 1.0
 
 
 # --- the device -----------------------------------------------------------------------------------------------------
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    found = (
-        re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        if Path("/proc/cpuinfo").exists()
-        else None
-    )
-    model = found[1].strip() if found else platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from cpc_kernels.capabilities import capabilities
+from cpc_kernels.capabilities import capabilities, device_name
 from cpc_kernels.info_nce import choose as choose_info_nce
 from cpc_kernels.sampled_info_nce import choose as choose_sampled_info_nce
 
-from .evaluate import device_name
 from .train import autocast
 from .version import __version__
 

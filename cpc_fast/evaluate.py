@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import sys
 import time
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
+
+from cpc_kernels.capabilities import device_name
 
 from .detector import Detector, Prediction
 from .errors import CpcFastError
@@ -205,19 +205,6 @@ def _mean(name: str, values: list[Any]) -> Any:
 
 def _same(values: list[Any]) -> Any:
     return values[0] if all(value == values[0] for value in values) else None
-
-
-def device_name(device: torch.device) -> str:
-    """What computes, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:  # not Linux
-        pass
-    return f"{model}, {torch.get_num_threads()} thread" + ("s" if torch.get_num_threads() > 1 else "")
 
 
 def peak_rss_mb() -> float:

@@ -48,7 +48,8 @@ def profile(
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     torch_device = choose_device(device)
     detector, images = _demo(torch_device) if run is None else _fitted(run, data, torch_device)
-    from ..evaluate import device_name
+    from cpc_kernels.capabilities import device_name
+
     from ..profiling import PHASES
     from ..profiling import profile as watch
 

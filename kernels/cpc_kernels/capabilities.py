@@ -1,4 +1,4 @@
-"""What can run here: the C++ library, Triton, its interpreter, bf16 products on this CPU. `cpc-fast doctor` prints it.
+"""What is here: the device by name, the C++ library, Triton, bf16 products on the CPU; `cpc-fast doctor` prints it.
 
 Reads the package's one environment variable, TRITON_INTERPRET.
 """
@@ -6,6 +6,8 @@ Reads the package's one environment variable, TRITON_INTERPRET.
 import importlib
 import importlib.util
 import os
+import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -60,6 +62,26 @@ def find_triton() -> Capability:
     if torch.cuda.is_available():
         return Capability(name, True, f"on {torch.cuda.get_device_name()}")
     return Capability(name, False, "no GPU that torch can see, and TRITON_INTERPRET=1 is not set", cost)
+
+
+def device_name(device: torch.device) -> str:
+    """What computes, in words that no other kind of device shares: results are filed under it.
+
+    A virtual CPU may hide its number: "AMD EPYC (family 26 model 2, AVX-512, bf16), 2 threads".
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    told = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    fields = dict(re.findall(r"^([^\t:]+?)\s*: (.+)$", told, re.MULTILINE))
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    marks = []
+    if not re.search(r"\d", name) and {"cpu family", "model"} <= fields.keys():
+        marks.append(f"family {fields['cpu family']} model {fields['model']}")
+    marks.append(torch.backends.cpu.get_cpu_capability().replace("AVX512", "AVX-512"))
+    marks += ["bf16"] if FAST_BF16.available else []
+    threads = torch.get_num_threads()
+    return f"{name} ({', '.join(marks)}), {threads} thread" + ("s" if threads > 1 else "")
 
 
 def interpreting() -> bool:

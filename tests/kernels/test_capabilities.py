@@ -1,0 +1,28 @@
+"""The name under which results of a device are filed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpc_kernels.capabilities import device_name
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("model", "starts"),
+    [("AMD EPYC", "AMD EPYC (family 26 model 2, "), ("AMD EPYC 9654 Processor", "AMD EPYC 9654 Processor (")],
+)
+def test_a_cpu_that_hides_its_number_is_told_by_its_family(monkeypatch, model, starts):
+    told = f"processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {model}\nflags\t\t: fpu\n"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: told)
+    assert device_name(CPU).startswith(starts)
+    assert ("family" in device_name(CPU)) == ("family" in starts)
+
+
+def test_a_cpu_is_named_with_its_instructions_and_threads(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    threads = torch.get_num_threads()
+    assert "AVX-512" in device_name(CPU)
+    assert device_name(CPU).endswith(f", {threads} thread" + "s" * (threads > 1))
