@@ -219,7 +219,7 @@ class LatentNeighbour(Baseline):
     def _latents(self, image: np.ndarray) -> Tensor:
         """(gy, gx, d)"""
         assert self.model is not None, "a latent neighbour needs the detector whose encoder it uses"
-        with torch.inference_mode(), autocast(self.model.pixel_mean.device):
+        with torch.inference_mode(), autocast(self.model.pixel_mean.device, self.config.precision):
             return self.model.latents(self.model.standardise(image)[None])[0].float().cpu()
 
     def learn(self, images: list[np.ndarray]) -> None:

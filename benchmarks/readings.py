@@ -111,7 +111,7 @@ class Reread(Baseline):
         model, bank, how = self.detector.model, self.detector.bank, self.how
         training, held_out = split(len(images), self.config)
         if how.bank_size:
-            with torch.inference_mode(), autocast(bank.device):
+            with torch.inference_mode(), autocast(bank.device, self.config.precision):
                 rows = (model.latents(model.standardise(images[i])[None]).flatten(0, 2).float() for i in training)
                 bank = reservoir(rows, how.bank_size, self.config.seed)
         self.scorer = Scorer(Form.of(model, how.form), bank)

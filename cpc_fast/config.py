@@ -15,6 +15,7 @@ NORMS = ("group", "layer", "none")
 CONTEXTS = ("none", "masked-conv")
 NEGATIVES = ("batch", "other-images", "sampled")
 ACROSS_RANKS = ("auto", "local", "gathered", "ring")
+PRECISIONS = ("auto", "float32")
 SHIFTS = (
     "quarter-turn",
     "magnify",
@@ -84,6 +85,10 @@ class Config:
     jitter: float = 0.1  # standard deviation of the random brightness and contrast of a training image
     flips: bool = False  # random mirror images in training
     seed: int = 0
+    # training and scoring
+    precision: str = (
+        "auto"  # bfloat16 where the device is fast at it; "float32": the same numbers everywhere, to rounding
+    )
     # scoring
     bank_size: int = 1024  # normal latents that test patches are compared with
     calibration_share: float = 0.2  # share of the normal images held out of training
@@ -104,6 +109,7 @@ class Config:
         need(self.norm in NORMS, "norm", f"one of {', '.join(NORMS)}{why}")
         need(self.context in CONTEXTS, "context", f"one of {', '.join(CONTEXTS)}")
         need(self.negatives in NEGATIVES, "negatives", f"one of {', '.join(NEGATIVES)}")
+        need(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
         need(self.across_ranks in ACROSS_RANKS, "across_ranks", f"one of {', '.join(ACROSS_RANKS)}")
         rings = self.across_ranks != "ring" or self.negatives != "sampled"
         need(rings, "across_ranks", "auto, local or gathered with sampled negatives, for which there is no ring")

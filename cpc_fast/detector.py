@@ -398,7 +398,7 @@ def _make_bank(model: CPC, images: Iterator[np.ndarray], config: Config) -> Tens
 
     def rows() -> Iterator[Tensor]:
         for image in images:
-            with torch.inference_mode(), autocast(device):
+            with torch.inference_mode(), autocast(device, config.precision):
                 yield model.latents(model.standardise(image)[None]).flatten(0, 2).float().cpu()
 
     return reservoir(rows(), config.bank_size, config.seed)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import sys
 import time
@@ -209,5 +210,8 @@ def _same(values: list[Any]) -> Any:
 
 def peak_rss_mb() -> float:
     """The most memory this process has held so far, in MB (10^6 bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024 / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux it would count the parent's before exec, too
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6

@@ -66,7 +66,7 @@ class Scorer(nn.Module):
         device = self.bank.device
         pixels = self.model.standardise(image)
         gy, gx = grid_shape(pixels.shape[1], pixels.shape[2], self.config.patch_size, self.config.patch_stride)
-        with torch.inference_mode(), autocast(device):
+        with torch.inference_mode(), autocast(device, self.config.precision):
             losses, sources, targets, counts = self.model.surprise(pixels, self.bank)
         return losses.float(), sources, targets, counts, (gy, gx)
 

@@ -63,10 +63,10 @@ class Progress:
     skipped: int = 0  # steps so far that changed nothing, because the loss or its gradient was not finite
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 where the device is fast at it, else a context that changes nothing."""
+def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
+    """bfloat16 where the device is fast at it, else (and for "float32") a context that changes nothing."""
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else FAST_BF16.available
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast and precision == "auto")
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str = "cosine") -> float:
@@ -190,13 +190,13 @@ def train(
             own = share(order[i * size : (i + 1) * size], rank, world)
             draws = generator if rank == 0 else rank_generator(config.seed, step, rank)
             if cache is not None:
-                with autocast(device):
+                with autocast(device, config.precision):
                     result = model.compare(*cache.batch(own, draws), seed=step)
             else:
                 batch = make_batch(model, [images[j] for j in own], side, draws)
                 copies = batch.repeat(config.shift_copies, 1, 1, 1)
                 shifted = shift(copies, config.shifts, draws, config.unit) if config.shifts else None
-                with autocast(device):
+                with autocast(device, config.precision):
                     result = forward(batch, shifted, seed=step)
             optimizer.zero_grad(set_to_none=True)
             stage("backward")(result.loss.backward)()

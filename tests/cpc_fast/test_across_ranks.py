@@ -82,7 +82,8 @@ def test_there_is_no_ring_for_sampled_negatives():
 
 
 # nothing of the images is drawn: they are as large as the window
-SAME_PICTURES = ["jitter=0", "flips=false", "batch_size=3", "across_ranks=ring"]
+# float32: Adam makes a step of every rounding of a gradient near 0
+SAME_PICTURES = ["jitter=0", "flips=false", "batch_size=3", "across_ranks=ring", "precision=float32"]
 
 
 def test_torchrun_fits_what_one_process_fits(tmp_path):

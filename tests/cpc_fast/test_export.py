@@ -13,7 +13,6 @@ from cpc_fast import cli
 from cpc_fast.detector import Detector
 from cpc_fast.errors import CpcFastError, UsageError
 from cpc_fast.export import TOLERANCE, Program, export
-from cpc_kernels.capabilities import FAST_BF16
 
 IMAGES = [texture(i) for i in range(8)]
 CHOICES = [
@@ -29,11 +28,10 @@ CHOICES = [
 ]
 
 
-@pytest.mark.skipif(FAST_BF16.available, reason="this CPU scores in bfloat16, the program in float32")
 @pytest.mark.parametrize("changes", CHOICES, ids=str)
 @pytest.mark.parametrize("size", [(48, 48), (40, 61)])
 def test_the_program_says_what_the_detector_says(changes, size):
-    detector = Detector.fit(IMAGES, TINY_CONFIG, epochs=1, **changes)
+    detector = Detector.fit(IMAGES, TINY_CONFIG, epochs=1, precision="float32", **changes)
     images = np.stack([texture(i, *size).repeat(detector.config.channels, 2) for i in range(50, 53)])
     scores, maps = Program(detector, size)(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
     for image, score, map in zip(images, scores, maps, strict=True):
@@ -56,7 +54,8 @@ print(float(scores[4]), about["about.json"])
 
 def test_the_torch_program_needs_torch_alone(tmp_path, capsys):
     run = tmp_path / "run"
-    assert cli.run(["fit", str(make_set(tmp_path / "data")), "--out", str(run), *SET_TINY, "--epochs", "1"]) == 0
+    options = [*SET_TINY, "--set", "precision=float32", "--epochs", "1"]
+    assert cli.run(["fit", str(make_set(tmp_path / "data")), "--out", str(run), *options]) == 0
     assert cli.run(["export", str(run)]) == 0
     assert "detector.pt2; on random images it differs from torch here by " in capsys.readouterr().out
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT, str(run / "detector.pt2")]
@@ -65,9 +64,8 @@ def test_the_torch_program_needs_torch_alone(tmp_path, capsys):
     score, about = done.stdout.split(" ", 1)
     detector = Detector.load(run)
     assert json.loads(about)["threshold"] == detector.threshold.value
-    if not FAST_BF16.available:
-        expected = detector.inspect(np.full((48, 48, 1), 77, np.uint8)).score
-        assert float(score) == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
+    expected = detector.inspect(np.full((48, 48, 1), 77, np.uint8)).score
+    assert float(score) == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("changes", CHOICES[1:2], ids=str)
