@@ -36,11 +36,18 @@ Told = dict[str, Any]
 
 
 def load() -> list[Told]:
-    """Every committed device, GPUs first."""
+    """Every committed device, GPUs first, of each kind the one measured last."""
     files = [
         path for path in sorted(RESULTS.glob("*.json")) if path != PREDICTIONS and not path.name.startswith("dry-")
     ]
-    return sorted((json.loads(path.read_text()) for path in files), key=lambda told: "cuda" not in told["environment"])
+    newest = sorted(
+        (json.loads(path.read_text()) for path in files), key=lambda t: t["environment"]["date"], reverse=True
+    )
+    return sorted(newest, key=is_cpu)
+
+
+def is_cpu(told: Told) -> bool:
+    return "cuda" not in told["environment"]
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -88,9 +95,9 @@ def memory(row: Told | None) -> str:
 
 
 def summary(devices: list[Told]) -> str:
-    """One table per device: ours beside the best plain torch, torch.compile and the best of the other packages."""
+    """Of every GPU, and of the CPU measured last: ours beside the best plain torch and the best of the others."""
     parts = []
-    for told in devices:
+    for told in [*(told for told in devices if not is_cpu(told)), *[told for told in devices if is_cpu(told)][:1]]:
         rows = []
         for name, record in ordered(told):
             if name not in HEADLINES:
@@ -114,7 +121,7 @@ def summary(devices: list[Told]) -> str:
             "memory, ours / plain",
         )
         parts.append(table(head, rows) + f"\n\n{origin(told['environment'])}. {slower(told)}")
-    if not any("cuda" in told["environment"] for told in devices):
+    if all(map(is_cpu, devices)):
         parts.append("GPU: not measured. `python3 -m benchmarks.gpu_check --out results` measures it in nine minutes.")
     if not devices:
         return "\n\n".join(["CPU: not measured. `make bench` measures it in a quarter of an hour.", *parts])
@@ -146,44 +153,52 @@ def peak(told: Told, dtype: str) -> float:
 
 
 def measured(devices: list[Told]) -> str:
-    parts = []
+    """Every device whole; a CPU measured earlier than another is folded away."""
+    parts, cpus = [], 0
     for told in devices:
-        parts.append(f"### {told['device']}\n\n{origin(told['environment'])}.")
-        found = told["ceilings"]
-        rates = ", ".join(f"{kind} {tera(rate)}" for kind, rate in found["matmul_tflop_s"].items())
-        copy = f"copy {found['copy_gb_s']:,.3g} GB/s (read plus written)"
-        parts.append(f"Ceilings, measured in the same runs: {copy}; matrix products {rates}.")
-        rows = []
-        for name, record in ordered(told):
-            case, first = Case.from_json(record["case"]), True
-            for row in record["rows"]:
-                if row["status"] == "unavailable":
-                    continue
-                rows.append((name if first else "", *detail(told, case, record, row)))
-                first = False
-        head = (
-            "case",
-            "provider",
-            "median",
-            "quartiles",
-            "ratio to ours",
-            "extra memory",
-            "rate",
-            "share of peak",
-            "answer",
-        )
-        parts.append(table(head, rows))
-        commits = {record["environment"]["commit"] for _, record in ordered(told)}
-        if len(commits) > 1:
-            parts.append("Measured at several commits: " + ", ".join(
-                f"{name} at {record['environment']['commit']}" for name, record in ordered(told)) + ".")  # fmt: skip
-        parts += [
-            section for section in (ends(told), growth(told), matrix(told), targets(told), pictures(told)) if section
-        ]
-    if not any("cuda" in told["environment"] for told in devices):
+        section = of_device(told)
+        cpus += is_cpu(told)
+        if is_cpu(told) and cpus > 1:
+            section = f"<details><summary>An earlier one: {told['device']}</summary>\n\n{section}\n\n</details>"
+        parts.append(section)
+    if all(map(is_cpu, devices)):
         parts.append("### GPU\n\nNot measured.")
     if not devices:
         parts.insert(0, "### CPU\n\nNot measured.")
+    return "\n\n".join(parts)
+
+
+def of_device(told: Told) -> str:
+    parts = [f"### {told['device']}\n\n{origin(told['environment'])}."]
+    found = told["ceilings"]
+    rates = ", ".join(f"{kind} {tera(rate)}" for kind, rate in found["matmul_tflop_s"].items())
+    copy = f"copy {found['copy_gb_s']:,.3g} GB/s (read plus written)"
+    parts.append(f"Ceilings, measured in the same runs: {copy}; matrix products {rates}.")
+    rows = []
+    for name, record in ordered(told):
+        case, first = Case.from_json(record["case"]), True
+        for row in record["rows"]:
+            if row["status"] == "unavailable":
+                continue
+            rows.append((name if first else "", *detail(told, case, record, row)))
+            first = False
+    head = (
+        "case",
+        "provider",
+        "median",
+        "quartiles",
+        "ratio to ours",
+        "extra memory",
+        "rate",
+        "share of peak",
+        "answer",
+    )
+    parts.append(table(head, rows))
+    commits = {record["environment"]["commit"] for _, record in ordered(told)}
+    if len(commits) > 1:
+        parts.append("Measured at several commits: " + ", ".join(
+            f"{name} at {record['environment']['commit']}" for name, record in ordered(told)) + ".")  # fmt: skip
+    parts += [section for section in (ends(told), growth(told), matrix(told), targets(told), pictures(told)) if section]
     return "\n\n".join(parts)
 
 
@@ -274,7 +289,7 @@ def matrix(told: Told) -> str:
 
 def targets(told: Told) -> str:
     """What was promised for the CPU, and what came out."""
-    if "cuda" in told["environment"]:
+    if not is_cpu(told):
         return ""
     rows: list[tuple[str, ...]] = []
 
