@@ -147,7 +147,6 @@ def _answer(detector: Detector, path: str, name: str, min_area: int, pictures: d
         answer = detector.inspect(image, min_area)
         if not math.isfinite(answer.score):
             raise CpcFastError(f"its score is {answer.score}; look at the image, and at the detector.")
-        why = detector.explain(image) if answer.flagged else None
     except CpcFastError as error:
         reason = str(error) if quoted(path) in str(error) else f"{quoted(path)}: {error}"
         return {"path": _text(path), "reason": printable(reason)}
@@ -163,7 +162,7 @@ def _answer(detector: Detector, path: str, name: str, min_area: int, pictures: d
         "files": [f"{kind}/{name}{target.suffix}" for kind, target in pictures.items()],
         "in_colour": has_colour(image),
         "segments": [{**asdict(segment), "outline": outline(answer.mask, segment)} for segment in answer.segments],
-        "most_surprising": None if why is None else asdict(why),
+        "most_surprising": None if answer.why is None else asdict(answer.why),
     }
 
 

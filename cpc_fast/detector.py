@@ -31,7 +31,7 @@ from .layouts import find_train
 from .model import CPC
 from .runs import DETECTOR
 from .saving import load_run, locked, save_run
-from .scoring import Calibration, Scorer, calibrate
+from .scoring import Calibration, Scorer, Surprise, calibrate
 from .segments import Segment, find_segments
 from .train import Position, Progress, autocast, make_optimizer, train
 
@@ -79,34 +79,6 @@ class Threshold:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What the detector says about one image.
-
-    Attributes:
-        score: the maximum of the map; higher is stranger, and about 0 is average for the normal images of the fit.
-        map: float32 (h, w), a score for each pixel of the original image.
-        mask: bool (h, w), the pixels above the threshold.
-        segments: the connected regions of the mask, highest peak first.
-        flagged: whether the score is above the threshold, and a region of min_area pixels, too.
-    """
-
-    score: float
-    map: np.ndarray
-    mask: np.ndarray
-    segments: list[Segment]
-    flagged: bool
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """predict's answer for several images: the same fields as lists, one entry for each image."""
-
-    scores: list[float]
-    maps: list[np.ndarray]
-    masks: list[np.ndarray]
-
-
-@dataclass(frozen=True)
 class Explanation:
     """Why an image scored as it did.
 
@@ -121,6 +93,36 @@ class Explanation:
     patch: tuple[int, int]
     box: tuple[int, int, int, int]
     worst: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the detector says about one image.
+
+    Attributes:
+        score: the maximum of the map; higher is stranger, and about 0 is average for the normal images of the fit.
+        map: float32 (h, w), a score for each pixel of the original image.
+        mask: bool (h, w), the pixels above the threshold.
+        segments: the connected regions of the mask, highest peak first.
+        flagged: whether the score is above the threshold, and a region of min_area pixels, too.
+        why: of a flagged image, what made its score; None for others (Detector.explain tells of any).
+    """
+
+    score: float
+    map: np.ndarray
+    mask: np.ndarray
+    segments: list[Segment]
+    flagged: bool
+    why: Explanation | None = None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """predict's answer for several images: the same fields as lists, one entry for each image."""
+
+    scores: list[float]
+    maps: list[np.ndarray]
+    masks: list[np.ndarray]
 
 
 class Detector:
@@ -143,6 +145,7 @@ class Detector:
         self.model, self.config, self.bank = model.eval(), model.config, bank
         self.calibration, self.threshold, self.trained_on = calibration, threshold, trained_on
         self.train_images_per_s = train_images_per_s
+        self.scorer = Scorer(model, bank, calibration)
 
     # ------------------------------------------------------------------------------------------------ fit
 
@@ -307,10 +310,6 @@ class Detector:
 
     # ------------------------------------------------------------------------------------------------ use
 
-    @property
-    def scorer(self) -> Scorer:
-        return Scorer(self.model, self.bank, self.calibration)
-
     def inspect(self, image: np.ndarray, min_area: int = 1) -> Prediction:
         """One image, uint8 (h, w, c) or (h, w), at its original resolution.
 
@@ -318,11 +317,14 @@ class Detector:
         turned into grey for a model of one channel, and grey is repeated for one of three.
         The answer depends on this image alone: to the last bit the same in any company and order.
         """
-        original = image.shape[:2]
-        map = self.scorer.map(prepare(image, self.config), original).cpu().numpy()
+        prepared = prepare(image, self.config)
+        surprise, spread = self.scorer.look(prepared, image.shape[:2])
+        map = spread.cpu().numpy()
         mask, segments = find_segments(map, self.threshold.value, min_area)
         score = float(map.max())
-        return Prediction(score, map, mask, segments, score > self.threshold.value and bool(segments))
+        flagged = score > self.threshold.value and bool(segments)
+        why = self._explanation(surprise, image.shape, prepared.shape) if flagged else None
+        return Prediction(score, map, mask, segments, flagged, why)
 
     def predict(self, images: Sequence[str | os.PathLike | np.ndarray]) -> Predictions:
         """Score several images, paths or uint8 arrays: scores, maps and masks at the original resolution."""
@@ -331,11 +333,14 @@ class Detector:
 
     def explain(self, image: np.ndarray) -> Explanation:
         """Which patch, direction and step made the score of an image, uint8 (h, w, c) or (h, w)."""
-        config = self.config
-        prepared = prepare(image, config)
-        surprise = self.scorer.surprise(prepared)
+        prepared = prepare(image, self.config)
+        return self._explanation(self.scorer.surprise(prepared), image.shape, prepared.shape)
+
+    def _explanation(self, surprise: Surprise, original: Sequence[int], prepared: Sequence[int]) -> Explanation:
+        """original and prepared: shapes of the image before and after it was resized."""
+        config, values, about_which = self.config, surprise.values.cpu(), surprise.targets.cpu()
         names = [f"{d} {k}" for d in DIRECTION_NAMES[: config.directions] for k in config.offsets]
-        losses, targets = surprise.values.split(surprise.counts), surprise.targets.split(surprise.counts)
+        losses, targets = values.split(surprise.counts), about_which.split(surprise.counts)
         worst = int(surprise.grid.argmax())
         row, column = divmod(worst, surprise.grid.shape[1])
         about = {
@@ -343,10 +348,10 @@ class Detector:
             for name, loss, target in zip(names, losses, targets, strict=True)
             if (target == worst).any()
         }
-        zoom = image.shape[0] / prepared.shape[0]
+        zoom = original[0] / prepared[0]
         edges = (row, column, row, column)
         box = [edge * config.patch_stride + (config.patch_size if i > 1 else 0) for i, edge in enumerate(edges)]
-        limits = (*image.shape[:2], *image.shape[:2])
+        limits = (*original[:2], *original[:2])
         top, left, bottom, right = (min(round(edge * zoom), limit) for edge, limit in zip(box, limits, strict=True))
         return Explanation(
             losses={name: float(loss.mean()) for name, loss in zip(names, losses, strict=True) if len(loss)},

@@ -87,10 +87,14 @@ class Scorer(nn.Module):
             grid = (grid - mean) / spread
         return Surprise(losses, targets, counts, grid)
 
+    def look(self, image: np.ndarray, original: tuple[int, int]) -> tuple[Surprise, AnomalyMap]:
+        """Surprise and anomaly map of a resized image, the map at the original (h, w)."""
+        config, surprise = self.config, self.surprise(image)
+        size = (image.shape[0], image.shape[1])
+        return surprise, anomaly_map(surprise.grid, config.patch_size, config.patch_stride, size, original)
+
     def map(self, image: np.ndarray, original: tuple[int, int]) -> AnomalyMap:
-        """The anomaly map of a resized image, at the original (h, w)."""
-        config, (h, w) = self.config, image.shape[:2]
-        return anomaly_map(self.surprise(image).grid, config.patch_size, config.patch_stride, (h, w), original)
+        return self.look(image, original)[1]
 
 
 def patch_means(losses: Tensor, sources: Tensor, targets: Tensor, shape: tuple[int, int]) -> Tensor:

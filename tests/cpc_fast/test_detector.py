@@ -138,6 +138,8 @@ def test_an_explanation_points_at_the_patch(detector):
     top, left, bottom, right = found.box
     assert (top, left) == (found.patch[0] * 8, found.patch[1] * 8)
     assert (bottom - top, right - left) == (16, 16)
+    answer = detector.inspect(image)
+    assert answer.why == (found if answer.flagged else None)
 
 
 def test_a_threshold_is_the_conformal_quantile():
@@ -228,6 +230,7 @@ def test_it_learns_to_see_a_hole():
     detector = Detector.fit([texture(i) for i in range(24)], TINY_CONFIG, epochs=12, learning_rate=3e-3)
     good = [detector.inspect(texture(300 + i)).score for i in range(6)]
     bad = [detector.inspect(holed(400 + i)[0]) for i in range(6)]
+    assert all((answer.why is not None) == answer.flagged for answer in bad)
     assert min(answer.score for answer in bad) > max(good)
     mask = holed(400)[1]
     assert bad[0].map[mask].mean() > bad[0].map[~mask].mean()
