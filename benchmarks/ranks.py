@@ -26,7 +26,7 @@ from .report import between, table
 FOLDER = RESULTS / "ranks"
 N, D = 12288, 256  # anchors, and as many candidates, of the whole batch
 WORLDS, EXCHANGES = (1, 2, 4), ("gathered", "ring")
-ROUNDS = 2
+ROUNDS = 5
 
 # --- the simulation ---------------------------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ def work(rank: int, world: int, meet: str, exchange: str, queue: Any) -> None:
             request.wait()
         around.append(time.perf_counter() - started)
     link = message.nbytes / statistics.median(around) if around else None
-    queue.put({"rank": rank, "peak": peak, "seconds": min(seconds), "link": link})
+    queue.put({"rank": rank, "peak": peak, "seconds": seconds, "link": link})
     dist.destroy_process_group()
 
 
@@ -161,6 +161,7 @@ def measure() -> dict[str, Any]:
 
     from .measure import environment
 
+    torch.set_num_threads(1)
     context, found = torch.multiprocessing.get_context("spawn"), []
     for world in WORLDS:
         for exchange in EXCHANGES if world > 1 else EXCHANGES[:1]:
@@ -177,48 +178,58 @@ def measure() -> dict[str, Any]:
                     process.join()
             row = {"world": world, "exchange": exchange if world > 1 else "one process"}
             row["peak"] = max(answer["peak"] for answer in answers)
-            row["seconds"] = max(answer["seconds"] for answer in answers)
+            rounds = [max(times) for times in zip(*(answer["seconds"] for answer in answers), strict=True)]
+            row["seconds"], row["quartiles"] = statistics.median(rounds), statistics.quantiles(rounds)[::2]
             row["link"] = min(answer["link"] for answer in answers) if world > 1 else None
             found.append(row)
             print(row, flush=True)
     return {
         "environment": environment(torch.device("cpu")), "cores": os.cpu_count(), "rows": N, "features": D,
-        "measured": found,
+        "rounds": ROUNDS, "measured": found,
     }  # fmt: skip
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def predicted_seconds(told: dict[str, Any], world: int, link: float) -> float:
+def predicted_seconds(told: dict[str, Any], row: dict[str, Any]) -> float:
     """From one process's time and the measured link; processes share the cores."""
-    rows, features = told["rows"], told["features"]
-    alone = next(row for row in told["measured"] if row["world"] == 1)
+    rows, features, world = told["rows"], told["features"], row["world"]
+    alone = next(one for one in told["measured"] if one["world"] == 1)
     rate = 6 * rows * rows * features / alone["seconds"]  # one process folds the gradients into forward: 6 N M D
-    each = Machine(rate * min(1, told["cores"] / world), link, 1e-4)
-    return simulate([rows // world] * world, features, each, width=4).total
+    each = Machine(rate * min(1, told["cores"] / world), row["link"], 1e-4)
+    if row["exchange"] == "ring":
+        return simulate([rows // world] * world, features, each, width=4).total
+    sent = 4 * rows * features * (world - 1) / world * 3  # the candidates once, the sum of their gradients twice
+    return 6 * rows * rows // world * features / each.flops + sent / each.link
 
 
 def measured_table(told: dict[str, Any]) -> str:
     rows = []
     for row in told["measured"]:
-        simulated = predicted_seconds(told, row["world"], row["link"]) if row["exchange"] == "ring" else None
+        low, high = row["quartiles"]
+        simulated = predicted_seconds(told, row) if row["link"] else None
         rows.append(
             (
                 f"{row['world']}",
                 row["exchange"],
                 f"{row['peak'] / 2**20:.0f}",
                 f"{row['seconds']:.2f}",
+                f"{low:.2f}-{high:.2f}",
                 "" if simulated is None else f"{simulated:.2f}",
-                "" if row["link"] is None else f"{row['link'] / 1e9:.2f}",
+                "" if simulated is None else f"{row['seconds'] / simulated:.2f}",
+                "" if simulated is None else f"{row['link'] / 1e9:.2f}",
             )
         )
     place = told["environment"]
-    head = ("ranks", "candidates", "peak of a rank, MiB", "step, s", "simulated, s", "link, GB/s")
+    head = (
+        "ranks", "candidates", "peak of a rank, MiB", "step, s", "quartiles", "simulated, s", "measured / simulated",
+        "link, GB/s",
+    )  # fmt: skip
     return (
-        f"N = M = {told['rows']:,} in all, D = {told['features']}, float32, forward and backward; {place['device']}, "
-        f"{told['cores']} cores for all ranks, one thread each, at a load of {place['load']:g} (other work), "
-        f"torch {place['torch']}, commit {place['commit']}, {place['date']}.\n\n{table(head, rows)}"
+        f"N = M = {told['rows']:,} in all, D = {told['features']}, float32, forward and backward; {place['device']} a "
+        f"rank, {told['cores']} cores for all, medians of {told['rounds']} steps, torch {place['torch']}, "
+        f"commit {place['commit']}, {place['date']}.\n\n{table(head, rows)}"
     )
 
 

@@ -1,8 +1,10 @@
 """The simulation of the ring, where its answer is known."""
 
+import json
+
 import pytest
 
-from benchmarks.ranks import Machine, sent_bytes, simulate
+from benchmarks.ranks import FOLDER, Machine, predicted_seconds, sent_bytes, simulate
 
 INSTANT = Machine(flops=1e12, link=1e30, latency=0)
 
@@ -36,3 +38,13 @@ def test_uneven_ranks_wait_for_the_largest():
     assert simulate([3997, 1, 1, 1], 64, INSTANT).total > simulate([1000] * 4, 64, INSTANT).total
     assert simulate([100], 64, each).total == pytest.approx(8 * 100 * 100 * 64 / 1e12)
     assert simulate([4000, 0, 0, 0], 64, each).total > 0
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
+def test_the_simulation_is_near_what_was_measured(file):
+    """Between the processes of one machine, that is; and in the ring a rank's memory falls as ranks rise."""
+    told = json.loads(file.read_text())
+    for row in told["measured"][1:]:
+        assert 0.9 < row["seconds"] / predicted_seconds(told, row) < 1.25, row
+    peaks = [row["peak"] for row in told["measured"] if row["exchange"] != "gathered"]
+    assert peaks == sorted(peaks, reverse=True)
