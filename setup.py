@@ -72,8 +72,10 @@ def extension():
         name="cpc_kernels._cpu",
         sources=sorted(str(path) for path in source.glob("*.cpp")),
         depends=sorted(str(path) for path in source.glob("*.h")),
-        # No -march: the inner loops are compiled once per instruction set and chosen at run time.
-        extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-g0"],
+        # No -march: the inner loops are compiled once per instruction set and chosen at run time. Without -fopenmp
+        # at::parallel_for is a plain loop: everything on one thread.
+        extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-g0", "-fopenmp"],
+        extra_link_args=["-fopenmp"],
     )
     return {"ext_modules": [library], "cmdclass": {"build_ext": Build}}
 

@@ -38,9 +38,12 @@ def load_library() -> Capability:
     try:
         torch.ops.load_library(found[0])
         level = torch.ops.cpc_kernels_cpu.instruction_set()
+        threaded = getattr(torch.ops.cpc_kernels_cpu, "threaded", None)  # none in a library built before it existed
     except (OSError, AttributeError, RuntimeError) as error:
         why = f"{found[0].name} does not load, probably built for another torch; install again ({error})"
         return Capability(name, False, why, cost)
+    if threaded is None or not threaded():
+        return Capability(name, True, f"{found[0].name}, using {level}, on one thread: built without OpenMP")
     return Capability(name, True, f"{found[0].name}, using {level}")
 
 

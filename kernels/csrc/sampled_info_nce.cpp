@@ -205,6 +205,15 @@ std::string instruction_set() {
   return names[level];
 }
 
+// Whether at::parallel_for hands work to threads: without OpenMP at compile time it is a plain loop.
+bool threaded() {
+#ifdef INTRA_OP_PARALLEL
+  return true;
+#else
+  return false;
+#endif
+}
+
 // For tests: run the loops of a lower level than this CPU's.
 void use_instruction_set(const std::string& name) {
   const Level wanted = name == "baseline" ? BASELINE : name == "avx2" ? AVX2 : AVX512;
@@ -508,6 +517,7 @@ Tensor sampled_loss(const Tensor& anchors, const Tensor& pool, const Tensor& pos
 
 TORCH_LIBRARY_FRAGMENT(cpc_kernels_cpu, m) {
   m.def("instruction_set", &instruction_set);
+  m.def("threaded", &threaded);
   m.def("use_instruction_set", &use_instruction_set);
   m.def("sampled_forward", &sampled_forward);
   m.def("sampled_backward", &sampled_backward);

@@ -203,6 +203,7 @@ def test_small_losses_keep_their_gradient(scale, impl):
 @needs_cpp
 @pytest.mark.parametrize("kind", ["listed", "drawn per step"])
 def test_threads_change_nothing(kind):
+    assert torch.ops.cpc_kernels_cpu.threaded(), "built without OpenMP: every loop runs on one thread"
     problem = make(700, 2, 300, 40, 48, kind=kind, spread=0.3)
     before = torch.get_num_threads()
     results = []
