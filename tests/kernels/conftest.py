@@ -1,4 +1,5 @@
-"""Uninitialised memory is NaN in every test here, so that an element nobody wrote cannot pass by luck."""
+"""Uninitialised memory is NaN in every test here, so that an element nobody wrote cannot pass by luck; and it lies
+between sentinels, as zeros do, so that a write beyond the end shows."""
 
 import sys
 from pathlib import Path
@@ -7,14 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # `from tolerance import assert_as_good_as_naive`
-
-
-def poison(tensor):
-    if tensor.is_floating_point() and tensor.layout == torch.strided and tensor.device.type != "meta":
-        tensor.fill_(float("nan"))
-    elif tensor.dtype in (torch.int32, torch.int64) and tensor.device.type != "meta":
-        tensor.fill_(torch.iinfo(tensor.dtype).min // 3)
-    return tensor
+from guards import Guarded
 
 
 @pytest.fixture
@@ -24,11 +18,22 @@ def unpoisoned():
 
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch, request):
-    """torch.empty, empty_like and empty_strided return NaN (a huge negative for integers)."""
+    """torch.empty, empty_like, empty_strided and new_empty return NaN (a huge negative for integers); these and zeros
+    lie between sentinels, which are looked at in the end."""
     if "unpoisoned" in request.fixturenames:
+        yield
         return
-    for name in ("empty", "empty_like", "empty_strided"):
-        real = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, _real=real, **k: poison(_real(*a, **k)))
-    real_new = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(real_new(*a, **k)))
+    guarded = Guarded()
+    for owner, names, poisoned in (
+        (torch, ("empty", "empty_like", "empty_strided"), True),
+        (torch.Tensor, ("new_empty",), True),
+        (torch, ("zeros", "zeros_like"), False),
+        (torch.Tensor, ("new_zeros",), False),
+    ):
+        for name in names:
+            real = getattr(owner, name)
+            monkeypatch.setattr(
+                owner, name, lambda *a, _real=real, _p=poisoned, **k: guarded.between(_real(*a, **k), _p)
+            )
+    yield
+    guarded.check()
