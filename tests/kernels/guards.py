@@ -8,14 +8,25 @@ SENTINELS = {torch.float64: 1.2345678e5, torch.float32: 1.2345678e5, torch.float
              torch.int64: 0x1234_5678_9ABC, torch.int32: 0x1234_5678}  # fmt: skip
 
 
+def poison(tensor):
+    """Filled with NaN, integers with a huge negative number."""
+    if tensor.device.type == "meta" or tensor.layout != torch.strided:
+        return tensor
+    if tensor.is_floating_point():
+        tensor.detach().fill_(float("nan"))
+    elif tensor.dtype in (torch.int32, torch.int64):
+        tensor.fill_(torch.iinfo(tensor.dtype).min // 3)
+    return tensor
+
+
 class Guarded:
     """Makes arrays that lie between sentinels, and remembers them."""
 
     def __init__(self):
         self.buffers = []
 
-    def between(self, tensor, poisoned):
-        """`tensor` again, elsewhere: filled with NaN (a huge negative integer) where poisoned."""
+    def between(self, tensor):
+        """`tensor` again, elsewhere."""
         if tensor.dtype not in SENTINELS or tensor.device.type == "meta" or tensor.layout != torch.strided:
             return tensor
         if type(tensor) is torch.Tensor and tensor.is_contiguous() and tensor.numel() <= MOST:
@@ -28,8 +39,6 @@ class Guarded:
             self.buffers.append(buffer)
             inner.detach().copy_(tensor.detach())
             tensor = inner
-        if poisoned:
-            tensor.detach().fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min // 3)
         return tensor
 
     def check(self):
