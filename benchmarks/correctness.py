@@ -3,11 +3,12 @@
 A probe passes when each result's error is at most twice that of the reference in the probe's own dtype, plus one
 rounding (`tests/kernels/tolerance.py`), and two runs with `torch.use_deterministic_algorithms` agree to the last bit.
 Uninitialised memory is NaN in those two runs: torch fills it. Probes are in order of importance, and run in several
-processes, because most of their time is compilation.
+processes, because most of their time is compilation. Run as a module, it checks a handful of small ones.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -223,3 +224,16 @@ def check(probe: Probe, device: torch.device, impl: str = "triton") -> dict[str,
     elif worst[0] > 1:
         told["why"] = f"{worst[1]} is off"
     return told
+
+
+def main() -> int:
+    """The small probes, one line each: what compute-sanitizer is run on."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = [check(probe, device) for probe in probes(small=True)]
+    for row in found:
+        print(row["status"], row["probe"], row.get("why", ""), flush=True)
+    return int(any(row["status"] != "passed" for row in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,50 +3,39 @@
     python3 -m benchmarks.gpu_check --out DIR [--minutes 9]      from the root of a checkout, nothing installed
     python3 -m benchmarks.gpu_check --out DIR --dry              on a CPU, tiny shapes through Triton's interpreter
     python3 -m benchmarks.gpu_check tune forward --d 256         tile candidates of one op, the best to paste
+    python3 -m benchmarks.gpu_check sanitize                     small shapes under NVIDIA's compute-sanitizer
 
 Needs torch and triton (and numpy); peers are measured where they can be imported. In this order: the two ceilings (a
 copy, matrix products), correctness of every op, the cases of `cases.py` by importance, one training step and the
-scoring of one image. DIR/<device>.json is written after each, so that a run that is cut off keeps what it has. Exits 1
-when anything of ours is wrong.
+scoring of one image. DIR/<device>.json is written after each of them, so that a run that is cut off keeps what it has.
+All of it runs in processes of their own: what crashes, hangs or runs out of memory is recorded as that, and the next
+goes on; a case is tried again without the provider that broke it. Exits 1 when anything of ours is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import os
+import shutil
+import subprocess
 import sys
 import time
-import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from benchmarks import gpu_work
+from benchmarks.workers import Answer, Worker, spread
+
 SHARE_CORRECTNESS, SHARE_CASES = 0.35, 0.85  # of the minutes, counted from the start
-CASE_SECONDS = 6.0
+PROBE_SECONDS, LANE_SECONDS = 90.0, 100.0  # the longest that a probe, or a provider of a case, may take
 TUNED = ("forward", "scores", "backward", "gathered")
-
-
-def prepare(dry: bool) -> None:
-    """Import from the checkout itself; the interpreter must be chosen before Triton is imported."""
-    sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path[:2], os.environ.get("PYTHONPATH")]))
-    if dry:
-        os.environ["TRITON_INTERPRET"] = "1"
-    if importlib.util.find_spec("jaxtyping") is None:  # shapes in signatures cost nothing, and mean nothing here
-        stand_in = types.ModuleType("jaxtyping")
-        anything = type("Anything", (), {"__class_getitem__": classmethod(lambda cls, item: Any)})
-        vars(stand_in).update(dict.fromkeys(("Bool", "Float", "Int", "UInt8"), anything))
-        sys.modules["jaxtyping"] = stand_in
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python3 -m benchmarks.gpu_check", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("verb", nargs="?", choices=("check", "tune"), default="check")
+    parser.add_argument("verb", nargs="?", choices=("check", "tune", "sanitize"), default="check")
     parser.add_argument("op", nargs="?", choices=TUNED, help="for tune")
     parser.add_argument("--out", type=Path, help="folder of <device>.json")
     parser.add_argument("--minutes", type=float, default=9.0)
@@ -57,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=16384, help="for tune: anchors and candidates")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="for tune")
     args = parser.parse_args(arguments)
-    prepare(args.dry)
+    gpu_work.prepare(args.dry)
     import torch
 
     if not args.dry and not torch.cuda.is_available():
@@ -65,14 +54,15 @@ def main(arguments: list[str] | None = None) -> int:
             "gpu_check: torch sees no GPU here. --dry runs tiny shapes through Triton's interpreter.", file=sys.stderr
         )
         return 2
-    device = torch.device("cpu" if args.dry else "cuda")
+    if args.verb == "sanitize":
+        return sanitize(args.dry)
     if args.verb == "tune":
         if not args.op:
             parser.error(f"tune needs an op: {', '.join(TUNED)}")
-        return tune(args, device)
+        return tune(args)
     if args.out is None:
         parser.error("--out DIR says where the results go")
-    return check(args, device)
+    return check(args)
 
 
 class Budget:
@@ -85,136 +75,138 @@ class Budget:
         return share * self.seconds - (time.monotonic() - self.start)
 
 
-def check(args: argparse.Namespace, device) -> int:
-    from benchmarks import cases, ledger, measure
+def say(text: str) -> None:
+    print(text, flush=True)
 
-    budget = Budget(args.minutes)
-    environment = measure.environment(device)
-    name = ("dry-" if args.dry else "") + ledger.slug(environment["device"])
-    book = ledger.Ledger(args.out / f"{name}.json", environment)
-    say("{device}, torch {torch}, triton {triton}, {commit}".format(**environment))
 
-    ceilings = measure.ceilings(device, small=args.dry)
-    book.add("ceilings", None, ceilings | {"environment": environment})
-    rates = ", ".join(f"{kind} {rate:.3g}" for kind, rate in ceilings["matmul_tflop_s"].items())
-    say(f"ceilings: copy {ceilings['copy_gb_s']:.4g} GB/s; products in TFLOP/s: {rates}")
+def check(args: argparse.Namespace) -> int:
+    from benchmarks import cases, ledger
 
-    wrong = check_correctness(args, device, book, budget)
-
-    measured = [case for case in cases.for_gpu() if all(part in case.name for part in args.only)]
-    for i, case in enumerate(measured):
-        if budget.left(SHARE_CASES) < 0:
-            say(f"no time for {len(measured) - i} cases: {', '.join(c.name for c in measured[i:])}")
-            break
-        wrong += check_case(case, args.dry, device, book, ceilings)
-    wrong += check_end_to_end(args.dry, device, book, budget)
+    budget, dry = Budget(args.minutes), args.dry
+    with Worker(gpu_work.prepare, dry) as worker:
+        answer = worker.ask(180, gpu_work.environment, dry)
+        if answer.kind != "done":
+            say(f"gpu_check: the device cannot be used: {answer.value}")
+            return 1
+        environment = answer.value
+        name = ("dry-" if dry else "") + ledger.slug(environment["device"])
+        book = ledger.Ledger(args.out / f"{name}.json", environment)
+        say("{device}, torch {torch}, triton {triton}, {commit}".format(**environment))
+        ceilings = find_ceilings(worker, dry, book)
+        wrong = check_correctness(args, worker, book, budget)
+        measured = [case for case in cases.for_gpu() if all(part in case.name for part in args.only)]
+        for i, case in enumerate(measured):
+            if budget.left(SHARE_CASES) < 0:
+                say(f"no time for {len(measured) - i} cases: {', '.join(c.name for c in measured[i:])}")
+                break
+            wrong += check_case(case, worker, dry, book, budget, ceilings)
+        wrong += check_end_to_end(worker, dry, book, budget)
 
     say("\n" + book.table())
     say(f"\n{wrong} of ours wrong; {time.monotonic() - budget.start:.0f} s; written to {book.path}")
     return 1 if wrong else 0
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
+def find_ceilings(worker: Worker, dry: bool, book) -> dict[str, Any]:
+    answer = worker.ask(180, gpu_work.ceilings, dry)
+    if answer.kind != "done":  # times are still worth having without them
+        say(f"ceilings: not measured, {answer.value}")
+        return {}
+    found = answer.value
+    book.add("ceilings", None, found | {"environment": book.told["environment"]})
+    rates = ", ".join(f"{kind} {rate:.3g}" for kind, rate in found["matmul_tflop_s"].items())
+    say(f"ceilings: copy {found['copy_gb_s']:.4g} GB/s; products in TFLOP/s: {rates}")
+    return found
 
 
-def check_correctness(args: argparse.Namespace, device, book, budget: Budget) -> int:
-    """The matrix, in several processes on a GPU: most of the time is compilation."""
-    import concurrent.futures
-    import multiprocessing
+def check_correctness(args: argparse.Namespace, worker: Worker, book, budget: Budget) -> int:
+    """The matrix, in several processes: most of the time is compilation."""
+    listed = worker.ask(60, gpu_work.probes, args.dry)
+    if listed.kind != "done":
+        say(f"correctness: not checked, {listed.value}")
+        return 1
+    probes, rows = listed.value, []
 
-    from benchmarks import correctness
+    def seconds() -> float:
+        return min(PROBE_SECONDS, budget.left(SHARE_CORRECTNESS))
 
-    listed = list(correctness.probes(small=args.dry))
-    rows: list[dict[str, Any]] = []
-    if args.dry:
-        rows = [correctness.check(probe, device) for probe in listed]
-    else:
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
-            waiting = [pool.submit(correctness.check, probe, device) for probe in listed]
-            try:
-                for done in concurrent.futures.as_completed(waiting, timeout=max(1.0, budget.left(SHARE_CORRECTNESS))):
-                    rows.append(done.result())
-            except concurrent.futures.TimeoutError:
-                pool.shutdown(wait=False, cancel_futures=True)
-            except concurrent.futures.BrokenExecutor as problem:
-                rows.append({"probe": "the process pool", "status": "raised", "why": str(problem)})
-    bad = [row for row in rows if row["status"] in ("failed", "raised")]
-    passed = sum(row["status"] == "passed" for row in rows)
-    summary = {"passed": passed, "failed": len(bad), "not_reached": len(listed) - len(rows)}
-    book.add("correctness", None, summary | {"environment": book.told["environment"], "rows": rows})
-    say(f"correctness: {passed} passed, {len(bad)} failed, {summary['not_reached']} not reached")
-    for row in bad:
+    def bad() -> list[dict[str, Any]]:
+        return [row for row in rows if row["status"] in ("failed", "raised", "died", "late")]
+
+    def write() -> dict[str, Any]:
+        passed = sum(row["status"] == "passed" for row in rows)
+        told = {"passed": passed, "failed": len(bad()), "not_reached": len(probes) - len(rows)}
+        book.add("correctness", None, told | {"environment": book.told["environment"], "rows": rows})
+        return told
+
+    jobs = 1 if args.dry else args.jobs
+    for probe, answer in spread(jobs, probes, seconds, gpu_work.check_probe, gpu_work.prepare, args.dry):
+        if answer.kind == "done":
+            rows.append(answer.value)
+        elif answer.value != "not begun" and budget.left(SHARE_CORRECTNESS) > 0:  # else only the minutes are over
+            rows.append({"probe": probe.name, "status": answer.kind, "why": answer.value})
+        write()
+    summary = write()
+    say("correctness: {passed} passed, {failed} failed, {not_reached} not reached".format(**summary))
+    for row in bad():
         off = f" (error {row['error']:.1e}, allowed {row['allowed']:.1e})" if "error" in row else ""
         say(f"  {row['status']}: {row['probe']}: {row.get('why', '')}{off}")
-    return len(bad)
+    return len(bad())
 
 
-def check_case(case, dry: bool, device, book, ceilings: dict[str, Any]) -> int:
-    from benchmarks import measure
-
-    shown = case.tiny() if dry else case
-    try:
-        race = measure.Race(
-            shown, device, 0.2 if dry else CASE_SECONDS, memory=not dry,
-            # chunked and gather run on a GPU too, and are there to be beaten; compilers take longer than a dry run has
-            only=lambda provider: not dry or not provider.compiles,
-        )  # fmt: skip
-        if race.base is not None:
-            race.run()
-        record = race.record(ceilings)
-    except Exception as problem:  # the next case may do better
-        say(f"{case.name}: not measured, {type(problem).__name__}: {str(problem)[:200]}")
+def check_case(case, worker: Worker, dry: bool, book, budget: Budget, ceilings: dict[str, Any]) -> int:
+    shown, broken = case.tiny() if dry else case, {}
+    for _ in range(4):
+        limit = min(LANE_SECONDS, max(30.0, budget.left()))
+        answer = worker.ask(limit, gpu_work.measure_case, shown, dry, ceilings, list(broken))
+        if answer.kind == "done" or not answer.said or answer.said in broken:
+            break
+        broken[answer.said] = answer  # once more without it
+        say(f"{case.name}: {answer.said} {answer.kind}: {answer.value}")
+        if budget.left() < 0:
+            break
+    if answer.kind != "done":
+        say(f"{case.name}: not measured, {answer.kind}: {answer.value}")
         return 1
+    record = answer.value
+    for name, failure in broken.items():
+        ours = name.startswith("ours")
+        why = f"{failure.kind}: {failure.value}"
+        record["rows"].append({"provider": name, "ours": ours, "status": "failed", "why": why})
     book.add("cases", case.name, record)
-    del race
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.empty_cache()
-    ours = [row for row in record["rows"] if row["ours"] and row["status"] in ("wrong", "failed")]
+    wrong = [row for row in record["rows"] if row["ours"] and row["status"] in ("wrong", "failed")]
     best = next((row for row in record["rows"] if "median_ms" in row), None)
     if best:
         rate = record["flops"] / best["median_ms"] / 1e9
-        say(f"{case.name}: {best['provider']} {best['median_ms']:.3g} ms, floor {record['floor_ms']:.3g} ms, "
-            f"{rate:.3g} TFLOP/s")  # fmt: skip
-    for row in ours:
+        floor = f", floor {record['floor_ms']:.3g} ms" if record["floor_ms"] is not None else ""
+        say(f"{case.name}: {best['provider']} {best['median_ms']:.3g} ms{floor}, {rate:.3g} TFLOP/s")
+    for row in wrong:
         say(f"  {row['status']}: {row['provider']}: {row.get('why', '')}")
-    return len(ours)
+    return len(wrong)
 
 
-def check_end_to_end(dry: bool, device, book, budget: Budget) -> int:
-    wrong = 0
-    try:
-        from benchmarks import end_to_end
-    except ImportError as problem:
-        say(f"end to end: not measured ({problem})")
-        return 0
-    small = {"side": 96, "width": 8, "image_size": None, "patch_size": 32, "patch_stride": 16, "stem": 4}
-    makers: list[tuple[Callable[..., Any], dict[str, Any], int]] = [
-        (end_to_end.training, {"batch": 2, **small} if dry else {"batch": 32}, 2 if dry else 10),
-        (end_to_end.scoring, small if dry else {}, 2 if dry else 100),
+def check_end_to_end(worker: Worker, dry: bool, book, budget: Budget) -> int:
+    wrong, small = 0, gpu_work.SMALL_MODEL
+    asked: list[tuple[str, dict[str, Any], int]] = [
+        ("training", {"batch": 2, **small} if dry else {"batch": 32}, 2 if dry else 10),
+        ("scoring", dict(small) if dry else {}, 2 if dry else 100),
     ]
     if not dry:
-        makers.append((end_to_end.training, {"name": "paper", "batch": 16}, 10))
-    for make, options, rounds in makers:
-        if budget.left() < 0:
-            say("no time for the rest of end to end")
-            break
-        try:
-            contest = make(device, **options)
-            contest.run(rounds)
-            record = contest.record()
-        except Exception as problem:
-            say(f"end to end, {make.__name__}: not measured, {type(problem).__name__}: {str(problem)[:300]}")
-            wrong += 1
+        asked.append(("training", {"name": "paper", "batch": 16}, 10))
+    for kind, options, rounds in asked:
+        answer = Answer("late", "no minutes left")
+        if budget.left() > 0:
+            answer = worker.ask(max(30.0, budget.left()), gpu_work.measure_model, kind, options, rounds, dry)
+        if answer.kind != "done":
+            say(f"end to end, {kind}: not measured, {answer.kind}: {answer.value}")
+            wrong += answer.kind != "late"
             continue
-        book.add("end_to_end", contest.name, record)
+        name, record = answer.value
+        book.add("end_to_end", name, record)
         first = record["rows"][0]
         wrong += first["status"] != "ok"
         shares = "".join(f", {part} {share:.0%}" for part, share in record["shares"].items())
-        say(f"{contest.name}: {first['median_ms']:.3g} ms, {first['images_per_s']:.0f} images/s, "
+        say(f"{name}: {first['median_ms']:.3g} ms, {first['images_per_s']:.0f} images/s, "
             f"plain {record['rows'][1]['ratio']:.1f}x as long{shares}")  # fmt: skip
     return wrong
 
@@ -222,76 +214,31 @@ def check_end_to_end(dry: bool, device, book, budget: Budget) -> int:
 # --- tune -----------------------------------------------------------------------------------------------------------
 
 
-def tune(args: argparse.Namespace, device) -> int:
+def tune(args: argparse.Namespace) -> int:
     """Times tile candidates of one op, nearest to the present one first; wrong and spilling ones are rejected."""
-    from benchmarks import cases, measure, providers
-    from cpc_kernels import launching, sampled_tiles, tiles
+    from benchmarks import cases
 
-    budget = Budget(args.minutes)
-    sampled = args.op == "gathered"
+    budget, sampled = Budget(args.minutes), args.op == "gathered"
     case = cases.Case("tune", args.n, args.n, args.d, dtype=args.dtype, s=64 if sampled else 0)
     case = case.tiny() if args.dry else case
-    problem = providers.make_problem(case, 0, device)
-    problem.anchors.requires_grad_(args.op != "scores")
-    problem.candidates.requires_grad_(args.op == "backward")
-    width = 16 if args.dtype != "float32" else 32
-    arch = launching._arch(device)
-    # as the launcher asks: how float32 multiplies is part of the key
-    precision = "ieee" if width == 16 else launching.default_precision(device)
-    module = importlib.import_module(
-        "cpc_kernels.triton_sampled_info_nce" if sampled else "cpc_kernels.triton_info_nce"
-    )
-    loss = providers.find(case.op, "ours: triton").build(case, device)
-    names = ("anchors", "candidates")
-
-    def step() -> dict[str, Any]:
-        problem.clear()
-        value = loss(problem)
-        if value.requires_grad:
-            value.backward()
-        return {"loss": value.detach(), **{name: getattr(problem, name).grad for name in names}}
-
-    true = {"loss": None, "anchors": None, "candidates": None}
-    full = providers.make_problem(case, 0, device)
-    found = providers.truth(case, full)
-    true |= {"loss": found["loss"], "anchors": found["dq"], "candidates": found["dk"]}
-    holder, attribute = (sampled_tiles, "gathered") if sampled else (tiles, "tile")
-    original = getattr(holder, attribute)
-    present = original(case.d, case.s, arch) if sampled else original(args.op, case.d, width, arch, precision)
     results: list[tuple[float, Any]] = []
-    say(f"present: {spell(present)}")
-    for candidate in candidates(present, sampled, args.dry):
-        if budget.left() < 0:
-            say("no time for the rest")
-            break
-        if sampled:
-            setattr(holder, attribute, lambda *_, candidate=candidate: candidate)
-        else:
-            setattr(holder, attribute, lambda op, *a, candidate=candidate: (
-                candidate if op.split("+")[0] == args.op else original(op, *a)))  # fmt: skip
-        forget(module)
-        try:
-            out = step()
-            errors = {
-                key: float((out[key].double() - expected).norm() / expected.norm())
-                for key, expected in true.items() if out[key] is not None and expected is not None
-            }  # fmt: skip
-            verdict = "" if all(e <= providers.TOLERANCE[case.dtype] for e in errors.values()) else f"wrong: {errors}"
-            spilled = spills(module)
-            verdict = verdict or (f"spills {spilled}" if spilled else "")
-            if not verdict:
-                ms, _ = measure.median_ms(step, device, 3 if args.dry else 15)
+    with Worker(gpu_work.prepare, args.dry) as worker:
+        answer = worker.ask(180, gpu_work.present_tile, args.op, case, args.dry)
+        if answer.kind != "done":
+            say(f"tune: {answer.kind}: {answer.value}")
+            return 1
+        present, arch = answer.value
+        say(f"present: {spell(present)}")
+        for candidate in candidates(present, sampled, args.dry):
+            if budget.left() < 0:
+                say("no time for the rest")
+                break
+            answer = worker.ask(PROBE_SECONDS, gpu_work.try_tile, args.op, case, args.dry, candidate)
+            ms, verdict = answer.value if answer.kind == "done" else (None, f"{answer.kind}: {answer.value}"[:150])
+            if ms is not None:
                 results.append((ms, candidate))
                 verdict = f"{ms:.4g} ms"
-        except Exception as problem_found:
-            verdict = (
-                f"{type(problem_found).__name__}: {str(problem_found).splitlines()[0] if str(problem_found) else ''}"[
-                    :110
-                ]
-            )
-        finally:
-            setattr(holder, attribute, original)
-        say(f"  {spell(candidate)}: {verdict}")
+            say(f"  {spell(candidate)}: {verdict}")
     results.sort(key=lambda pair: pair[0])
     say(f"\n{args.op}, D {case.d}, {args.dtype}, {arch}, N = M = {case.n} (the whole step; only this op's tile varies)")
     for ms, candidate in results[:5]:
@@ -325,20 +272,24 @@ def spell(tile) -> str:
     return f"T({tile.rows}, {tile.columns}, {tile.warps}, {tile.stages}{extra})"
 
 
-def compiled_kernels(module) -> list[Any]:
-    """Every compiled form of the module's kernels on any device (none under the interpreter)."""
-    caches = [cache for kernel in vars(module).values() for cache in getattr(kernel, "device_caches", {}).values()]
-    return [compiled for cache in caches for compiled in cache[0].values()]
+# --- sanitize -------------------------------------------------------------------------------------------------------
 
 
-def forget(module) -> None:
-    for kernel in vars(module).values():
-        if hasattr(kernel, "device_caches"):
-            kernel.device_caches.clear()
-
-
-def spills(module) -> int:
-    return sum(getattr(compiled, "n_spills", 0) or 0 for compiled in compiled_kernels(module))
+def sanitize(dry: bool) -> int:
+    """Memory and race checks of every kernel on small shapes; several minutes, as everything runs many times slower."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None and not dry:
+        print("gpu_check: there is no compute-sanitizer here; it comes with the CUDA toolkit.", file=sys.stderr)
+        return 2
+    # one allocation for each array, or what lies beyond an array is still the allocator's
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    worst = 0
+    for kind in ("memcheck", "racecheck"):
+        prefix = [] if dry or tool is None else [tool, "--tool", kind, "--error-exitcode", "9"]
+        done = subprocess.run([*prefix, sys.executable, "-m", "benchmarks.correctness"], env=environment, check=False)
+        say(f"{kind}: {'clean' if done.returncode == 0 else f'exit code {done.returncode}'}")
+        worst = max(worst, abs(done.returncode))
+    return 1 if worst else 0
 
 
 if __name__ == "__main__":

@@ -258,6 +258,7 @@ class Race:
         except Unavailable as reason:
             lane.status, lane.why = "unavailable", str(reason)
         except Exception as error:  # a peer may fail in any way; the table says so
+            synchronize(self.device)  # raises where no call can succeed any more
             lane.status, lane.why = (
                 "failed",
                 f"{type(error).__name__}: {str(error).strip().splitlines()[:1] or ''}"[:160],
@@ -364,13 +365,14 @@ class Race:
         return told
 
     def record(self, found: dict[str, Any]) -> dict[str, Any]:
-        """Everything about the case that goes into the results file; `found` are the ceilings."""
-        case, best = self.case, peak(found, self.case.dtype)
+        """Everything about the case that goes into the results file; `found` are the ceilings, if they are known."""
+        case, copy, best = self.case, found.get("copy_gb_s"), peak(found, self.case.dtype) if found else None
+        known = copy is not None and best is not None
         return {
             "case": case.to_json(),
             "environment": environment(self.device),
-            "floor_ms": case.floor_ms(found["copy_gb_s"], best),
-            "bound": case.bound(found["copy_gb_s"], best),
+            "floor_ms": case.floor_ms(copy, best) if known else None,
+            "bound": case.bound(copy, best) if known else None,
             "flops": case.flops,
             "scores_mb": case.scores_bytes / 1e6,
             "rows": self.rows(),

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
     args = parser.parse_args(arguments)
-    from benchmarks.gpu_check import prepare
+    from benchmarks.gpu_work import prepare
 
     prepare(dry=False)
     import torch

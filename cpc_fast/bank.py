@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
 from cpc_kernels import bilinear_info_nce_stats
@@ -49,6 +48,8 @@ class StreamedBank:
         cls, path: Path, name: str = "bank", device: str | torch.device = "cpu", across_ranks: bool = False
     ) -> StreamedBank:
         """The tensor `name` of a safetensors file, mapped into memory: only the blocks in use are read."""
+        from safetensors import safe_open  # late: scoring against a bank in memory needs none
+
         return cls(safe_open(path, framework="pt").get_slice(name), device, across_ranks)
 
     def __len__(self) -> int:

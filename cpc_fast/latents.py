@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpc_kernels.patch_encoder import can_encode, encode_patches
-
 from .errors import CpcFastError
 from .shapes import Latents, Patches
 from .stages import stage
@@ -76,20 +74,9 @@ class PatchEncoder(nn.Module):
         for inputs, outputs, stride in stages:
             blocks += [ResidualBlock(inputs, outputs, stride, norm), ResidualBlock(outputs, outputs, 1, norm)]
         self.blocks = nn.Sequential(*blocks)
-        self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.blocks(self.stem(x))).mean((2, 3))
-
-
-def fuses(encoder: PatchEncoder, patches: Patches) -> bool:
-    """Whether the kernel for the whole encoder runs here: under autocast to bfloat16, on a CPU that has its products."""
-    stem = encoder.stem
-    return (
-        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-        and encoder.norm != "layer" and can_encode(patches, stem.out_channels, stem.stride[0], stem.kernel_size[0])
-    )  # fmt: skip
 
 
 @stage("latents")
@@ -98,9 +85,6 @@ def encode(encoder: nn.Module, patches: Patches) -> Latents:
 
     Raises CpcFastError when the module returns anything but one vector per patch.
     """
-    if type(encoder) is PatchEncoder and fuses(encoder, patches):
-        stride = encoder.stem.stride[0]
-        return encode_patches(patches, list(encoder.parameters()), stem=stride, norm=encoder.norm == "group")
     b, gy, gx, c, p, _ = patches.shape
     flat = patches.reshape(b * gy * gx, c, p, p)
     if c > 1:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from cpc_kernels import sampled_info_nce
 
+from .arguments import check_tensors
+
 
 class GreedyInfoMaxLoss(nn.Module):
     """The loss of a Greedy InfoMax vision module, without gathering the negatives' vectors.
@@ -49,10 +51,17 @@ class GreedyInfoMaxLoss(nn.Module):
         """z: (B, in, H, W). c: (B, out, H, W). skip_step: rows left out between a patch and its first target.
         negatives: for each step, n_k S indices into the step's n_k targets in (y, x, image) order; by default
         torch.randint draws them, as the published code does: the same seed, the same draws. Returns a scalar."""
+        check_tensors("GreedyInfoMaxLoss", z=z, c=c)
         if z.ndim != 4 or c.ndim != 4 or z.shape[0] != c.shape[0] or z.shape[2:] != c.shape[2:]:
             raise ValueError(
                 "GreedyInfoMaxLoss: z and c must be (B, C, H, W) with the same B, H, W. "
                 f"Got z {tuple(z.shape)}, c {tuple(c.shape)}."
+            )
+        outs, ins = self.W_k[0].weight.shape[:2]  # type: ignore[union-attr, index]
+        if (z.shape[1], c.shape[1]) != (ins, outs):
+            raise ValueError(
+                f"GreedyInfoMaxLoss: built with in_channels={ins}, out_channels={outs}, it needs as many channels of z "
+                f"and of c. Got z {tuple(z.shape)}, c {tuple(c.shape)}."
             )
         height = z.shape[2]
         if height <= self.k_predictions + skip_step:
@@ -80,6 +89,11 @@ class GreedyInfoMaxLoss(nn.Module):
                     raise ValueError(
                         f"GreedyInfoMaxLoss: step {step + 1} needs {len(targets)} x {self.negative_samples} negatives. "
                         f"Got {tuple(drawn.shape)}."
+                    )
+                if drawn.device.type == "cpu" and not 0 <= int(drawn.min()) <= int(drawn.max()) < len(targets):
+                    raise IndexError(
+                        f"GreedyInfoMaxLoss: negatives of step {step + 1} must lie between 0 and {len(targets) - 1}, "
+                        f"its targets. Got values from {int(drawn.min())} to {int(drawn.max())}."
                     )
             own = torch.arange(len(targets), device=z.device)
             loss = sampled_info_nce(anchors, targets, own, drawn.view(len(targets), -1), reduction="none")

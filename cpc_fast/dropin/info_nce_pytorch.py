@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from cpc_kernels import info_nce as dense_info_nce
 from cpc_kernels.info_nce import spell
 
+from .arguments import check_tensors, inverse
+
 MODES = ("unpaired", "paired")
 REDUCTIONS = ("none", "sum", "mean")
 
@@ -37,7 +39,7 @@ def info_nce(
     """
     check(query, positive_key, negative_keys, reduction, negative_mode)
     query, positive_key = F.normalize(query, dim=-1), F.normalize(positive_key, dim=-1)
-    scale = 1 / temperature
+    scale = inverse("info_nce", temperature)
     if negative_keys is None:
         own = torch.arange(len(query), device=query.device)
         return dense_info_nce(query, positive_key, own, scale=scale, reduction=reduction)
@@ -68,6 +70,7 @@ def check(query, positive_key, negative_keys, reduction, negative_mode) -> None:
         raise ValueError(f"info_nce: reduction must be none, sum or mean. Got {reduction!r}.")
     if negative_mode not in MODES:
         raise ValueError(f"info_nce: negative_mode must be unpaired or paired. Got {negative_mode!r}.")
+    check_tensors("info_nce", **got)
     if query.ndim != 2 or positive_key.ndim != 2:
         raise ValueError(f"info_nce: query and positive_key must both be (N, D). {spell(**got)}")
     if len(query) != len(positive_key):

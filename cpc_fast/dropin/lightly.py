@@ -16,6 +16,8 @@ from cpc_kernels import info_nce, info_nce_across_ranks
 from cpc_kernels.exchange import gather_rows, rank_and_world, shares
 from cpc_kernels.info_nce import spell
 
+from .arguments import check_tensors, one_number
+
 
 class MemoryBank(nn.Module):
     """The last `size` = (rows, features) keys, in `bank`; `bank_ptr` is where the next ones go. Starts as random unit
@@ -71,6 +73,7 @@ class NTXentLoss(nn.Module):
         self, temperature: float = 0.5, memory_bank_size: int | Sequence[int] = 0, gather_distributed: bool = False
     ) -> None:
         super().__init__()
+        one_number("NTXentLoss", "temperature", temperature)
         if abs(temperature) < 1e-8:
             raise ValueError(f"NTXentLoss: abs(temperature) must be at least 1e-8; it divides. Got {temperature}.")
         if gather_distributed and not dist.is_available():
@@ -83,6 +86,7 @@ class NTXentLoss(nn.Module):
         self.memory_bank = MemoryBank(memory_bank_size, gather_distributed)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        check_tensors("NTXentLoss", out0=out0, out1=out1)
         if out0.ndim != 2 or out0.shape != out1.shape:
             raise ValueError(f"NTXentLoss: the two views must both be (N, D). {spell(out0=out0, out1=out1)}")
         if self.memory_bank.size[0]:

@@ -14,6 +14,8 @@ from cpc_kernels import info_nce, info_nce_across_ranks
 from cpc_kernels.exchange import averaged, gather_rows, shares
 from cpc_kernels.info_nce import spell
 
+from .arguments import check_tensors, one_number
+
 
 class ClipLoss(nn.Module):
     """The symmetric contrastive loss of CLIP, as open_clip computes it.
@@ -59,6 +61,8 @@ class ClipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         images, texts = image_features, text_features
+        check_tensors("ClipLoss", image_features=images, text_features=texts)
+        logit_scale = one_number("ClipLoss", "logit_scale", logit_scale)
         if images.ndim != 2 or images.shape != texts.shape:
             raise ValueError(
                 "ClipLoss: image and text features must both be (N, D). "

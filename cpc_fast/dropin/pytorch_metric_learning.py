@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from cpc_kernels import info_nce
 from cpc_kernels.info_nce import spell
 
+from .arguments import check_tensors, inverse, one_number
+
 PAIR_ROWS = 256
 
 
@@ -109,7 +111,7 @@ class LabelLoss(nn.Module):
                     f"{name}: distance must be CosineSimilarity() or DotProductSimilarity(); others need the whole "
                     f"matrix of distances. Got {distance}."
                 )
-        self.temperature = temperature
+        self.temperature = one_number(name, "temperature", temperature)
         self.normalize_embeddings = bool(getattr(distance, "normalize_embeddings", True))
         self.distance = distance
         self.reducer = reducer
@@ -132,6 +134,10 @@ class LabelLoss(nn.Module):
             )
         if labels is None:
             raise ValueError(f"{name}: labels are needed. Call it as loss(embeddings, labels).")
+        for what, tags in (("labels", labels), ("ref_labels", ref_labels)):
+            if tags is not None and not isinstance(tags, Tensor):
+                raise TypeError(f"{name}: {what} must be a torch.Tensor. Got {type(tags).__name__}.")
+        check_tensors(name, embeddings=embeddings, **({} if ref_emb is None else {"ref_emb": ref_emb}))
         labels = labels.to(embeddings.device)
         if (ref_emb is None) != (ref_labels is None):
             raise ValueError(f"{name}: ref_emb and ref_labels are given together, or neither is.")
@@ -150,7 +156,7 @@ class LabelLoss(nn.Module):
         q = F.normalize(embeddings, dim=1) if self.normalize_embeddings else embeddings
         k = q if ref_emb is embeddings else F.normalize(ref_emb, dim=1) if self.normalize_embeddings else ref_emb
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        scale = torch.as_tensor(1 / self.temperature, dtype=dtype, device=q.device).reshape(1)
+        scale = torch.as_tensor(inverse(name, self.temperature), dtype=dtype, device=q.device).reshape(1)
         return self.compute(embeddings, labels, q, k, scale, Groups(labels, ref_labels, itself))
 
     def compute(

@@ -56,19 +56,6 @@ def find_fast_bf16() -> Capability:
     return Capability("bf16 products on this CPU", False, why, "bf16 inputs are computed in float32, at its speed")
 
 
-def find_patch_encoder() -> Capability:
-    name, cost = "fused patch encoder", "training with the built-in encoder is about 1.6 times slower"
-    if not CPP.available:
-        return Capability(name, False, "the C++ CPU kernels are not here", cost)
-    if not hasattr(torch.ops.cpc_kernels_cpu, "encoder_runs_here"):
-        return Capability(name, False, "the C++ CPU kernels are of an earlier version; install again", cost)
-    if torch.cpu._is_amx_tile_supported():
-        return Capability(name, False, "this CPU has AMX, which oneDNN uses and this does not")
-    if not torch.ops.cpc_kernels_cpu.encoder_runs_here():
-        return Capability(name, False, "the CPU has no AVX-512 BF16")
-    return Capability(name, True, "AVX-512 BF16")
-
-
 def find_triton() -> Capability:
     name, cost = "Triton", 'no GPU kernels: on a GPU ask for impl="chunked" (dense) or "gather" (sampled)'
     if importlib.util.find_spec("triton") is None:
@@ -120,9 +107,8 @@ def triton_module(op: str, device: torch.device) -> ModuleType:
 
 def capabilities() -> list[Capability]:
     """Everything that decides which implementation runs here, in the order doctor prints it."""
-    return [CPP, FAST_BF16, PATCH_ENCODER, find_triton()]
+    return [CPP, FAST_BF16, find_triton()]
 
 
 CPP = load_library()
 FAST_BF16 = find_fast_bf16()
-PATCH_ENCODER = find_patch_encoder()

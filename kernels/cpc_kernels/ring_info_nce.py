@@ -197,7 +197,7 @@ def backward_block(impl, weight, lse, anchors, block, place, scale, anchor_ids, 
     where = weight, lse, anchors, block, place, scale, anchor_ids, block_ids
     if impl == "triton":
         launch = triton_module("info_nce", anchors.device).backward_candidates
-        return launch(*where).to(compute_dtype(anchors.dtype))
+        return launch(*where, out_dtype=compute_dtype(anchors.dtype))
     return chunked_backward_candidates(*where, elsewhere=True)
 
 

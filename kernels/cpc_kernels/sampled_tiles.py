@@ -39,11 +39,17 @@ def gathered(d: int, count: int, arch: str) -> Tile:
     return Tile(1, columns, min(max(columns * features // 1024, 1), 8), 2, features)
 
 
+def segments(d: int, arch: str) -> Tile:
+    """One candidate per program: rows and their sum are both held, so half as many rows for as many warps."""
+    tile = gathered(d, 64, arch)
+    return tile._replace(columns=max(4, tile.columns // 2))
+
+
 def steps(op: str, d: int, arch: str) -> Tile:
     """16 steps, the rows of a matrix instruction (CPC has 3 to 12), by `columns` gathered pool rows."""
-    full = d > 256  # twice the warps; backward's [columns, D] product is added to memory
-    columns = 16 if arch == "interpreter" or (full and op == "backward") else 32
-    return Tile(16, columns, 8 if full else 4, 2, _features(d))
+    # backward's [columns, D] product is added to memory
+    columns = 16 if arch == "interpreter" or (d > 128 and op == "backward") else 32
+    return Tile(16, columns, 8 if d > 256 else 4, 2, _features(d))
 
 
 def resolve(arch: str) -> Tile:

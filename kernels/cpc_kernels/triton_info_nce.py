@@ -35,6 +35,8 @@ from torch import Tensor
 from . import tiles
 from .launching import Launch, sixteens
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 # fmt: off
 # Kernels ----------------------------------------------------------------------------------------------------------
 
@@ -73,6 +75,37 @@ def _dot(b_a, b_b, b_acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:
         b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
     return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION, out_dtype=b_acc.dtype)
+
+
+@triton.jit
+def _scales(p_scale, ACC: tl.constexpr):
+    """The scale, its sign, and |scale| log2(e); scale 0 becomes the smallest normal number: 0 * -inf would be NaN."""
+    scale = tl.load(p_scale).to(ACC)
+    sign = tl.where(scale < 0, -1.0, 1.0).to(ACC)
+    return scale, sign, tl.where(scale == 0, 1.1754943508222875e-38, tl.abs(scale)) * tl.full([], LOG2_E, ACC)
+
+
+@triton.jit
+def _rescaled(b_max, b_new, scale2):
+    """What scores are taken relative to, once the largest raw one is b_new, and by what older sums shrink."""
+    # an infinite maximum is no reference: nothing seen yet (-inf), or a score of +inf
+    b_ref = tl.where(tl.abs(b_new) == float("inf"), 0.0, b_new * scale2)
+    # from -inf the share is 0, whatever the reference: exp2(0 - reference) may overflow, and 0 * inf is NaN
+    b_old = tl.where(b_max == float("inf"), 0.0, b_max * scale2)
+    return b_ref, tl.exp2(b_old - b_ref)
+
+
+@triton.jit
+def _logs(b_max, b_sum, b_raw_p, scale2):
+    """The gap log sum exp(s) - s_p of a row, and its log sum exp(s); -inf where there is no negative."""
+    m_empty = b_sum == 0
+    b_ref = tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max * scale2)
+    b_log2 = tl.log2(tl.where(m_empty, 1.0, b_sum))
+    # log2(sum) - (r_p c - m): one rounding, however large the scores
+    b_gap = (b_log2 - tl.fma(b_raw_p, tl.zeros_like(b_raw_p) + scale2, -b_ref)) / LOG2_E
+    # not gap + positive: that would carry the positive's rounding into lse
+    b_lse = (b_log2 + b_ref) / LOG2_E
+    return tl.where(m_empty, float("-inf"), b_gap), tl.where(m_empty, float("-inf"), b_lse)
 
 
 @triton.jit
@@ -151,13 +184,7 @@ def forward_kernel(
     start = i_split * split_size
     stop = tl.minimum(start + split_size, m)
 
-    signed_scale = tl.load(p_scale).to(ACC)
-    sign = tl.where(signed_scale < 0, -1.0, 1.0).to(ACC)
-    # scale 0 becomes the smallest normal number: 0 * -inf would be NaN
-    scale = tl.where(signed_scale == 0, 1.1754943508222875e-38, tl.abs(signed_scale))
-    log2_e = tl.full([], 1.4426950408889634, ACC)
-    scale2 = scale * log2_e
-
+    scale, sign, scale2 = _scales(p_scale, ACC)
     if RANK and not PROJECTED:
         b_beaten = tl.load(p_raw + o_n, mask=m_n, other=0.0) * sign
     m_kept = m_n
@@ -222,37 +249,27 @@ def forward_kernel(
 
         if RANK:
             b_rank += tl.sum((b_raw > b_beaten[:, None]).to(tl.int32), 1)
-        b_max_new = tl.maximum(b_max, tl.max(b_raw, 1))
-        # an infinite maximum is no reference: nothing seen yet (-inf), or a score of +inf
-        b_ref = tl.where(tl.abs(b_max_new) == float("inf"), 0.0, b_max_new * scale2)
-        # from -inf the share is 0, whatever the reference: exp2(0 - reference) may overflow, and 0 * inf is NaN
-        b_old = tl.where(b_max == float("inf"), 0.0, b_max * scale2)
+        b_new = tl.maximum(b_max, tl.max(b_raw, 1))
+        b_ref, b_alpha = _rescaled(b_max, b_new, scale2)
         b_prob = tl.exp2(b_raw * scale2 - b_ref[:, None])
-        b_alpha = tl.exp2(b_old - b_ref)
         b_sum = b_sum * b_alpha + tl.sum(b_prob, 1)
         if EXPECTATION:
             b_o = _dot(b_prob.to(b_k.dtype), b_k, b_o * b_alpha[:, None], PRECISION, UPCAST)
-        b_max = b_max_new
+        b_max = b_new
 
-    b_ref = tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max * scale2)
-    m_empty = b_sum == 0
     # not held over the loop where it lies in memory: registers
     b_raw_p = b_beaten if PROJECTED else tl.load(p_raw + o_n, mask=m_n, other=0.0) * sign
-    # log2(sum) - (r_p c - m): one rounding, however large the scores
-    b_shift = tl.fma(b_raw_p, tl.zeros_like(b_raw_p) + scale2, -b_ref)
-    b_gap = (tl.log2(tl.where(m_empty, 1.0, b_sum)) - b_shift) / log2_e
-    b_gap = tl.where(m_empty, float("-inf"), b_gap)
-    # not gap + positive: that would carry the positive's rounding into lse
-    b_lse = tl.where(m_empty, float("-inf"), (tl.log2(tl.where(m_empty, 1.0, b_sum)) + b_ref) / log2_e)
+    b_gap, b_lse = _logs(b_max, b_sum, b_raw_p, scale2)
     o_out = i_split.to(tl.int64) * n + o_n
     if SPLIT:
         tl.store(p_gap + o_out, b_gap, mask=m_n)
         tl.store(p_lse + o_out, b_lse, mask=m_n)
     else:
-        _finish(p_loss, p_lse, p_positive, b_gap, b_lse, b_raw_p * sign * signed_scale, m_kept, o_n, m_n)
+        _finish(p_loss, p_lse, p_positive, b_gap, b_lse, b_raw_p * sign * scale, m_kept, o_n, m_n)
     if RANK:
         tl.store(p_rank + o_out, tl.where(m_kept, b_rank, 0), mask=m_n)
     if EXPECTATION:
+        m_empty = b_sum == 0
         b_o = b_o * (1.0 / tl.where(m_empty, 1.0, b_sum))[:, None]
         b_o = tl.where((m_empty | (m_kept == 0))[:, None], 0.0, b_o)
         p_o = p_expectation + o_out[:, None] * d + o_d[None, :]
@@ -389,75 +406,74 @@ def backward_candidates_kernel(
 
 
 @triton.jit
+def _times(p_count, p_candidate_ids, aid, own, o_m, stop,
+           COUNTED: tl.constexpr, EXCLUDED: tl.constexpr, HAS_IDS: tl.constexpr):
+    """[BM] how often each candidate is a negative of a row."""
+    b_times = tl.load(p_count + o_m, mask=o_m < stop, other=0) if COUNTED else (o_m < stop).to(tl.int32)
+    if HAS_IDS:
+        b_times = tl.where(tl.load(p_candidate_ids + o_m, mask=o_m < stop, other=0) != aid, b_times, 0)
+    if EXCLUDED:
+        b_times = tl.where(o_m == own, 0, b_times)
+    return b_times
+
+
+@triton.jit
 def exponentials_kernel(
     p_scores,  # (R, M) raw scores of a chunk of rows
-    p_probabilities,  # (R, M) out: P
+    p_counts,  # (R // WIDTH, M) int32 when COUNTED: how often each candidate is a negative; else once
+    p_probabilities,  # (R, M) out, when EXPECTATION: P, times the count
     p_index,  # (R,) when INDEXED
     p_raw,  # (R,) when not INDEXED: the positive's raw score
     p_scale,  # (1,)
     p_anchor_ids,  # (R,) when HAS_IDS
     p_candidate_ids,  # (M,) when HAS_IDS
     p_loss, p_lse, p_positive, p_rank,  # (R,) out
-    m,
-    INDEXED: tl.constexpr, HAS_IDS: tl.constexpr, RANK: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+    m, width,  # width: rows that share their counts
+    INDEXED: tl.constexpr, HAS_IDS: tl.constexpr, COUNTED: tl.constexpr, EXCLUDED: tl.constexpr,  # EXCLUDED: positive
+    RANK: tl.constexpr, EXPECTATION: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
 ):
     """One row per program: a pass for maximum and sum, a pass that writes P."""
     i_r = tl.program_id(0).to(tl.int64)
-    o_block = tl.arange(0, BM)
-    p_row = p_scores + i_r * m
-    scale = tl.load(p_scale).to(ACC)
-    log2_e = tl.full([], 1.4426950408889634, ACC)
-    sign = tl.where(scale < 0, -1.0, 1.0).to(ACC)
-    scale2 = tl.where(scale == 0, 1.1754943508222875e-38, tl.abs(scale)) * log2_e
-    kept = True
+    p_row, p_count = p_scores + i_r * m, p_counts + i_r // width * m
+    scale, sign, scale2 = _scales(p_scale, ACC)
+    kept, own, aid = True, -1, 0
     if INDEXED:
-        positive = tl.load(p_index + i_r)
-        kept = positive >= 0
-        raw_p = tl.load(p_row + tl.maximum(positive, 0), mask=kept & (positive < m), other=0.0)
+        own = tl.load(p_index + i_r)
+        kept = own >= 0
+        raw_p = tl.load(p_row + own, mask=kept & (own < m), other=0.0) * sign
     else:
-        raw_p = tl.load(p_raw + i_r)
+        raw_p = tl.load(p_raw + i_r) * sign
     if HAS_IDS:
         aid = tl.load(p_anchor_ids + i_r)
+    stop = tl.where(kept, m, 0)
 
     top = tl.full([], float("-inf"), ACC)
     total = tl.zeros([], ACC)
     rank = tl.zeros([], tl.int32)
-    for i_m in range(0, m, BM):
-        o_m = i_m + o_block
-        m_negative = o_m < m
-        b_raw = tl.load(p_row + o_m, mask=m_negative, other=0.0) * sign
-        if INDEXED:
-            m_negative &= o_m != positive
-        if HAS_IDS:
-            m_negative &= tl.load(p_candidate_ids + o_m, mask=o_m < m, other=0) != aid
-        b_raw = tl.where(m_negative, b_raw, float("-inf"))
+    for i_m in range(0, stop, BM):
+        o_m = i_m + tl.arange(0, BM)
+        b_times = _times(p_count, p_candidate_ids, aid, own, o_m, stop, COUNTED, EXCLUDED, HAS_IDS)
+        b_raw = tl.load(p_row + o_m, mask=b_times > 0, other=0.0)
+        b_raw = tl.where(b_times > 0, b_raw * sign, float("-inf"))
         if RANK:
-            rank += tl.sum((b_raw > raw_p * sign).to(tl.int32))
+            rank += tl.sum(tl.where(b_raw > raw_p, b_times, 0))
         new = tl.maximum(top, tl.max(b_raw))
-        old_ref = tl.where(top == float("inf"), 0.0, top * scale2)
-        ref = tl.where(tl.abs(new) == float("inf"), 0.0, new * scale2)
-        total = total * tl.exp2(old_ref - ref) + tl.sum(tl.exp2(b_raw * scale2 - ref))
+        ref, alpha = _rescaled(top, new, scale2)
+        total = total * alpha + tl.sum(b_times.to(ACC) * tl.exp2(b_raw * scale2 - ref))
         top = new
-
-    ref = tl.where(tl.abs(top) == float("inf"), 0.0, top * scale2)
-    empty = total == 0
-    total = tl.where(empty, 1.0, total)
-    gap = (tl.log2(total) - tl.fma(raw_p * sign, scale2, -ref)) / log2_e
-    gap = tl.where(empty, float("-inf"), gap)
-    lse = tl.where(empty, float("-inf"), (tl.log2(total) + ref) / log2_e)
-    _finish(p_loss, p_lse, p_positive, gap, lse, raw_p * scale, kept, i_r, True)
+    gap, lse = _logs(top, total, raw_p, scale2)
+    _finish(p_loss, p_lse, p_positive, gap, lse, raw_p * sign * scale, kept, i_r, True)
     if RANK:
-        tl.store(p_rank + i_r, tl.where(kept, rank, 0))
-    for i_m in range(0, m, BM):
-        o_m = i_m + o_block
-        m_negative = (o_m < m) & kept
-        b_raw = tl.load(p_row + o_m, mask=o_m < m, other=0.0) * sign
-        if INDEXED:
-            m_negative &= o_m != positive
-        if HAS_IDS:
-            m_negative &= tl.load(p_candidate_ids + o_m, mask=o_m < m, other=0) != aid
-        b_prob = tl.where(m_negative, tl.exp2(b_raw * scale2 - ref) / total, 0.0)
-        tl.store(p_probabilities + i_r * m + o_m, b_prob.to(p_probabilities.dtype.element_ty), mask=o_m < m)
+        tl.store(p_rank + i_r, rank)
+    if EXPECTATION:
+        ref, _ = _rescaled(top, top, scale2)
+        total = tl.where(total == 0, 1.0, total)
+        for i_m in range(0, m, BM):
+            o_m = i_m + tl.arange(0, BM)
+            b_times = _times(p_count, p_candidate_ids, aid, own, o_m, stop, COUNTED, EXCLUDED, HAS_IDS)
+            b_raw = tl.load(p_row + o_m, mask=b_times > 0, other=0.0) * sign
+            b_prob = tl.where(b_times > 0, b_times.to(ACC) * tl.exp2(b_raw * scale2 - ref) / total, 0.0)
+            tl.store(p_probabilities + i_r * m + o_m, b_prob.to(p_probabilities.dtype.element_ty), mask=o_m < m)
 
 
 @triton.jit
@@ -573,9 +589,9 @@ def forward(
             probabilities = scores if scores.dtype == anchors.dtype else torch.empty_like(scores, dtype=anchors.dtype)
             launch(
                 "exponentials", exponentials_kernel, (len(scores),),
-                scores, probabilities, rows[part] if indexed else rows, raw[part], scale,
+                scores, rank, probabilities, rows[part] if indexed else rows, raw[part], scale,
                 ids[0][part] if has_ids else scale, ids[1], loss[part], lse[part], positive[part],
-                rank[part] if need_rank else rank, m,
+                rank[part] if need_rank else rank, m, 1, COUNTED=False, EXCLUDED=indexed, EXPECTATION=True,
                 BM=min(tile.columns, triton.next_power_of_2(m)), **flags, **tile.options(),
             )  # fmt: skip
             with launch.range("expectation"):
@@ -672,22 +688,25 @@ def backward_candidates(
     anchor_ids: Tensor | None = None,
     candidate_ids: Tensor | None = None,
     *,
+    out_dtype: torch.dtype | None = None,
     input_precision: str | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """The candidates' gradient (M, D) in their dtype: dk_j = sum_i w_i P_ij q_i - sum_{i: p(i) = j} w_i q_i.
+    """The candidates' gradient (M, D): dk_j = sum_i w_i P_ij q_i - sum_{i: p(i) = j} w_i q_i.
 
-    weights (N,): w = g sigmoid(lse - s_p) scale = -g expm1(-loss) scale. The rest as `forward`.
+    weights (N,): w = g sigmoid(lse - s_p) scale = -g expm1(-loss) scale. out_dtype: default the candidates'; float32
+    where 16-bit gradients of several blocks of anchors are to be added up. The rest as `forward`.
     """
     n, d = anchors.shape
     m = len(candidates)
+    out_dtype = out_dtype or candidates.dtype
     if n == 0 or m == 0:
-        return candidates.new_zeros(m, d)
+        return candidates.new_zeros((m, d), dtype=out_dtype)
     indexed = not positives.is_floating_point()
     if d % 16:
         grad = backward_candidates(
             weights, lse, sixteens(anchors), sixteens(candidates), positives, scale, anchor_ids, candidate_ids,
-            input_precision=input_precision, splits=splits,
+            out_dtype=out_dtype, input_precision=input_precision, splits=splits,
         )  # fmt: skip
         return grad[:, :d].contiguous()
     launch = Launch("info_nce", anchors, input_precision)
@@ -705,7 +724,7 @@ def backward_candidates(
 
     if d > tiles.one_pass_max_d(launch.width):
         anchors = anchors.where((positives >= 0)[:, None], 0.0) if indexed else anchors
-        grad = torch.empty_like(candidates, memory_format=torch.contiguous_format)
+        grad = candidates.new_empty((m, d), dtype=out_dtype)
         size = max(1, min(m, tiles.CHUNK_ELEMENTS // n))
         tile = launch.tile("coefficients", d)
         columns = min(tile.columns, triton.next_power_of_2(n))
@@ -731,7 +750,7 @@ def backward_candidates(
     if descriptors and indexed:  # a descriptor cannot skip ignored rows, and 0 * NaN is NaN
         anchors = anchors.where((positives >= 0)[:, None], 0.0)
     anchors, candidates = (launch.rows(t, features, descriptors) for t in (anchors, candidates))
-    grad = candidates.new_empty((splits, m, d), dtype=launch.accumulator if splits > 1 else candidates.dtype)
+    grad = candidates.new_empty((splits, m, d), dtype=launch.accumulator if splits > 1 else out_dtype)
     launch(
         "backward", backward_candidates_kernel, (candidate_tiles, splits),
         launch.describe(anchors, tile.columns, features) if descriptors else anchors,
@@ -741,7 +760,7 @@ def backward_candidates(
         PRECISION=launch.precision, UPCAST=launch.upcast,
         BN=tile.columns, BM=tile.rows, BD=features, **flags, **tile.options(),
     )  # fmt: skip
-    return grad[0] if splits == 1 else grad.sum(0).to(candidates.dtype)
+    return grad[0] if splits == 1 else grad.sum(0).to(out_dtype)
 
 
 # Ahead of time ----------------------------------------------------------------------------------------------------
@@ -815,7 +834,10 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
     partial = {"p_gaps": "*fp32", "p_lses": "*fp32", "p_ranks": "*i32", "p_expectations": "*fp32", "splits": "i32"}
     yield entry("combine", combine_kernel, tile, partial, False, **plain, BN=tile.rows, BD=tile.columns)
     tile = tiles.tile("exponentials", 1024, 16, arch)
-    chunk = {"p_scores": "*fp32", "p_probabilities": "*bf16", "p_coefficients": "*bf16", "first": "i32"}
-    yield entry("exponentials", exponentials_kernel, tile, chunk, False, **plain, BM=tile.columns)
+    chunk = {"p_scores": "*fp32", "p_counts": "*i32", "p_probabilities": "*bf16", "p_coefficients": "*bf16",
+             "first": "i32", "width": "i32"}  # fmt: skip
+    for name, flags in (("", {"COUNTED": False, "HAS_IDS": True}), (", counted", {"COUNTED": True, "HAS_IDS": False})):
+        yield entry("exponentials" + name, exponentials_kernel, tile, chunk, False, **plain | flags, EXCLUDED=True,
+                    BM=tile.columns)  # fmt: skip
     tile = tiles.tile("coefficients", 1024, 16, arch)
     yield entry("coefficients", coefficients_kernel, tile, chunk, False, **plain, BN=tile.columns)

@@ -38,54 +38,62 @@ from torch import Tensor
 
 from . import sampled_tiles, tiles
 from .launching import Launch
-from .triton_info_nce import _dot, _softplus
+from .triton_info_nce import _dot, _finish, _logs, _rescaled, _scales, exponentials_kernel
 
+# fmt: off
 # Kernels ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _entries(
+def _negatives(
     p_negatives,  # (N, K or 1, S) when not DRAWN
     p_seed,  # (1,) int64 when DRAWN
-    base,
-    n,
-    k,
-    start,
-    count,
-    m,
-    stride_nn,
-    stride_nk,
-    stride_ns,
-    DRAWN: tl.constexpr,
-    INDEXED: tl.constexpr,
-    BS: tl.constexpr,
+    p_pool_ids,  # (M,) when HAS_IDS
+    aid, base, n, k, start, count, m, stride_nn, stride_nk, stride_ns,
+    DRAWN: tl.constexpr, INDEXED: tl.constexpr, HAS_IDS: tl.constexpr, BS: tl.constexpr,
 ):
-    """[BS] pool rows of the entries start.. of row n, step k (0 when shared), int64; -1 where there is none."""
+    """[BS] pool rows of the entries start.. of row n, step k (0 when shared), int64; -1 where there is none or it has
+    the anchor's id. A draw may still be the positive."""
     o_s = start + tl.arange(0, BS)
     if DRAWN:
         b_zero = tl.zeros([BS // 4], dtype=tl.int32)
         b_block = start // 4 + tl.arange(0, BS // 4)
         w0, w1, w2, w3 = tl.philox(tl.load(p_seed), b_block, b_zero + n, b_zero + k, b_zero)
         b_u = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-        # the launcher sets count to 0 where there is nothing to choose from
+        # out of M - 1 others, counted from the row's positive; the launcher sets count to 0 where there are none
+        choices = m - 1 if INDEXED else m
+        b_j = (b_u % (tl.zeros([BS], dtype=tl.int32) + choices).to(tl.uint32, bitcast=True)).to(tl.int64)
         if INDEXED:
-            b_j = base + 1 + (b_u % (tl.zeros([BS], dtype=tl.int32) + (m - 1)).to(tl.uint32, bitcast=True)).to(tl.int64)
+            b_j += base + 1
             b_j = tl.where(b_j >= m, b_j - m, b_j)
-        else:
-            b_j = (b_u % (tl.zeros([BS], dtype=tl.int32) + m).to(tl.uint32, bitcast=True)).to(tl.int64)
-        return tl.where(o_s < count, b_j, -1)
+        b_j = tl.where(o_s < count, b_j, -1)
     else:
         p_entry = p_negatives + n.to(tl.int64) * stride_nn + k * stride_nk + o_s.to(tl.int64) * stride_ns
-        return tl.load(p_entry, mask=o_s < count, other=-1).to(tl.int64)
+        b_j = tl.load(p_entry, mask=o_s < count, other=-1).to(tl.int64)
+    if HAS_IDS:
+        b_j = tl.where(tl.load(p_pool_ids + b_j, mask=b_j >= 0, other=0) != aid, b_j, -1)
+    return b_j
 
 
 @triton.jit
-def _scales(p_scale, ACC: tl.constexpr):
-    """The scale, its sign, and |scale| log2(e); scale 0 becomes the smallest normal number, as 0 * -inf is NaN."""
-    scale = tl.load(p_scale).to(ACC)
-    sign = tl.where(scale < 0, -1.0, 1.0).to(ACC)
-    log2_e = tl.full([], 1.4426950408889634, ACC)
-    return scale, sign, tl.where(scale == 0, 1.1754943508222875e-38, tl.abs(scale)) * log2_e
+def _tag(p_anchor_ids, n, HAS_IDS: tl.constexpr):
+    """The anchor's id, when there is one."""
+    if HAS_IDS:
+        return tl.load(p_anchor_ids + n)
+    else:
+        return 0
+
+
+@triton.jit
+def _own(p_index, row, first, INDEXED: tl.constexpr, PER_STEP: tl.constexpr):
+    """The positive of a row (-1: ignored, or a vector), and the one its draws are counted from: the first step's where
+    the steps share them."""
+    own = row * 0 - 1
+    base = own
+    if INDEXED:
+        own = tl.load(p_index + row)
+        base = tl.maximum(own if PER_STEP else tl.load(p_index + first), 0)
+    return own, base
 
 
 @triton.jit
@@ -97,67 +105,23 @@ def _features(o_d, d, EVEN_D: tl.constexpr):
 
 
 @triton.jit
-def _reference(b_max, scale2):
-    """What scores are taken relative to; an infinite maximum is none (nothing seen yet, or a score of +inf)."""
-    return tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max * scale2)
-
-
-@triton.jit
-def _close(p_loss, p_lse, p_positive, top, total, raw_p, sign, scale, scale2, kept, o_row, m_row):
-    """Loss, lse and positive score from the maximum and sum of a row's negatives."""
-    empty = total == 0
-    ref = _reference(top, scale2)
-    log2 = tl.log2(tl.where(empty, 1.0, total))
-    # log2(sum) - (r_p c - m): one rounding, however large the scores
-    gap = (log2 - tl.fma(raw_p, tl.zeros_like(raw_p) + scale2, -ref)) * 0.6931471805599453
-    loss = _softplus(tl.where(empty, float("-inf"), gap))
-    # not gap + positive: that would carry the positive's rounding into lse
-    lse = tl.where(empty, float("-inf"), (log2 + ref) * 0.6931471805599453)
-    tl.store(p_loss + o_row, tl.where(kept, loss, 0.0), mask=m_row)
-    tl.store(p_lse + o_row, tl.where(kept, lse, float("-inf")), mask=m_row)
-    tl.store(p_positive + o_row, tl.where(kept, raw_p * sign * scale, 0.0), mask=m_row)
-
-
-@triton.jit
 def gathered_forward_kernel(
     p_anchors,  # (N, K, D)
     p_pool,  # (M, D)
     p_index,  # (N, K) int64 when INDEXED
     p_vectors,  # (N, K, D) when not INDEXED
-    p_negatives,
-    p_seed,  # see _entries
+    p_negatives, p_seed,  # see _negatives
     p_scale,  # (1,)
     p_anchor_ids,  # (N,) when HAS_IDS
     p_pool_ids,  # (M,) when HAS_IDS
-    p_loss,
-    p_lse,
-    p_positive,
-    p_rank,  # (N, K) out
+    p_loss, p_lse, p_positive, p_rank,  # (N, K) out
     p_expectation,  # (N, K, D) out, when EXPECTATION
-    steps,
-    m,
-    d,
-    count,
-    stride_an,
-    stride_ak,
-    stride_ad,
-    stride_zm,
-    stride_zd,
-    stride_vn,
-    stride_vk,
-    stride_vd,
-    stride_nn,
-    stride_nk,
-    stride_ns,
-    INDEXED: tl.constexpr,
-    DRAWN: tl.constexpr,
-    PER_STEP: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    EXPECTATION: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    ACC: tl.constexpr,
-    BS: tl.constexpr,
-    BD: tl.constexpr,
+    steps, m, d, count,
+    stride_an, stride_ak, stride_ad, stride_zm, stride_zd, stride_vn, stride_vk, stride_vd,
+    stride_nn, stride_nk, stride_ns,
+    INDEXED: tl.constexpr, DRAWN: tl.constexpr, PER_STEP: tl.constexpr, HAS_IDS: tl.constexpr,
+    EXPECTATION: tl.constexpr, EVEN_D: tl.constexpr, ACC: tl.constexpr,
+    BS: tl.constexpr, BD: tl.constexpr,
 ):
     i_row = tl.program_id(0)
     n = i_row // steps
@@ -167,21 +131,13 @@ def gathered_forward_kernel(
     o_d = tl.arange(0, BD).to(tl.int64)
     m_d = _features(o_d, d, EVEN_D)
     scale, sign, scale2 = _scales(p_scale, ACC)
-    own = row * 0 - 1
-    base = own
-    kept = own < 0
+    own, base = _own(p_index, row, row_n * steps, INDEXED, PER_STEP)
+    kept = own >= 0 if INDEXED else own < 0
     if INDEXED:
-        own = tl.load(p_index + row)
-        kept = own >= 0
-        base = own
-        if not PER_STEP:
-            base = tl.load(p_index + row_n * steps)
-        base = tl.maximum(base, 0)
         p_v = p_pool + own * stride_zm + o_d * stride_zd
     else:
         p_v = p_vectors + row_n * stride_vn + k * stride_vk + o_d * stride_vd
-    if HAS_IDS:
-        aid = tl.load(p_anchor_ids + n)
+    aid = _tag(p_anchor_ids, n, HAS_IDS)
     # [BD]
     m_q = o_d < tl.where(kept, d, 0)
     b_q = tl.load(p_anchors + row_n * stride_an + k * stride_ak + o_d * stride_ad, mask=m_q, other=0.0)
@@ -194,13 +150,9 @@ def gathered_forward_kernel(
     if EXPECTATION:
         b_o = tl.zeros([BS, BD], dtype=ACC)
     for i_s in range(0, tl.where(kept, count, 0), BS):
-        b_j = _entries(
-            p_negatives, p_seed, base, n, k if PER_STEP else 0, i_s, count, m, stride_nn, stride_nk, stride_ns,
-            DRAWN, INDEXED, BS,
-        )  # fmt: skip
+        b_j = _negatives(p_negatives, p_seed, p_pool_ids, aid, base, n, k if PER_STEP else 0, i_s, count, m,
+                         stride_nn, stride_nk, stride_ns, DRAWN, INDEXED, HAS_IDS, BS)
         m_j = b_j >= 0
-        if HAS_IDS:
-            m_j &= tl.load(p_pool_ids + b_j, mask=m_j, other=0) != aid
         if INDEXED and DRAWN:
             m_j &= b_j != own
         p_z = p_pool + b_j[:, None] * stride_zm + o_d[None, :] * stride_zd
@@ -211,20 +163,18 @@ def gathered_forward_kernel(
         b_raw = tl.where(m_j, b_raw, float("-inf"))
         b_rank += (b_raw > raw_p).to(tl.int32)
         b_new = tl.maximum(b_max, b_raw)
-        b_ref = _reference(b_new, scale2)
+        b_ref, b_alpha = _rescaled(b_max, b_new, scale2)
         b_prob = tl.exp2(b_raw * scale2 - b_ref)
-        # nothing seen yet: exp2(0 - ref) could be infinite
-        b_alpha = tl.where(b_max == float("-inf"), 0.0, tl.exp2(_reference(b_max, scale2) - b_ref))
         b_sum = b_sum * b_alpha + b_prob
         if EXPECTATION:
             b_o = b_o * b_alpha[:, None] + b_prob[:, None] * b_z
         b_max = b_new
 
     top = tl.max(b_max, 0)
-    b_share = tl.exp2(_reference(b_max, scale2) - _reference(top, scale2))
-    b_share = tl.where(b_sum == 0, 0.0, b_share)
+    _, b_share = _rescaled(b_max, top, scale2)
     total = tl.sum(b_sum * b_share, 0)
-    _close(p_loss, p_lse, p_positive, top, total, raw_p, sign, scale, scale2, kept, row, True)
+    gap, lse = _logs(top, total, raw_p, scale2)
+    _finish(p_loss, p_lse, p_positive, gap, lse, raw_p * sign * scale, kept, row, True)
     tl.store(p_rank + row, tl.sum(b_rank, 0))
     if EXPECTATION:
         b_e = tl.sum(b_o * b_share[:, None], 0) / tl.where(total == 0, 1.0, total)
@@ -234,37 +184,14 @@ def gathered_forward_kernel(
 
 @triton.jit
 def gathered_backward_kernel(
-    p_anchors,
-    p_pool,
-    p_index,
-    p_negatives,
-    p_seed,
-    p_scale,
-    p_anchor_ids,
-    p_pool_ids,  # as in forward
-    p_weights,  # (N, K) w
-    p_lse,  # (N, K)
+    p_anchors, p_pool, p_index, p_negatives, p_seed, p_scale, p_anchor_ids, p_pool_ids,  # as in forward
+    p_weights, p_lse,  # (N, K)
     p_grad,  # (M, D) zeros, added to
-    steps,
-    m,
-    d,
-    count,
-    stride_an,
-    stride_ak,
-    stride_ad,
-    stride_zm,
-    stride_zd,
-    stride_nn,
-    stride_nk,
-    stride_ns,
-    INDEXED: tl.constexpr,
-    DRAWN: tl.constexpr,
-    PER_STEP: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    ACC: tl.constexpr,
-    BS: tl.constexpr,
-    BD: tl.constexpr,
+    steps, m, d, count,
+    stride_an, stride_ak, stride_ad, stride_zm, stride_zd, stride_nn, stride_nk, stride_ns,
+    INDEXED: tl.constexpr, DRAWN: tl.constexpr, PER_STEP: tl.constexpr, HAS_IDS: tl.constexpr,
+    EVEN_D: tl.constexpr, ACC: tl.constexpr,
+    BS: tl.constexpr, BD: tl.constexpr,
 ):
     i_row = tl.program_id(0)
     n = i_row // steps
@@ -276,29 +203,18 @@ def gathered_backward_kernel(
     scale = tl.load(p_scale).to(ACC)
     w = tl.load(p_weights + row)
     lse = tl.load(p_lse + row)
+    own, base = _own(p_index, row, row_n * steps, INDEXED, PER_STEP)
     kept = w != 0
-    own = row * 0 - 1
-    base = own
     if INDEXED:
-        own = tl.load(p_index + row)
         kept &= own >= 0
-        base = own
-        if not PER_STEP:
-            base = tl.load(p_index + row_n * steps)
-        base = tl.maximum(base, 0)
-    if HAS_IDS:
-        aid = tl.load(p_anchor_ids + n)
+    aid = _tag(p_anchor_ids, n, HAS_IDS)
     m_q = o_d < tl.where(kept, d, 0)
     b_q = tl.load(p_anchors + row_n * stride_an + k * stride_ak + o_d * stride_ad, mask=m_q, other=0.0)
     b_q = b_q.to(ACC)  # [BD]
     for i_s in range(0, tl.where(kept, count, 0), BS):
-        b_j = _entries(
-            p_negatives, p_seed, base, n, k if PER_STEP else 0, i_s, count, m, stride_nn, stride_nk, stride_ns,
-            DRAWN, INDEXED, BS,
-        )  # fmt: skip
+        b_j = _negatives(p_negatives, p_seed, p_pool_ids, aid, base, n, k if PER_STEP else 0, i_s, count, m,
+                         stride_nn, stride_nk, stride_ns, DRAWN, INDEXED, HAS_IDS, BS)
         m_j = b_j >= 0
-        if HAS_IDS:
-            m_j &= tl.load(p_pool_ids + b_j, mask=m_j, other=0) != aid
         if INDEXED and DRAWN:
             m_j &= b_j != own
         m_z = m_j[:, None] & m_d[None, :]
@@ -314,51 +230,18 @@ def gathered_backward_kernel(
 def _load_rows(p_rows, o_row, m_row, o_d, m_d, stride_row, stride_d):
     """[B, BD], zero where not m_row."""
     return tl.load(p_rows + o_row[:, None] * stride_row + o_d[None, :] * stride_d,
-                   mask=m_row[:, None] & m_d[None, :], other=0.0)  # fmt: skip
+                   mask=m_row[:, None] & m_d[None, :], other=0.0)
 
 
 @triton.jit
 def steps_forward_kernel(
-    p_anchors,
-    p_pool,
-    p_index,
-    p_vectors,
-    p_negatives,
-    p_seed,
-    p_scale,
-    p_anchor_ids,
-    p_pool_ids,
-    p_loss,
-    p_lse,
-    p_positive,
-    p_rank,
-    p_expectation,  # all as in gathered_forward_kernel
-    steps,
-    m,
-    d,
-    count,
-    blocks,
-    stride_an,
-    stride_ak,
-    stride_ad,
-    stride_zm,
-    stride_zd,
-    stride_vn,
-    stride_vk,
-    stride_vd,
-    stride_nn,
-    stride_ns,
-    INDEXED: tl.constexpr,
-    DRAWN: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    EXPECTATION: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BK: tl.constexpr,
-    BS: tl.constexpr,
-    BD: tl.constexpr,
+    p_anchors, p_pool, p_index, p_vectors, p_negatives, p_seed, p_scale, p_anchor_ids, p_pool_ids,
+    p_loss, p_lse, p_positive, p_rank, p_expectation,  # all as in gathered_forward_kernel
+    steps, m, d, count, blocks,
+    stride_an, stride_ak, stride_ad, stride_zm, stride_zd, stride_vn, stride_vk, stride_vd, stride_nn, stride_ns,
+    INDEXED: tl.constexpr, DRAWN: tl.constexpr, HAS_IDS: tl.constexpr, EXPECTATION: tl.constexpr,
+    EVEN_D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BK: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):
     n = tl.program_id(0) // blocks
     row_n = n.to(tl.int64)
@@ -377,8 +260,7 @@ def steps_forward_kernel(
         b_v = _load_rows(p_pool, b_own, m_kept, o_d, m_d, stride_zm, stride_zd)
     else:
         b_v = _load_rows(p_vectors + row_n * stride_vn, o_k, m_k, o_d, m_d, stride_vk, stride_vd)
-    if HAS_IDS:
-        aid = tl.load(p_anchor_ids + n)
+    aid = _tag(p_anchor_ids, n, HAS_IDS)
     b_q = _load_rows(p_anchors + row_n * stride_an, o_k, m_kept, o_d, m_d, stride_ak, stride_ad)
     # the diagonal of a product: the positive takes the negatives' precision path
     b_all = _dot(b_q, tl.trans(b_v), tl.zeros([BK, BK], dtype=ACC), PRECISION, UPCAST)
@@ -391,12 +273,9 @@ def steps_forward_kernel(
     if EXPECTATION:
         b_o = tl.zeros([BK, BD], dtype=ACC)
     for i_s in range(0, count, BS):
-        b_j = _entries(
-            p_negatives, p_seed, base, n, 0, i_s, count, m, stride_nn, 0, stride_ns, DRAWN, INDEXED, BS
-        )  # fmt: skip
+        b_j = _negatives(p_negatives, p_seed, p_pool_ids, aid, base, n, 0, i_s, count, m,
+                         stride_nn, 0, stride_ns, DRAWN, INDEXED, HAS_IDS, BS)
         m_j = b_j >= 0
-        if HAS_IDS:
-            m_j &= tl.load(p_pool_ids + b_j, mask=m_j, other=0) != aid
         b_z = _load_rows(p_pool, b_j, m_j, o_d, m_d, stride_zm, stride_zd)  # [BS, BD]
         b_raw = _dot(b_q, tl.trans(b_z), tl.zeros([BK, BS], dtype=ACC), PRECISION, UPCAST) * sign
         m_negative = m_j[None, :] & m_k[:, None]
@@ -409,15 +288,15 @@ def steps_forward_kernel(
         b_raw = tl.where(m_negative, b_raw, float("-inf"))
         b_rank += tl.sum((b_raw > b_raw_p[:, None]).to(tl.int32), 1)
         b_new = tl.maximum(b_max, tl.max(b_raw, 1))
-        b_ref = _reference(b_new, scale2)
+        b_ref, b_alpha = _rescaled(b_max, b_new, scale2)
         b_prob = tl.exp2(b_raw * scale2 - b_ref[:, None])
-        b_alpha = tl.where(b_max == float("-inf"), 0.0, tl.exp2(_reference(b_max, scale2) - b_ref))
         b_sum = b_sum * b_alpha + tl.sum(b_prob, 1)
         if EXPECTATION:
             b_o = _dot(b_prob.to(b_z.dtype), b_z, b_o * b_alpha[:, None], PRECISION, UPCAST)
         b_max = b_new
 
-    _close(p_loss, p_lse, p_positive, b_max, b_sum, b_raw_p, sign, scale, scale2, m_kept, o_row, m_k)
+    b_gap, b_lse = _logs(b_max, b_sum, b_raw_p, scale2)
+    _finish(p_loss, p_lse, p_positive, b_gap, b_lse, b_raw_p * sign * scale, m_kept, o_row, m_k)
     tl.store(p_rank + o_row, tl.where(m_kept, b_rank, 0), mask=m_k)
     if EXPECTATION:
         m_empty = (b_sum == 0) | (m_kept == 0)
@@ -428,41 +307,16 @@ def steps_forward_kernel(
 
 @triton.jit
 def steps_backward_kernel(
-    p_anchors,
-    p_pool,
-    p_index,
-    p_negatives,
-    p_seed,
-    p_scale,
-    p_anchor_ids,
-    p_pool_ids,
+    p_anchors, p_pool, p_index, p_negatives, p_seed, p_scale, p_anchor_ids, p_pool_ids,
     p_weights,  # (N, K) w, divided by norm
     p_norm,  # (1,) so that fp16 holds w P
     p_lse,  # (N, K)
     p_grad,  # (M, D) zeros, added to
-    steps,
-    m,
-    d,
-    count,
-    blocks,
-    stride_an,
-    stride_ak,
-    stride_ad,
-    stride_zm,
-    stride_zd,
-    stride_nn,
-    stride_ns,
-    INDEXED: tl.constexpr,
-    DRAWN: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    NORMALISED: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BK: tl.constexpr,
-    BS: tl.constexpr,
-    BD: tl.constexpr,
+    steps, m, d, count, blocks,
+    stride_an, stride_ak, stride_ad, stride_zm, stride_zd, stride_nn, stride_ns,
+    INDEXED: tl.constexpr, DRAWN: tl.constexpr, HAS_IDS: tl.constexpr, NORMALISED: tl.constexpr,
+    EVEN_D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BK: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):
     n = tl.program_id(0) // blocks
     row_n = n.to(tl.int64)
@@ -485,16 +339,12 @@ def steps_backward_kernel(
         b_own = tl.load(p_index + o_row, mask=m_k, other=-1)
         m_kept = b_own >= 0
         base = tl.maximum(tl.load(p_index + row_n * steps), 0)
-    if HAS_IDS:
-        aid = tl.load(p_anchor_ids + n)
+    aid = _tag(p_anchor_ids, n, HAS_IDS)
     b_q = _load_rows(p_anchors + row_n * stride_an, o_k, m_kept, o_d, m_d, stride_ak, stride_ad)  # [BK, BD]
     for i_s in range(0, count, BS):
-        b_j = _entries(
-            p_negatives, p_seed, base, n, 0, i_s, count, m, stride_nn, 0, stride_ns, DRAWN, INDEXED, BS
-        )  # fmt: skip
+        b_j = _negatives(p_negatives, p_seed, p_pool_ids, aid, base, n, 0, i_s, count, m,
+                         stride_nn, 0, stride_ns, DRAWN, INDEXED, HAS_IDS, BS)
         m_j = b_j >= 0
-        if HAS_IDS:
-            m_j &= tl.load(p_pool_ids + b_j, mask=m_j, other=0) != aid
         b_z = _load_rows(p_pool, b_j, m_j, o_d, m_d, stride_zm, stride_zd)
         b_raw = _dot(b_z, tl.trans(b_q), tl.zeros([BS, BK], dtype=ACC), PRECISION, UPCAST)
         b_c = tl.exp(b_raw * scale - b_lse[None, :]) * b_w[None, :]
@@ -512,75 +362,43 @@ def steps_backward_kernel(
 @triton.jit
 def resolve_kernel(
     p_index,  # (N, K) when INDEXED
-    p_negatives,
-    p_seed,
-    p_anchor_ids,
-    p_pool_ids,
+    p_negatives, p_seed, p_anchor_ids, p_pool_ids,
     p_entries,  # (N, KD, S) out, when not COUNTS: pool rows, -1 where skipped; KD: steps that draw for themselves
     p_counts,  # (N, KD, M) zeros, added to, when COUNTS: how often each candidate is an entry
-    first,
-    steps,
-    own_steps,
-    m,
-    count,
-    stride_nn,
-    stride_nk,
-    stride_ns,
-    COUNTS: tl.constexpr,
-    INDEXED: tl.constexpr,
-    DRAWN: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    BS: tl.constexpr,
+    first, steps, own_steps, m, count, stride_nn, stride_nk, stride_ns,
+    COUNTS: tl.constexpr, INDEXED: tl.constexpr, DRAWN: tl.constexpr, HAS_IDS: tl.constexpr, BS: tl.constexpr,
 ):
     """Rows first.. of the negatives, as the other kernels see them."""
     row = tl.program_id(0).to(tl.int64)
     n = first + tl.program_id(0) // own_steps
     k = tl.program_id(0) % own_steps
+    aid = _tag(p_anchor_ids, n, HAS_IDS)
     base = row * 0
     if INDEXED:
         base = tl.maximum(tl.load(p_index + n.to(tl.int64) * steps + k), 0)
     for i_s in range(0, count, BS):
-        b_j = _entries(
-            p_negatives, p_seed, base, n, k, i_s, count, m, stride_nn, stride_nk, stride_ns, DRAWN, INDEXED, BS
-        )  # fmt: skip
-        m_j = b_j >= 0
-        if HAS_IDS:
-            m_j &= tl.load(p_pool_ids + b_j, mask=m_j, other=0) != tl.load(p_anchor_ids + n)
+        b_j = _negatives(p_negatives, p_seed, p_pool_ids, aid, base, n, k, i_s, count, m,
+                         stride_nn, stride_nk, stride_ns, DRAWN, INDEXED, HAS_IDS, BS)
         o_s = i_s + tl.arange(0, BS)
         if COUNTS:
-            tl.atomic_add(p_counts + row * m + b_j, tl.full([BS], 1, tl.int32), mask=m_j, sem="relaxed")
+            tl.atomic_add(p_counts + row * m + b_j, tl.full([BS], 1, tl.int32), mask=b_j >= 0, sem="relaxed")
         else:
-            tl.store(p_entries + row * count + o_s, tl.where(m_j, b_j, -1), mask=o_s < count)
+            tl.store(p_entries + row * count + o_s, b_j, mask=o_s < count)
 
 
 @triton.jit
 def segments_kernel(
-    p_anchors,
-    p_pool,
-    p_index,
-    p_scale,
+    p_anchors, p_pool, p_index, p_scale,
     p_order,  # (E,) entries, sorted by their candidate
     p_starts,  # (M + 1,) where each candidate's entries begin
     p_own_order,  # (N K,) rows, sorted by their positive, when INDEXED
     p_own_starts,  # (M + 1,)
-    p_weights,
-    p_lse,  # (N, K)
+    p_weights, p_lse,  # (N, K)
     p_grad,  # (M, D) out
-    steps,
-    d,
-    count,
-    width,  # width: rows that share an entry
-    stride_an,
-    stride_ak,
-    stride_ad,
-    stride_zm,
-    stride_zd,
-    INDEXED: tl.constexpr,
-    DRAWN: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    ACC: tl.constexpr,
-    BE: tl.constexpr,
-    BD: tl.constexpr,
+    steps, d, count, width,  # width: rows that share an entry
+    stride_an, stride_ak, stride_ad, stride_zm, stride_zd,
+    INDEXED: tl.constexpr, DRAWN: tl.constexpr, EVEN_D: tl.constexpr, ACC: tl.constexpr,
+    BE: tl.constexpr, BD: tl.constexpr,
 ):
     """One candidate: its rows' w P q, added in the order of the rows."""
     j = tl.program_id(0).to(tl.int64)
@@ -622,85 +440,15 @@ def segments_kernel(
 
 
 @triton.jit
-def dense_exponentials_kernel(
-    p_scores,  # (R, M) raw scores of a chunk of rows
-    p_counts,  # (R // WIDTH, M) how often each candidate is a negative
-    p_probabilities,  # (R, M) out, when EXPECTATION: count P
-    p_index,  # (R,) when INDEXED
-    p_raw,  # (R,) when not INDEXED: the positive's raw score
-    p_scale,  # (1,)
-    p_loss,
-    p_lse,
-    p_positive,
-    p_rank,  # (R,) out
-    m,
-    width,  # width: rows that share their negatives
-    INDEXED: tl.constexpr,
-    DRAWN: tl.constexpr,
-    EXPECTATION: tl.constexpr,
-    ACC: tl.constexpr,
-    BM: tl.constexpr,
-):
-    """One row per program: a pass for maximum and sum, a pass that writes P."""
-    row = tl.program_id(0).to(tl.int64)
-    p_row = p_scores + row * m
-    p_count = p_counts + (tl.program_id(0) // width).to(tl.int64) * m
-    scale, sign, scale2 = _scales(p_scale, ACC)
-    own = row * 0 - 1
-    kept = own < 0
-    if INDEXED:
-        own = tl.load(p_index + row)
-        kept = own >= 0
-        raw_p = tl.load(p_row + own, mask=kept, other=0.0) * sign
-    else:
-        raw_p = tl.load(p_raw + row) * sign
-    top = tl.full([], float("-inf"), ACC)
-    total = tl.zeros([], ACC)
-    rank = tl.zeros([], tl.int32)
-    stop = tl.where(kept, m, 0)
-    for i_m in range(0, stop, BM):
-        o_m = i_m + tl.arange(0, BM)
-        b_count = tl.load(p_count + o_m, mask=o_m < m, other=0)
-        if INDEXED and DRAWN:
-            b_count = tl.where(o_m == own, 0, b_count)
-        b_raw = tl.load(p_row + o_m, mask=b_count > 0, other=float("-inf"))
-        b_raw = tl.where(b_count > 0, b_raw * sign, float("-inf"))
-        rank += tl.sum(tl.where(b_raw > raw_p, b_count, 0))
-        new = tl.maximum(top, tl.max(b_raw))
-        ref = _reference(new, scale2)
-        alpha = tl.where(top == float("-inf"), 0.0, tl.exp2(_reference(top, scale2) - ref))
-        total = total * alpha + tl.sum(b_count.to(ACC) * tl.exp2(b_raw * scale2 - ref))
-        top = new
-    _close(p_loss, p_lse, p_positive, top, total, raw_p, sign, scale, scale2, kept, row, True)
-    tl.store(p_rank + row, rank)
-    if EXPECTATION:
-        ref = _reference(top, scale2)
-        total = tl.where(total == 0, 1.0, total)
-        for i_m in range(0, m, BM):
-            o_m = i_m + tl.arange(0, BM)
-            b_count = tl.load(p_count + o_m, mask=o_m < stop, other=0)
-            if INDEXED and DRAWN:
-                b_count = tl.where(o_m == own, 0, b_count)
-            b_raw = tl.load(p_row + o_m, mask=b_count > 0, other=0.0) * sign
-            b_prob = tl.where(b_count > 0, b_count.to(ACC) * tl.exp2(b_raw * scale2 - ref) / total, 0.0)
-            tl.store(p_probabilities + row * m + o_m, b_prob.to(p_probabilities.dtype.element_ty), mask=o_m < m)
-
-
-@triton.jit
 def dense_coefficients_kernel(
     p_scores,  # (R, M) raw scores of a chunk of rows
     p_counts,  # (R // WIDTH, M)
     p_coefficients,  # (R, M) out: count w P, less w where the positive sits
     p_index,  # (R,) when INDEXED
-    p_weights,
-    p_lse,  # (R,)
+    p_weights, p_lse,  # (R,)
     p_scale,  # (1,)
-    m,
-    width,
-    INDEXED: tl.constexpr,
-    DRAWN: tl.constexpr,
-    ACC: tl.constexpr,
-    BM: tl.constexpr,
+    m, width,
+    INDEXED: tl.constexpr, DRAWN: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     o_m = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -722,6 +470,7 @@ def dense_coefficients_kernel(
     tl.store(p_coefficients + row * m + o_m, b_c.to(p_coefficients.dtype.element_ty), mask=m_m)
 
 
+# fmt: on
 # Launchers --------------------------------------------------------------------------------------------------------
 
 
@@ -845,10 +594,11 @@ def forward(
                 raw = torch.linalg.vecdot(q.to(acc), positives[part].reshape(-1, d).to(acc))
             probabilities = scores if scores.dtype == pool.dtype else torch.empty_like(scores, dtype=pool.dtype)
             launch(
-                "exponentials", dense_exponentials_kernel, (len(q),),
+                "exponentials", exponentials_kernel, (len(q),),
                 scores, counts, probabilities, index[rows] if problem.indexed else index, raw, problem.scale,
-                *(t[rows] for t in outputs), m, problem.width,
-                EXPECTATION=need_expectation, ACC=launch.acc, BM=columns, **problem.flags, **options,
+                problem.scale, problem.scale, *(t[rows] for t in outputs), m, problem.width,
+                INDEXED=problem.indexed, HAS_IDS=False, COUNTED=True, EXCLUDED=problem.indexed and problem.drawn,
+                RANK=True, EXPECTATION=need_expectation, ACC=launch.acc, BM=columns, **options,
             )  # fmt: skip
             if need_expectation:
                 with launch.range("expectation"):
@@ -950,7 +700,7 @@ def backward_pool(
                 values, own_order = problem.index.view(-1).sort(stable=True)
                 own_starts = torch.searchsorted(values, candidates)
         grad = pool.new_empty((m, d), dtype=acc)
-        tile = sampled_tiles.gathered(d, 64, launch.arch)
+        tile = sampled_tiles.segments(d, launch.arch)
         launch(
             "backward", segments_kernel, (m,),
             anchors, pool, problem.index, problem.scale, order, starts, own_order, own_starts, weights, lse, grad,
@@ -1035,13 +785,11 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
         for op, kernel in (("forward", gathered_forward_kernel), ("backward", gathered_backward_kernel)):
             yield entry(f"gathered_{op} D={d} fp32 drawn", kernel, tile, "fp32", EXPECTATION=True, **drawn, **sizes_of,
                         BS=tile.columns)  # fmt: skip
+        tile = sampled_tiles.segments(d, arch)
         yield entry(f"segments D={d} fp32", segments_kernel, tile, "fp32", DRAWN=True, **sizes_of, BE=tile.columns)
     tile = sampled_tiles.resolve(arch)
     for counts in (False, True):
         name = "counts" if counts else "entries"
         yield entry(name, resolve_kernel, tile, "bf16", **drawn, COUNTS=counts, BS=tile.columns)
-    tile = tiles.tile("exponentials", 64, 16, arch)
-    yield entry("dense_exponentials", dense_exponentials_kernel, tile, "bf16", DRAWN=True, EXPECTATION=True,
-                BM=tile.columns)  # fmt: skip
     tile = tiles.tile("coefficients", 64, 16, arch)
     yield entry("dense_coefficients", dense_coefficients_kernel, tile, "bf16", DRAWN=True, BM=tile.columns)

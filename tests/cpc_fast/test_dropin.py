@@ -147,6 +147,58 @@ def test_info_nce_refuses_as_the_original_does_and_says_more(shapes, options, me
         dropin.InfoNCE(**options)(*tensors)
 
 
+WRONG = [  # what is given, and what the error must say of it
+    (lambda x: x.tolist(), TypeError, "{name} must be a torch.Tensor. Got list"),
+    (lambda x: x.long(), TypeError, "{name} must be floating point. Got torch.int64"),
+    (lambda x: x.half(), TypeError, "{name} must have the dtype of {first}. Got torch.float16 and torch.float32"),
+    (lambda x: x.to("meta"), ValueError, "{name} must be on the device of {first}. Got meta and cpu"),
+]
+TWO = {  # loss: the names of its two tensors, and how it is called
+    "info_nce": ("query", "positive_key", dropin.InfoNCE()),
+    "NTXentLoss": ("out0", "out1", lightly.NTXentLoss()),
+    "ClipLoss": ("image_features", "text_features", lambda a, b: dropin.ClipLoss()(a, b, 1.0)),
+    "GreedyInfoMaxLoss": (
+        "z", "c", lambda a, b: dropin.GreedyInfoMaxLoss(SimpleNamespace(negative_samples=2, prediction_step=1), 4, 4)(
+            *(x if isinstance(x, list) else x.expand(2, 4, 4, 4) for x in (a, b)))),
+    "SupConLoss": (
+        "embeddings", "ref_emb",
+        lambda a, b: dropin.SupConLoss()(a, torch.arange(4), ref_emb=b, ref_labels=torch.arange(4))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", TWO)
+def test_errors_speak_the_callers_names(loss):
+    first, second, call = TWO[loss]
+    x = torch.ones(4, 4)
+    for spoil, kind, message in WRONG:
+        with pytest.raises(kind, match=f"{loss}: " + message.format(name=second, first=first)):
+            call(x, spoil(x))
+    with pytest.raises(TypeError, match=f"{loss}: {first} must be floating point. Got torch.int64"):
+        call(x.long(), x)
+    with torch.autocast("cpu", torch.bfloat16):  # which unites them
+        call(x, x.bfloat16())
+
+
+def test_temperatures_and_scales_are_one_number():
+    x, three = torch.ones(4, 4), torch.ones(3)
+    losses = {
+        "info_nce": lambda t: dropin.InfoNCE(temperature=t)(x, x),
+        "SupConLoss": lambda t: dropin.SupConLoss(temperature=t)(x, torch.arange(4)),
+        "NTXentLoss": lambda t: lightly.NTXentLoss(temperature=t)(x, x),
+    }
+    for loss, call in losses.items():
+        with pytest.raises(ValueError, match=rf"{loss}: temperature must be .* one element. Got shape \(3,\)"):
+            call(three)
+        with pytest.raises(TypeError, match=rf"{loss}: temperature must be a number .* Got '0.1'"):
+            call("0.1")
+        with pytest.raises(ValueError, match=rf"{loss}: .*temperature.* it divides"):
+            call(0)
+        with pytest.raises(ValueError, match=rf"{loss}: temperature must be finite. Got nan"):
+            call(float("nan"))
+    with pytest.raises(ValueError, match=r"ClipLoss: logit_scale must be .* Got shape \(3,\)"):
+        dropin.ClipLoss()(x, x, three)
+
+
 # --- lightly ----------------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +350,10 @@ def test_greedy_infomax_refusals():
     z = torch.zeros(2, 4, 6, 6)
     with pytest.raises(ValueError, match=r"5 steps after skipping 1 need at least 7 rows of patches. Got 6"):
         loss(z, z)
+    with pytest.raises(ValueError, match=r"in_channels=4, out_channels=4, .* Got z \(2, 5, 6, 6\), c \(2, 4, 6, 6\)"):
+        loss(torch.zeros(2, 5, 6, 6), z)
+    with pytest.raises(IndexError, match=r"negatives of step 1 must lie between 0 and 47, its targets. Got .* to 48"):
+        dropin.GreedyInfoMaxLoss(gim_options(1, 1), 4, 4)(z, z, negatives=[torch.arange(1, 49)])
     with pytest.raises(ValueError, match=r"Got z \(2, 4, 6, 6\), c \(2, 4, 6, 5\)"):
         loss(z, z[..., :5])
     with pytest.raises(ValueError, match=r"one tensor for each of the 5 steps. Got 1"):
@@ -576,7 +632,7 @@ def test_the_examples_in_the_docstrings_run(name):
     module = importlib.import_module(f"cpc_fast.dropin{name}")
     result = doctest.testmod(module, extraglobs={"torch": torch})
     assert result.failed == 0
-    assert result.attempted > 0 or name == ".gather"
+    assert result.attempted > 0
 
 
 def test_the_clip_reference_agrees():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from guards import Guarded
 from tolerance import assert_as_good_as_naive, error
 
 pytest.importorskip("triton")
@@ -164,6 +165,17 @@ def test_features(d, dtype, splits):
 
 def test_two_thousand_features():
     check(problem(d=2048, n=3, m=9, vectors=True, ids=True, dtype=torch.float16))
+
+
+def test_a_write_beyond_the_end_is_noticed():
+    guarded = Guarded()
+    for place, found in ((0, False), (4, False), (5, True)):
+        guarded.between(torch.ones(5)).as_strided((6,), (1,))[place] = 1.0
+        if found:
+            with pytest.raises(AssertionError, match=r"outside an array of 5 torch.float32"):
+                guarded.check()
+        else:
+            guarded.check()
 
 
 @pytest.mark.parametrize(
@@ -353,6 +365,24 @@ def test_small_losses_stay_accurate():
     relative = (dk.double() - truth_dk((-torch.expm1(-truth["loss"])) * 5.0)).norm() / truth_dk(w.double()).norm()
     assert relative < 8e-3
     assert (o - truth_o).norm() / truth_o.norm() < 8e-3
+
+
+@pytest.mark.parametrize(("d", "splits"), [(17, 1), (17, 3), (600, 1)])
+def test_gradients_of_blocks_are_added_before_they_are_rounded(d, splits):
+    """What a ring adds up: the candidates' gradient of two blocks of 16-bit anchors, in float32."""
+    q, k, p, s, _, _ = problem(n=40, m=12, d=d, dtype=torch.float16)
+    w, lse = torch.linspace(-1, 1, 40, device=DEVICE), triton_info_nce.forward(q, k, p, s)[1]
+
+    def gradient(part, **options):
+        where = w[part], lse[part], q[part], k, p[part], s
+        return triton_info_nce.backward_candidates(*where, splits=splits, **options)
+
+    blocks = [gradient(part, out_dtype=torch.float32) for part in (slice(0, 25), slice(25, 40))]
+    assert {each.dtype for each in blocks} == {torch.float32}
+    assert torch.equal(blocks[0].half(), gradient(slice(0, 25)))
+    together = gradient(slice(0, 40), out_dtype=torch.float32)
+    torch.testing.assert_close(sum(blocks), together, rtol=1e-5, atol=1e-5 if d == 17 else 1e-3)  # P is 16 bits
+    assert gradient(slice(0, 0), out_dtype=torch.float32).dtype == torch.float32
 
 
 def test_unknown_precision_is_named():

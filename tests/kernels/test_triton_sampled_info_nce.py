@@ -186,9 +186,9 @@ def test_dtypes(dtype, drawn):
     check(problem(dtype=dtype, drawn=drawn, ids=True))
 
 
-@pytest.mark.parametrize("d", [1, 64, 300])
+@pytest.mark.parametrize("d", [1, 2, 64, 256, 300])
 def test_features(d):
-    check(problem(n=2, d=d, drawn=d == 64, scale=3.0))
+    check(problem(n=2, d=d, drawn=d in (2, 64), scale=3.0))
 
 
 def test_many_features_in_16_bits():
@@ -232,7 +232,7 @@ def test_empty(n, steps, m, s):
     assert dz.shape == (m, 8)
 
 
-@pytest.mark.parametrize("scale", [0.0, 100.0, -100.0])
+@pytest.mark.parametrize("scale", [0.0, 0.01, 100.0, -100.0])
 def test_scales(scale):
     where = problem(scale=scale)
     if scale == 0.0:
@@ -266,6 +266,43 @@ def test_infinite_and_nan_scores(schedule):
     assert loss[1].isnan().tolist() == [True, False]
     assert (loss[2] == 0).all()
     assert (lse[2] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["listed", "drawn"])
+def test_any_strides(drawn):
+    q, z, p, listed, *rest = problem(n=3, steps=2, d=12, drawn=drawn)
+    strange = (
+        q.transpose(0, 2).contiguous().transpose(0, 2),
+        z.repeat_interleave(3, 1)[:, ::3],
+        p.T.contiguous().T,
+        None if listed is None else listed.repeat_interleave(2, 1)[:, ::2],
+    )
+    check([*strange, *rest])
+    for a, b in zip(strange, (q, z, p, listed), strict=True):
+        assert a is None or (torch.equal(a, b) and not a.is_contiguous())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("vectors", [False, True], ids=["index", "vectors"])
+def test_equal_scores_give_the_log_of_the_count(schedule, vectors):
+    where = list(problem(vectors=vectors))
+    where[0], where[1] = where[0].mul(4).round(), where[1].mul(4).round()  # whole numbers: no order breaks the tie
+    where[1][:] = where[1][0].clone()
+    if vectors:
+        where[2] = where[1][0].expand(3, 2, -1)
+    loss, _, _, rank, _ = triton_sampled_info_nce.forward(*where, schedule=schedule)
+    count = 1 + (where[3] >= 0).sum(1, keepdim=True).expand(-1, 2)
+    expected = count.float().log()
+    torch.testing.assert_close(loss, expected if vectors else expected.where(where[2] >= 0, 0.0), rtol=1e-5, atol=1e-5)
+    assert (rank == 0).all()  # a tie does not beat the positive
+
+
+def test_deterministic_schedules_are_equal_to_the_bit():
+    where = problem(n=5, steps=4, m=9, s=8, ids=True)
+    out = triton_sampled_info_nce.forward(*where)
+    for schedule in ("segments", "dense"):
+        one, two = (triton_sampled_info_nce.backward_pool(out[0], out[1], *where, schedule=schedule) for _ in range(2))
+        assert torch.equal(one, two)
 
 
 def test_ignored_rows_may_hold_anything():
