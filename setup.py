@@ -14,15 +14,18 @@ from setuptools.command.build_ext import build_ext
 
 COST = (
     "cpc_fast is installed all the same, but sampled_info_nce on the CPU will gather the negatives in plain torch: "
-    "about 50 times slower. GPU kernels are not affected."
+    "about 50 times slower. GPU kernels are not affected. `cpc-fast doctor` says it again."
 )
 
 
 def warn(missing: str) -> None:
-    print(f"\n*** cpc_fast: the C++ CPU kernels were not built: {missing}\n*** {COST}\n", file=sys.stderr, flush=True)
+    if "dist_info" in sys.argv:  # pip asks for the metadata first, and says it again when it builds
+        return
+    notice = f"\n*** cpc_fast: the C++ CPU kernels were not built: {missing}\n*** {COST}\n"
+    print(notice, file=sys.stderr, flush=True)
     try:  # pip hides a build's output unless it fails or is asked to be verbose: speak to the terminal too
         with open("/dev/tty", "w") as terminal:
-            terminal.write(f"\n*** cpc_fast: the C++ CPU kernels were not built: {missing}\n*** {COST}\n")
+            terminal.write(notice)
     except OSError:
         pass
 

@@ -47,12 +47,14 @@ ALL = Shard()
 
 @dataclass(frozen=True)
 class Answers:
-    """How many images of this shard were answered, flagged, skipped, in colour; whether the lists are written."""
+    """How many images of this shard were answered, flagged, skipped, in colour, of another size than the fit's; whether
+    the lists are written."""
 
     images: int
     flagged: int
     skipped: int
     in_colour: int
+    other_size: int
     listed: bool
 
 
@@ -161,6 +163,7 @@ def _answer(detector: Detector, path: str, name: str, min_area: int, pictures: d
         "width": answer.map.shape[1],
         "files": [f"{kind}/{name}{target.suffix}" for kind, target in pictures.items()],
         "in_colour": has_colour(image),
+        "other_size": detector.other_size(image.shape),
         "segments": [{**asdict(segment), "outline": outline(answer.mask, segment)} for segment in answer.segments],
         "most_surprising": None if answer.why is None else asdict(answer.why),
     }

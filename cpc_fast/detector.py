@@ -141,10 +141,12 @@ class Detector:
         threshold: Threshold,
         trained_on: dict[str, str],
         train_images_per_s: float | None = None,
+        sides: tuple[int, int] | None = None,
     ) -> None:
         self.model, self.config, self.bank = model.eval(), model.config, bank
         self.calibration, self.threshold, self.trained_on = calibration, threshold, trained_on
         self.train_images_per_s = train_images_per_s
+        self.sides = sides  # pixels: the least and the most that a shorter side had in training
         self.scorer = Scorer(model, bank, calibration)
 
     # ------------------------------------------------------------------------------------------------ fit
@@ -193,7 +195,8 @@ class Detector:
             source, images = f"{len(data)} arrays", [prepare(image, config) for image in data]
             names = [f"Image {i}" for i in range(len(images))]
         made_for = config.made_for
-        config = config.fitted_to([min(image.shape[:2]) for image in images])
+        sides = [min(image.shape[:2]) for image in images]
+        config = config.fitted_to(sides)
         _check_sizes(images, names, config)
         training, held_out = split(len(images), config)
         rank, world = rank_and_world()
@@ -240,7 +243,8 @@ class Detector:
                 + (", chosen for images of this size" if made_for else ""),
                 "epochs": str(config.epochs),
             }
-            detector = cls(model, scorer.bank, scorer.calibration, threshold, trained_on, pace)
+            spread = (min(sides), max(sides))
+            detector = cls(model, scorer.bank, scorer.calibration, threshold, trained_on, pace, spread)
             if out is not None and rank == 0:
                 detector._write(Path(out))
             return detector
@@ -264,6 +268,7 @@ class Detector:
             "threshold": vars(self.threshold),
             "trained_on": self.trained_on,
             "train_images_per_s": self.train_images_per_s,
+            "sides": self.sides,
             "features": self.bank.shape[1],
         }
         save_run(run, tensors, self.config, about)
@@ -291,6 +296,9 @@ class Detector:
             threshold = Threshold(**about["threshold"])
             trained_on = {str(name): str(value) for name, value in about["trained_on"].items()}
             pace = about.get("train_images_per_s")
+            low, high = about.get("sides") or (1, 1 << 16)  # older runs do not say
+            if not (type(low) is type(high) is int and 0 < low <= high):
+                raise ValueError("sides that are none")
             numbers = [threshold.value, threshold.target_fpr, threshold.guaranteed_fpr, threshold.count, pace or 0.0]
             if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
                 raise ValueError("a number that is none")
@@ -306,7 +314,7 @@ class Detector:
         )
         streamed = StreamedBank.open(Path(run) / DETECTOR, device=device) if stream_bank else None
         bank = place_bank(tensors["bank"], device) if streamed is None else streamed
-        return cls(model, bank, calibration, threshold, trained_on, pace)
+        return cls(model, bank, calibration, threshold, trained_on, pace, (low, high))
 
     # ------------------------------------------------------------------------------------------------ use
 
@@ -325,6 +333,12 @@ class Detector:
         flagged = score > self.threshold.value and bool(segments)
         why = self._explanation(surprise, image.shape, prepared.shape) if flagged else None
         return Prediction(score, map, mask, segments, flagged, why)
+
+    def other_size(self, shape: Sequence[int]) -> bool:
+        """Whether an image (h, w, ...) is much smaller or larger than those of the fit, and nothing scales it alike."""
+        if self.sides is None or self.config.image_size is not None:
+            return False
+        return not 0.8 * self.sides[0] <= min(shape[:2]) <= 1.25 * self.sides[1]
 
     def predict(self, images: Sequence[str | os.PathLike | np.ndarray]) -> Predictions:
         """Score several images, paths or uint8 arrays: scores, maps and masks at the original resolution."""

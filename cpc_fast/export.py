@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import re
 import warnings
@@ -195,6 +196,7 @@ def _as_onnx(program: Program, example: Tensor, path: Path, about: str) -> None:
         import onnxscript  # noqa: F401 (torch.onnx needs it)
     except ImportError:
         raise CpcFastError("ONNX needs packages: pip install 'cpc_fast[onnx]'.") from None
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision, which is not used, is missing
     exported = torch.onnx.export(
         program, (example,), dynamo=True, dynamic_shapes=_batch(), verbose=False, input_names=["images"],
         output_names=["scores", "maps"],

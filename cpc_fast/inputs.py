@@ -47,8 +47,7 @@ def plan(images: Sequence[str | os.PathLike], out: Path, kinds: dict[str, str]) 
     Raises UsageError where an answer would overwrite an image that was given, and as find_inputs does.
     """
     inputs = find_inputs(images)
-    inside = os.path.join(os.path.realpath(out), "")
-    sources = {real for path, _ in inputs if (real := os.path.realpath(path)).startswith(inside)}
+    sources = sources_in(out, inputs)
     targets = (out / kind / f"{name}{suffix}" for _, name in inputs for kind, suffix in kinds.items())
     for target in (*targets, out / "scores.csv", out / "predictions.json") if sources else ():
         if os.path.realpath(target) in sources:
@@ -56,6 +55,12 @@ def plan(images: Sequence[str | os.PathLike], out: Path, kinds: dict[str, str]) 
                 f"Writing to {quoted(out)} would overwrite the image {quoted(target)}; choose another --out."
             )
     return inputs
+
+
+def sources_in(out: Path, inputs: Sequence[tuple[str, str]]) -> set[str]:
+    """Those of the images that lie in `out`, by their real paths: nothing may write or remove them."""
+    inside = os.path.join(os.path.realpath(out), "")
+    return {real for path, _ in inputs if (real := os.path.realpath(path)).startswith(inside)}
 
 
 def find_inputs(images: Sequence[str | os.PathLike]) -> list[tuple[str, str]]:

@@ -14,14 +14,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .errors import CpcFastError, UsageError
 from .images import quoted
-from .inputs import Shard
+from .inputs import Shard, answer_kinds, sources_in
 from .saving import locked, write_whole
 
 SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing that was written
@@ -66,10 +66,28 @@ def agree_on_inputs(out: Path, asked: dict[str, Any], find: Callable[[], Inputs]
             names = {old.stem for kind in ("jsonl", "lock") for old in folder.glob(f"*-of-*.{kind}")}
             for name in sorted(names):
                 stack.enter_context(locked(folder, f"{name}.lock"))
+            if path.exists():
+                _remove_answers(out, path, sources_in(out, inputs))
             for name in names:
                 (folder / f"{name}.jsonl").unlink(missing_ok=True)
             write_whole(path, write)
         return inputs
+
+
+def _remove_answers(out: Path, path: Path, spare: set[str]) -> None:
+    """What an earlier call wrote to `out`: its lists, and its pictures, which this call need not write again."""
+    try:
+        asked, inputs = _read_inputs(path)
+        suffixes = {kind: suffix for kind, suffix in answer_kinds(tiff=True).items() if kind in asked["kinds"]}
+    except (CpcFastError, KeyError, TypeError):  # damaged: nobody knows what is ours
+        return
+    inside = os.path.join(os.path.realpath(out), "")
+    pictures = (out / kind / f"{name}{suffix}" for _, name in inputs for kind, suffix in suffixes.items())
+    for target in (out / "scores.csv", out / "predictions.json", *pictures):
+        with suppress(OSError, ValueError):
+            real = os.path.realpath(target)
+            if real.startswith(inside) and real not in spare:
+                os.unlink(target)
 
 
 def _read_inputs(path: Path) -> tuple[dict[str, Any], Inputs]:
@@ -92,7 +110,7 @@ class Journal:
             path,
             total,
             0,
-            {"images": 0, "flagged": 0, "skipped": 0, "in_colour": 0},
+            {"images": 0, "flagged": 0, "skipped": 0, "in_colour": 0, "other_size": 0},
         )
         self._end = 0  # bytes
         with self._told():
@@ -134,7 +152,7 @@ class Journal:
         self.done += 1
         skipped = "reason" in entry
         self.counts["skipped" if skipped else "images"] += 1
-        for what in ("flagged", "in_colour"):
+        for what in ("flagged", "in_colour", "other_size"):
             self.counts[what] += bool(entry.get(what))
 
     def _write(self, entry: dict[str, Any]) -> None:

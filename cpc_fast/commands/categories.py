@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from .console import print_table, say, stopped
+from .console import print_table, say, stopped, stopping, terminable
 from .evaluate import evaluate_run, make_section
 from .fit import fit_or_go_on
 from .options import choose_config, choose_device
@@ -52,18 +52,22 @@ def evaluate_all(
     metrics: dict[str, dict[str, Any]] = {}
     notes = []
     try:
-        for category in categories:
-            name, run = category.name, runs / category.name
-            detector = fit_or_go_on(name, category, run, config, torch_device, fresh)
-            evaluation = evaluate_run(name, detector, category)
-            write_metrics(run / "metrics.json", evaluation.metrics)
-            write_report(run / "report.html", [make_section(name, detector, evaluation)])
-            metrics[name] = evaluation.metrics
-            if detector.threshold.note:
-                notes.append(f"{name}: {detector.threshold.note}")
-            if submission:
-                with counting(f"{name}: private images") as on_image:
-                    write_submission(detector, category, submission, on_image=on_image)
+        with terminable() as stop:
+            for category in categories:
+                name, run = category.name, runs / category.name
+                detector = fit_or_go_on(name, category, run, config, torch_device, fresh)
+                evaluation = evaluate_run(name, detector, category, stop)
+                write_metrics(run / "metrics.json", evaluation.metrics)
+                write_report(run / "report.html", [make_section(name, detector, evaluation)])
+                metrics[name] = evaluation.metrics
+                if detector.threshold.note:
+                    notes.append(f"{name}: {detector.threshold.note}")
+                if submission:
+                    with counting(f"{name}: private images") as show:
+                        on_image = stopping(show, stop, f"the private images of {name} were scored")
+                        write_submission(detector, category, submission, on_image=on_image)
+                if stop():
+                    raise Stopped(f"Stopped after {name}.")
     except Stopped as why:
         raise Stopped(f"{why} All of it is saved in {runs}. Go on with: {shlex.join(again)}") from None
     except KeyboardInterrupt:

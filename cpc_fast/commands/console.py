@@ -7,7 +7,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Stopped
+
+if TYPE_CHECKING:
+    from ..detector import Detector
 
 
 def say(text: str = "") -> None:
@@ -40,6 +45,17 @@ def terminable() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
+def stopping(on_image: Callable[[int, int], None], stop: Callable[[], bool], what: str) -> Callable[[int, int], None]:
+    """on_image, which raises Stopped, saying what was going on, once `stop` says so."""
+
+    def watched(done: int, total: int) -> None:
+        on_image(done, total)
+        if stop():
+            raise Stopped(f"Stopped while {what}, after {done} of {total} images.")
+
+    return watched
+
+
 def note_colour(in_colour: int, count: int, channels: int) -> None:
     """A sentence where images and model differ in colour."""
     if channels == 1 and in_colour:
@@ -47,6 +63,18 @@ def note_colour(in_colour: int, count: int, channels: int) -> None:
         say("For one that sees colour: cpc-fast fit ... --set channels=3")
     if channels == 3 and in_colour < count:
         say(f"{count - in_colour} of {count} images have no colour; the model learned in colour and may misjudge them.")
+
+
+def note_size(others: int, count: int, detector: Detector) -> None:
+    """A sentence where images are much smaller or larger than those of the fit."""
+    if others and detector.sides:
+        low, high = detector.sides
+        size = f"{low} pixels" if low == high else f"{low} to {high} pixels"
+        say(
+            f"{others} of {count} images are of another size than those of the fit ({size} on the shorter side). "
+            f"Patches stay {detector.config.patch_size} pixels: parts shown at another scale are misjudged."
+        )
+        say("To have all images scaled alike: cpc-fast fit ... --image-size N")
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -11,7 +11,7 @@ import typer
 
 from .. import config as configs
 from ..errors import Stopped
-from .console import number, print_table, say, share, stopped
+from .console import number, print_table, say, share, stopped, terminable
 from .evaluate import evaluate_run, make_section
 from .fit import fit_or_go_on
 from .options import Device, Settings, check_device, choose_config, choose_device
@@ -48,12 +48,15 @@ def demo(
     sections: list[Section] = []
     again = shlex.join(["cpc-fast", "demo", "--out", str(out), *_as_options(epochs, device, settings)])
     try:
-        for texture in datasets.TEXTURES:
-            detector = fit_or_go_on(texture, out / "data" / texture, out / texture, config, torch_device, fresh)
-            evaluation = evaluate_run(texture, detector, out / "data" / texture)
-            write_metrics(out / texture / "metrics.json", evaluation.metrics)
-            evaluations[texture] = evaluation
-            sections.append(make_section(texture, detector, evaluation))
+        with terminable() as stop:
+            for texture in datasets.TEXTURES:
+                detector = fit_or_go_on(texture, out / "data" / texture, out / texture, config, torch_device, fresh)
+                evaluation = evaluate_run(texture, detector, out / "data" / texture, stop)
+                write_metrics(out / texture / "metrics.json", evaluation.metrics)
+                evaluations[texture] = evaluation
+                sections.append(make_section(texture, detector, evaluation))
+                if stop():
+                    raise Stopped(f"Stopped after {texture}.")
     except Stopped as why:
         raise Stopped(f"{why} All of it is saved in {out}. Go on with: {again}") from None
     except KeyboardInterrupt:

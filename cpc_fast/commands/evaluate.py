@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import UsageError
-from .console import note_colour, number, print_table, say
+from .console import note_colour, note_size, number, print_table, say, stopping
 from .options import Device, Settings, check_device, choose_device
 
 if TYPE_CHECKING:
@@ -93,17 +94,19 @@ def evaluate(
     _print_metrics(evaluation, detector.threshold)
     colours = sum(has_colour(item.image) for item in evaluation.scored)
     note_colour(colours, len(evaluation.scored), detector.config.channels)
+    others = sum(detector.other_size(item.image.shape) for item in evaluation.scored)
+    note_size(others, len(evaluation.scored), detector)
     say(f"Open next: {out / 'report.html'}; the numbers are in {out / 'metrics.json'}")
     return 0
 
 
-def evaluate_run(name: str, detector: Detector, data: Path) -> Evaluation:
-    """Evaluate with a line of progress that begins with `name`."""
+def evaluate_run(name: str, detector: Detector, data: Path, stop: Callable[[], bool] = lambda: False) -> Evaluation:
+    """Evaluate with a line of progress that begins with `name`; raises Stopped where `stop` said so."""
     from ..evaluate import evaluate
     from ..progress import counting
 
     with counting(f"{name}: scoring") as on_image:
-        return evaluate(detector, data, on_image=on_image)
+        return evaluate(detector, data, on_image=stopping(on_image, stop, f"{name} was scored"))
 
 
 def make_section(title: str, detector: Detector, evaluation: Evaluation) -> Section:
@@ -127,6 +130,9 @@ def _print_metrics(evaluation: Evaluation, threshold: Threshold) -> None:
     count = sum(one["count"] for one in metrics["by_defect"].values())
     rows.append(("all", count, number(image["auroc"]), number(pixel["auroc"]), number(pixel["au_pro_0.30"])))
     print_table("", ("defect", "images", "image AUROC", "pixel AUROC", "AU-PRO 0.30"), rows)
+    if blind := sorted({item.defect for item in evaluation.scored if item.truth is None and not item.good}):
+        those = "these images" if len(blind) == len(metrics["by_defect"]) else ", ".join(map(printable, blind))
+        say(f"There are no masks of {those} (a folder ground_truth would hold them): no pixel metrics without.")
     good = [item.score > threshold.value for item in evaluation.scored if item.good]
     bad = [item.score > threshold.value for item in evaluation.scored if not item.good]
     say(f"Flagged, with a score above {threshold.value:.4g}: {_of(good)} normal images, {_of(bad)} defective ones.")

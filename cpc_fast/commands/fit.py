@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import CpcFastError, Stopped, UsageError
-from ..torchrun import launched, together
+from ..torchrun import launched, restarted, together
 from .console import say, stopped, terminable
 from .options import Device, Settings, by_preset, check_device, choose_config, choose_device
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from ..config import Config
     from ..detector import Detector
+
+LOOKED_AT = 16  # of the images, to say whether they are in colour
 
 
 def fit(
@@ -53,14 +55,18 @@ def fit(
     from ..images import read_image
     from ..inputs import has_colour
     from ..layouts import find_test, find_train
-    from ..runs import need_checkpoint, refuse_run
+    from ..runs import CHECKPOINT, need_checkpoint, refuse_run
 
     images = find_train(data)
+    resume = resume or (restarted() and (out / CHECKPOINT).exists())
     need_checkpoint(out) if resume else refuse_run(out)
     options = {"epochs": epochs, "seed": seed, "image_size": image_size, "across_ranks": across_ranks}
     config = choose_config(preset, options, settings, resume=out if resume else None)
-    if config.channels == 1 and has_colour(read_image(images[0])):
-        say("The images are in colour, and this fit sees their grey values only; --set channels=3 sees colour.")
+    some = images[:: -(-len(images) // LOOKED_AT)]
+    coloured = sum(has_colour(read_image(image)) for image in some)
+    if config.channels == 1 and coloured and not launched()[0]:
+        looked_at = f"Of {len(some)} images looked at, " if len(some) < len(images) else f"Of {len(some)} images, "
+        say(f"{looked_at}{coloured} are in colour; this fit sees grey values only. --set channels=3 sees colour.")
     torch_device = choose_device(device)
     again = ["cpc-fast", "fit", str(data), "--out", str(out)]
     more = ["--device", device] if device != "auto" else []

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from ..errors import Stopped
-from ..torchrun import launched, own_gpu
-from .console import complain, note_colour, say, stopped, terminable
+from ..torchrun import launched, own_gpu, restarted
+from .console import complain, note_colour, note_size, say, stopped, terminable
 from .options import Device, check_device, choose_device
 
 
@@ -39,6 +39,7 @@ def predict(
 
     refuse_swapped(run, images, "predict RUN IMAGES --out DIR")
     rank, world = launched()
+    resume = resume or restarted()
     part = Shard.parse(shard) if shard else Shard(rank + 1, world)
     need_detector(run)
     if not (resume and (out / "progress" / "inputs.jsonl").exists()):
@@ -67,6 +68,7 @@ def predict(
         above += "" if min_area == 1 else f" on at least {min_area} adjoining pixels"
         say(f"{found.flagged} of {found.images} images are flagged: they have {above}.")
         note_colour(found.in_colour, found.images, detector.config.channels)
+        note_size(found.other_size, found.images, detector)
     if not found.listed:
         say(f"Shard {part.number} of {part.count} is done; the last one to end writes {out / 'scores.csv'}.")
     elif found.images:

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +34,9 @@ def load_library() -> Capability:
     )
     found = sorted(Path(__file__).parent.glob("_cpu*.so"))
     if not found:
+        lacks = [f"no {tool}" for tool in ("c++", "ninja") if shutil.which(tool) is None]
         why = "not built: install again, without build isolation, with a C++ compiler and ninja"
+        why += f" (here is {' and '.join(lacks)})" if lacks else ""
         return Capability(name, False, why, cost)
     try:
         torch.ops.load_library(found[0])

@@ -1,6 +1,8 @@
 """`evaluate --all`: a run for each category, the table of papers, the tree that the server of MVTec AD 2 takes."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from test_layouts import make_ad2
 from cpc_fast.cli import run
 from cpc_fast.commands import categories, demo
 from cpc_fast.commands.categories import COLUMNS, TEXTURES, markdown, summary
+from cpc_fast.detector import Detector
 from cpc_fast.errors import Stopped
 
 OPTIONS = [*SET_TINY, "--set", "epochs=1", "--set", "made_for=48", "--device", "cpu"]
@@ -55,6 +58,25 @@ def test_terminated_it_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     )
     assert run(["demo", "--out", "demo", "--epochs", "2"]) == 0
     assert capsys.readouterr().err.endswith("saved in demo. Go on with: cpc-fast demo --out demo --epochs 2\n")
+
+
+def test_terminated_while_it_scores(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_set(tmp_path / "parts" / "nut", train=6, good=2, holes=2)
+    command = ["evaluate", "--all", "parts", *OPTIONS]
+    inspect = Detector.inspect
+
+    def terminated(self, image):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return inspect(self, image)
+
+    monkeypatch.setattr(Detector, "inspect", terminated)
+    assert run(command) == 0
+    said = capsys.readouterr().err
+    assert "Stopped while nut was scored, after 1 of 4 images. All of it is saved in runs/parts. Go on with: " in said
+    monkeypatch.setattr(Detector, "inspect", inspect)
+    assert run(command) == 0
+    assert "nut: fitted before, so only evaluated" in capsys.readouterr().out
 
 
 def test_the_tree_for_the_server(tmp_path, capsys):

@@ -183,6 +183,37 @@ def test_colour_that_a_model_cannot_see_is_said(fitted, data, tmp_path, capsys):
     assert "in colour" not in capsys.readouterr().out
 
 
+def test_fit_looks_for_colour_beyond_the_first_image(data, tmp_path, capsys):
+    folder = tmp_path / "images"
+    for i in range(5):
+        save(folder / f"{i}.png", texture(i))
+    Image.fromarray(np.repeat(texture(6), 3, axis=2) // np.array([1, 2, 1], np.uint8)).save(folder / "5.png")
+    assert cli.run(["fit", str(folder), "--out", str(tmp_path / "run"), *SET_TINY]) == 0
+    assert "Of 6 images, 1 are in colour; this fit sees grey values only." in capsys.readouterr().out
+
+
+def test_images_of_another_size_are_pointed_at(fitted, data, tmp_path, capsys):
+    save(tmp_path / "large.png", texture(1, 96, 80))
+    images = [str(tmp_path / "large.png"), str(data / "test" / "good")]
+    assert cli.run(["predict", str(fitted), *images, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "1 of 4 images are of another size than those of the fit (48 pixels on the shorter side)." in said
+    assert cli.run(["predict", str(fitted), images[1], "--out", str(tmp_path / "out")]) == 0
+    assert "another size" not in capsys.readouterr().out
+
+
+def test_masks_that_are_missing_are_missed(fitted, tmp_path, capsys):
+    bare = make_set(tmp_path / "bare", train=0, masks=False)
+    assert cli.run(["evaluate", str(fitted), str(bare), "--out", str(tmp_path / "out")]) == 0
+    assert "There are no masks of these images (a folder ground_truth would hold them)" in capsys.readouterr().out
+    image = Image.open(bare / "test" / "hole" / "000.png")
+    (bare / "test" / "dent").mkdir()
+    image.save(bare / "test" / "dent" / "000.png")
+    save(bare / "ground_truth" / "dent" / "000_mask.png", np.eye(48, dtype=np.uint8) * 255)
+    assert cli.run(["evaluate", str(fitted), str(bare), "--out", str(tmp_path / "out")]) == 0
+    assert "There are no masks of hole (" in capsys.readouterr().out
+
+
 def test_every_line_of_help_is_whole(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     for command in ([], ["data"]):

@@ -41,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(detector, folder, tmp_path_factory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole")
-    assert answers.predict(detector, [folder], out) == answers.Answers(8, 0, 1, 0, True)
+    assert answers.predict(detector, [folder], out) == answers.Answers(8, 0, 1, 0, other_size=8, listed=True)
     return {name: (out / name).read_bytes() for name in LISTS}
 
 
@@ -63,7 +63,7 @@ def test_stopped_after_every_image_the_lists_come_out_the_same(detector, folder,
             answers.predict(detector, [folder], tmp_path, resume=done > 1, stop=lambda: True)
         assert lists(tmp_path) == {}
     found = answers.predict(detector, [folder], tmp_path, resume=True)
-    assert found == answers.Answers(8, 0, 1, 0, True)
+    assert found == answers.Answers(8, 0, 1, 0, other_size=8, listed=True)
     assert lists(tmp_path) == whole
     assert answers.predict(detector, [folder], tmp_path, resume=True) == found  # nothing is left to do
     assert lists(tmp_path) == whole
@@ -95,7 +95,7 @@ def test_shards_in_any_order_make_the_same_lists(detector, folder, whole, tmp_pa
 def test_more_shards_than_images(detector, folder, tmp_path):
     for n in (1, 2, 3):
         found = answers.predict(detector, [folder / "0.png"], tmp_path, shard=Shard(n, 3))
-    assert found == answers.Answers(0, 0, 0, 0, True)
+    assert found == answers.Answers(0, 0, 0, 0, 0, listed=True)
     assert (tmp_path / "scores.csv").read_bytes().count(b"\n") == 2
 
 
@@ -148,6 +148,34 @@ def test_nothing_is_removed_while_a_shard_is_written(detector, folder, tmp_path)
             answers.predict(detector, [folder], tmp_path)
 
     assert answers.predict(detector, [folder], tmp_path, shard=Shard(2, 3), on_image=alone).listed
+
+
+def test_a_new_call_leaves_no_pictures_of_the_one_before(detector, folder, tmp_path):
+    out = tmp_path / "out"
+    answers.predict(detector, [folder], out, tiff=True)
+    kept = [out / "overlays" / "mine.png", out / "notes.txt"]
+    for path in kept:
+        path.write_bytes(b"of the user")
+    few = sorted(folder.rglob("*.png"))[:2]
+    answers.predict(detector, few, out)
+    assert len(list((out / "overlays").rglob("*.png"))) == len(list((out / "masks").rglob("*.png"))) + 1 == 3
+    assert not list((out / "maps").rglob("*.tiff"))
+    assert all(path.read_bytes() == b"of the user" for path in kept)
+    answers.predict(detector, [out / "overlays"], out, pictures=False)  # its own pictures, given as images, stay
+    assert len(list((out / "overlays").rglob("*.png"))) == 3
+    assert not list((out / "masks").rglob("*.png"))
+
+
+def test_a_forged_list_of_inputs_removes_nothing_elsewhere(detector, folder, tmp_path):
+    out = tmp_path / "out"
+    answers.predict(detector, [folder], out)
+    victim = save(tmp_path / "victim.png", texture(1))
+    listed = out / "progress" / "inputs.jsonl"
+    lines = listed.read_text().splitlines()
+    forged = [json.dumps(["x", name]) for name in ("../../victim", str(victim.with_suffix("")), "a\0b")]
+    listed.write_text("\n".join([*lines, *forged]) + "\n")
+    answers.predict(detector, [folder], out)
+    assert victim.exists()
 
 
 def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
@@ -272,6 +300,11 @@ def test_the_command_killed_terminated_and_sharded_by_torchrun(tmp_path, capsys,
         "progress",
         "scores.csv",
     ]
+    command = ["predict", str(run), images, "--out", str(tmp_path / "ranks"), "--scores-only"]
+    assert cli.run(command) == 2
+    assert "Shard 2 of 2" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # one of them failed, so torchrun starts all again
+    assert cli.run(command) == 0
 
 
 def test_a_damaged_list_of_inputs(detector, folder, tmp_path):
