@@ -60,8 +60,7 @@ class Form(CPC):
 
     @torch.no_grad()
     def surprise(self, image: Tensor, bank: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        latents = self.latents(image[None])
-        contexts, weight, sources, targets, counts = self.predictor(self.context(latents))
+        latents, (contexts, weight, sources, targets, counts) = self.examine(image)
         predictions = torch.cat(
             [F.linear(contexts[rows], matrix) for rows, matrix in zip(sources.split(counts), weight, strict=True)]
         )

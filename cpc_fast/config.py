@@ -16,19 +16,8 @@ CONTEXTS = ("none", "masked-conv")
 NEGATIVES = ("batch", "other-images", "sampled")
 ACROSS_RANKS = ("auto", "local", "gathered", "ring")
 PRECISIONS = ("auto", "float32")
-SHIFTS = (
-    "quarter-turn",
-    "magnify",
-    "noise",
-    "blur",
-    "intensity",
-    "sharpen",
-    "shuffle",
-    "invert",
-    "warp",
-    "spots",
-    "curves",
-)
+WHOLE_SHIFTS = ("quarter-turn", "turn", "magnify", "noise", "blur", "intensity", "sharpen", "shuffle", "invert", "warp")
+SHIFTS = (*WHOLE_SHIFTS, "spots", "curves", *(f"local-{name}" for name in WHOLE_SHIFTS))
 KINDS = {
     "int": ((int,), "a whole number"), "int | None": ((int, type(None)), "a whole number, or none"),
     "float": ((float, int), "a number"), "str": ((str,), "a text"), "bool": ((bool,), "true or false"),
@@ -38,7 +27,7 @@ KINDS = {
 LIMITS = {
     "image_size": 1 << 16, "patch_size": 4096, "patch_stride": 4096, "crop": 1 << 16, "made_for": 1 << 16,
     "width": 4096, "steps": 64, "negatives_count": 1 << 24, "shift_copies": 64, "epochs": 10**6,
-    "batch_size": 1 << 20, "bank_size": 1 << 24,
+    "batch_size": 1 << 20, "finer": 64, "bank_size": 1 << 24,
 }  # fmt: skip
 
 
@@ -90,6 +79,7 @@ class Config:
         "auto"  # bfloat16 where the device is fast at it; "float32": the same numbers everywhere, to rounding
     )
     # scoring
+    finer: int = 1  # grid cells of scoring in one of training, each way: 2 also looks at the patches halfway between
     bank_size: int = 1024  # normal latents that test patches are compared with
     calibration_share: float = 0.2  # share of the normal images held out of training
     target_fpr: float = 0.01  # share of normal images that may be flagged
@@ -125,6 +115,7 @@ class Config:
         need(self.skip <= 4096, "skip", "at most 4096")
         need(0 <= self.seed < 1 << 32, "seed", "from 0 to 4294967295")
         need(self.skip >= 0, "skip", "0 or more")
+        need(self.patch_stride % self.finer == 0, "finer", f"a divisor of patch_stride, {self.patch_stride}")
         need(self.image_size is None or self.image_size >= self.patch_size, "image_size", "at least patch_size")
         need(self.crop is None or self.crop >= self.patch_size, "crop", "at least patch_size")
         need(self.made_for is None or self.made_for >= self.patch_size, "made_for", "at least patch_size")
@@ -140,6 +131,11 @@ class Config:
     def offsets(self) -> tuple[int, ...]:
         """How many grid cells ahead each of the K steps looks."""
         return tuple(self.skip + k for k in range(1, self.steps + 1))
+
+    @property
+    def scoring_stride(self) -> int:
+        """Pixels from one patch to the next in scoring."""
+        return self.patch_stride // self.finer
 
     @property
     def unit(self) -> float:

@@ -35,9 +35,9 @@ class MaskedConv(nn.Conv2d):
         mask[0], mask[1, :2] = 1, 1
         self.register_buffer("mask", mask, persistent=False)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, apart: int = 1) -> Tensor:
         mask: Tensor = self.mask  # pyright: ignore[reportAssignmentType]
-        return F.conv2d(input, self.weight * mask, self.bias, padding=1)
+        return F.conv2d(input, self.weight * mask, self.bias, padding=apart, dilation=apart)
 
 
 class ContextNet(nn.Module):
@@ -55,12 +55,13 @@ class ContextNet(nn.Module):
                 self.nets.append(nn.Sequential(MaskedConv(features), nn.ReLU(), MaskedConv(features)))
 
     @stage("contexts")
-    def forward(self, latents: Latents) -> Contexts:
+    def forward(self, latents: Latents, apart: int = 1) -> Contexts:
+        """apart: how many rows or columns lie between neighbours, for a grid that is finer than that of training."""
         if not self.nets:
             return latents[None]
         contexts = []
-        for direction, net in enumerate(self.nets):
+        for direction, (first, relu, second) in enumerate(self.nets):  # pyright: ignore[reportGeneralTypeIssues]
             turned = turn(latents, direction)
-            seen = turned + net(turned.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            seen = turned + second(relu(first(turned.permute(0, 3, 1, 2), apart)), apart).permute(0, 2, 3, 1)
             contexts.append(turn_back(seen, direction))
         return torch.stack(contexts)

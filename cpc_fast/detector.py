@@ -364,7 +364,7 @@ class Detector:
         }
         zoom = original[0] / prepared[0]
         edges = (row, column, row, column)
-        box = [edge * config.patch_stride + (config.patch_size if i > 1 else 0) for i, edge in enumerate(edges)]
+        box = [edge * config.scoring_stride + (config.patch_size if i > 1 else 0) for i, edge in enumerate(edges)]
         limits = (*original[:2], *original[:2])
         top, left, bottom, right = (min(round(edge * zoom), limit) for edge, limit in zip(box, limits, strict=True))
         return Explanation(

@@ -32,6 +32,7 @@ from .images import quoted
 from .model import IMAGENET
 from .patches import grid_shape
 from .saving import write_whole
+from .scoring import at_places
 from .version import __version__
 
 TOLERANCE = 1e-4  # of scores and maps, relative where they exceed 1
@@ -56,14 +57,13 @@ class Program(nn.Module):
         config, found = detector.config, detector.calibration
         self.model = copy.deepcopy(detector.model).float().cpu().eval().requires_grad_(False)
         self.config, self.size = config, size
-        self.gy, self.gx = grid_shape(*size, config.patch_size, config.patch_stride)
-        place = found.place_mean.shape == (self.gy, self.gx)
+        self.gy, self.gx = grid_shape(*size, config.patch_size, config.scoring_stride)
         for name, value in {
             "bank": host_rows(detector.bank),
             "step_mean": found.step_mean,
             "step_spread": found.step_spread,
-            "place_mean": found.place_mean if place else found.place_mean.mean(),
-            "place_spread": found.place_spread if place else found.place_spread.mean(),
+            "place_mean": at_places(found.place_mean, self.gy, self.gx),
+            "place_spread": at_places(found.place_spread, self.gy, self.gx),
             "window": _window(config.patch_size, torch.device("cpu"))[None, None],
         }.items():
             self.register_buffer(name, value.detach().float().cpu().clone())
@@ -79,8 +79,8 @@ class Program(nn.Module):
         else:
             centred = pixels - pixels.mean((1, 2, 3), keepdim=True)
             pixels = centred / centred.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1.0)
-        latents = model.latents(pixels)  # (b, gy, gx, d)
-        grid = self._grid(latents, model.context(latents))
+        latents = model.latents(pixels, config.scoring_stride)  # (b, gy, gx, d)
+        grid = self._grid(latents, model.context(latents, config.finer))
         grid = (grid - self.place_mean) / self.place_spread
         maps = self._spread(grid[:, None]) / self._spread(torch.ones_like(grid[:1, None]))
         maps = maps[:, 0, : self.size[0], : self.size[1]]
@@ -93,7 +93,7 @@ class Program(nn.Module):
         abouts, mades = torch.zeros(gy, gx), torch.zeros(gy, gx)
         for i, weight in enumerate(self.model.predictor.weight.unbind()):
             direction, step = divmod(i, len(offsets))
-            y, x = (offsets[step] * towards for towards in DIRECTIONS[direction])
+            y, x = (offsets[step] * self.config.finer * towards for towards in DIRECTIONS[direction])
             if abs(y) >= gy or abs(x) >= gx:
                 continue
             top, left, bottom, right = max(0, -y), max(0, -x), gy - max(0, y), gx - max(0, x)
@@ -110,7 +110,7 @@ class Program(nn.Module):
         return torch.where(abouts > 0, about / abouts.clamp_min(1), made / mades.clamp_min(1))
 
     def _spread(self, grid: Tensor) -> Tensor:
-        return F.conv_transpose2d(grid, self.window, stride=self.config.patch_stride)
+        return F.conv_transpose2d(grid, self.window, stride=self.config.scoring_stride)
 
 
 def export(

@@ -15,7 +15,7 @@ from .contexts import ContextNet
 from .latents import PatchEncoder, encode
 from .loss import accuracy, cpc_loss
 from .patches import extract_patches
-from .predictions import Predictor
+from .predictions import Predictions, Predictor
 from .shapes import Images, Latents, Losses, Shifted
 
 # Mean and spread of each channel that pretrained backbones were trained with; grey takes the mean of the three.
@@ -99,9 +99,9 @@ class CPC(nn.Module):
             self.encoder.eval()
         return self
 
-    def latents(self, images: Images) -> Latents:
-        """(b, c, h, w) -> (b, gy, gx, d)."""
-        return encode(self.encoder, extract_patches(images, self.config.patch_size, self.config.patch_stride))
+    def latents(self, images: Images, stride: int | None = None) -> Latents:
+        """(b, c, h, w) -> (b, gy, gx, d), on the grid of training unless another stride is given."""
+        return encode(self.encoder, extract_patches(images, self.config.patch_size, stride or self.config.patch_stride))
 
     def forward(self, images: Images, shifted: Shifted | None = None, seed: int = 0) -> StepResult:
         """The loss of a batch; `shifted` are transformed images whose patches are further wrong answers."""
@@ -120,6 +120,13 @@ class CPC(nn.Module):
         )  # fmt: skip
         return StepResult(loss, accuracy(predictions, own))
 
+    def examine(self, image: Tensor) -> tuple[Latents, Predictions]:
+        """Latents of one image (c, h, w) on the grid of scoring, and the predictions about them: those of each of the
+        training's grids that it holds, shifted against each other."""
+        finer = self.config.finer
+        latents = self.latents(image[None], self.config.scoring_stride)
+        return latents, self.predictor(self.context(latents, finer), finer)
+
     @torch.no_grad()
     def surprise(self, image: Tensor, bank: Bank) -> tuple[Losses, Tensor, Tensor, list[int]]:
         """The losses of one image (c, h, w) against a bank (m, d) of normal latents.
@@ -127,8 +134,7 @@ class CPC(nn.Module):
         Returns losses (n,), sources (n,) and targets (n,) as flat grid indices, and the number of predictions of each
         (direction, step).
         """
-        latents = self.latents(image[None])
-        predictions = self.predictor(self.context(latents))
+        latents, predictions = self.examine(image)
         patches = latents.shape[1] * latents.shape[2]
         losses = bank_losses(predictions, latents, bank)
         return losses, predictions.sources % patches, predictions.targets, predictions.counts

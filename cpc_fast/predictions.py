@@ -80,7 +80,9 @@ class Predictor(nn.Module):
             nn.init.orthogonal_(weight.data)
 
     @stage("predictions")
-    def forward(self, contexts: Contexts) -> Predictions:
+    def forward(self, contexts: Contexts, apart: int = 1) -> Predictions:
+        """apart: how many rows or columns lie between neighbours, for a grid that is finer than that of training."""
         a, b, gy, gx, _ = contexts.shape
-        where = geometry((b, gy, gx), self.offsets, self.directions, contexts.device, a > 1)
+        offsets = tuple(apart * offset for offset in self.offsets)
+        where = geometry((b, gy, gx), offsets, self.directions, contexts.device, a > 1)
         return Predictions(contexts.flatten(0, 3), self.weight, *where)

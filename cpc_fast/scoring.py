@@ -1,7 +1,7 @@
 """One image against a bank of normal latents: calibrated losses and the anomaly map.
 
 loss of each prediction -> minus its normal mean, over its normal spread     (for each direction and step)
--> mean over the predictions about a patch -> the same again                 (for each position of the grid)
+-> mean over the predictions about a patch -> the same again                 (for each place of the grid)
 -> anomaly map
 """
 
@@ -31,8 +31,8 @@ class Calibration:
 
     step_mean: Tensor  # (directions * K,)
     step_spread: Tensor  # (directions * K,)
-    place_mean: Tensor  # (gy, gx), or (1, 1) where the images have different grids
-    place_spread: Tensor  # (gy, gx) or (1, 1)
+    place_mean: Tensor  # (gy, gx), or odd (n, n) of places by their distance from the edges, where grids differ
+    place_spread: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Scorer(nn.Module):
     def losses(self, image: np.ndarray) -> tuple[Tensor, Tensor, Tensor, list[int], tuple[int, int]]:
         device = self.bank.device
         pixels = self.model.standardise(image)
-        gy, gx = grid_shape(pixels.shape[1], pixels.shape[2], self.config.patch_size, self.config.patch_stride)
+        gy, gx = grid_shape(pixels.shape[1], pixels.shape[2], self.config.patch_size, self.config.scoring_stride)
         with torch.inference_mode(), autocast(device, self.config.precision):
             losses, sources, targets, counts = self.model.surprise(pixels, self.bank)
         return losses.float(), sources, targets, counts, (gy, gx)
@@ -81,9 +81,7 @@ class Scorer(nn.Module):
             losses = (losses - self.calibration.step_mean[step]) / self.calibration.step_spread[step]
         grid = patch_means(losses, sources, targets, (gy, gx))
         if self.calibration is not None:
-            mean, spread = self.calibration.place_mean, self.calibration.place_spread
-            if mean.shape != grid.shape:
-                mean, spread = mean.mean(), spread.mean()
+            mean, spread = (at_places(t, gy, gx) for t in (self.calibration.place_mean, self.calibration.place_spread))
             grid = (grid - mean) / spread
         return Surprise(losses, targets, counts, grid)
 
@@ -91,7 +89,7 @@ class Scorer(nn.Module):
         """Surprise and anomaly map of a resized image, the map at the original (h, w)."""
         config, surprise = self.config, self.surprise(image)
         size = (image.shape[0], image.shape[1])
-        return surprise, anomaly_map(surprise.grid, config.patch_size, config.patch_stride, size, original)
+        return surprise, anomaly_map(surprise.grid, config.patch_size, config.scoring_stride, size, original)
 
     def map(self, image: np.ndarray, original: tuple[int, int]) -> AnomalyMap:
         return self.look(image, original)[1]
@@ -112,11 +110,30 @@ def patch_means(losses: Tensor, sources: Tensor, targets: Tensor, shape: tuple[i
     return torch.where(totals[0, 1] > 0, means[0], means[1]).view(shape)
 
 
+def places(length: int, size: int) -> list[int]:
+    """Which of `size` calibrated places each of `length` rows (or columns) of a grid is judged by: its own where the
+    grid is the calibrated one, else that as far from the nearer edge, the middle one for all that are far from both.
+
+    >>> places(8, 5), places(3, 5), places(5, 5)
+    ([0, 1, 2, 2, 2, 2, 3, 4], [0, 1, 4], [0, 1, 2, 3, 4])
+    """
+    half = size // 2
+    fore = [min(i, half) for i in range(length)]
+    aft = [size - 1 - min(length - 1 - i, half) for i in range(length)]
+    return [fore[i] if i <= length - 1 - i else aft[i] for i in range(length)] if length != size else list(range(size))
+
+
+def at_places(table: Tensor, gy: int, gx: int) -> Tensor:
+    """What a table over calibrated places says about each place of another grid, (gy, gx)."""
+    return table[places(gy, table.shape[0])][:, places(gx, table.shape[1])]
+
+
 def calibrate(scorer: Scorer, images: Sequence[np.ndarray]) -> Calibration:
     """Means and spreads of the losses on held-out normal images.
 
     First for each direction and step over all places, then for each place of the grid over the images, drawn towards
-    the overall figures as if SHRINK more images had shown those.
+    the overall figures as if SHRINK more losses had shown those. Images of several sizes share the places by their
+    distance from the edges: a patch at the edge is predicted from fewer sides, and often shows the edge of a part.
     """
     found = [scorer.losses(image) for image in images]
     steps = [
@@ -130,10 +147,22 @@ def calibrate(scorer: Scorer, images: Sequence[np.ndarray]) -> Calibration:
     partly = Scorer(scorer.model, scorer.bank, Calibration(mean, spread, *neutral))
     grids = [partly.surprise(image).grid for image in images]
     everything = torch.cat([grid.flatten() for grid in grids])
-    overall = everything.mean()[None, None], everything.std().clamp_min(1e-6)[None, None]
-    if len({grid.shape for grid in grids}) > 1 or len(grids) < 2:
-        return Calibration(mean, spread, *overall)
-    stack, n = torch.stack(grids), len(grids)
-    place_mean = (n * stack.mean(0) + SHRINK * overall[0]) / (n + SHRINK)
-    place_variance = (n * stack.var(0) + SHRINK * overall[1] ** 2) / (n + SHRINK)
-    return Calibration(mean, spread, place_mean, place_variance.sqrt())
+    middle, variance = everything.mean(), everything.var().clamp_min(1e-12)
+    if len(grids) < 2:
+        return Calibration(mean, spread, middle[None, None], variance.sqrt()[None, None])
+    edge = (
+        2 * max(scorer.config.offsets) * scorer.config.finer + 1
+    )  # as far as the number of predictions about a patch depends on the edge
+    size = grids[0].shape if len({grid.shape for grid in grids}) == 1 else torch.Size((edge, edge))
+    sums = torch.zeros(3, *size, dtype=torch.float64, device=middle.device)  # of 1, x and x^2
+    for grid in grids:
+        rows, columns = (torch.tensor(places(n, m), device=grid.device) for n, m in zip(grid.shape, size, strict=True))
+        x = (grid - middle).double()
+        for total, power in zip(sums, (torch.ones_like(x), x, x**2), strict=True):
+            total.index_put_((rows[:, None], columns), power, accumulate=True)
+    count = sums[0]
+    means = sums[1] / count.clamp_min(1)
+    variances = (sums[2] - count * means**2).clamp_min(0) / (count - 1).clamp_min(1)
+    trust = count / (count + SHRINK)
+    variances = trust * variances + (1 - trust) * variance
+    return Calibration(mean, spread, (middle + trust * means).float(), variances.sqrt().float())

@@ -4,9 +4,9 @@ On a homogeneous texture all patches look alike and in-batch contrast has nothin
 gives it something: the right answer must be told from a patch that is *almost* right. The idea is CSI's (Tack et al.
 2020, arXiv 2007.08176), carried from whole images to the candidates of CPC. The anomaly score stays the plain loss.
 
-Most families change the whole image. `spots` and `curves` change little of it, as defects do, and every patch: on
-surfaces that vary from image to image they seemed to teach more than all the others, in single runs on one half of the
-magnetic tiles' test images.
+Most families change the whole image. `spots` and `curves` change little of it, as defects do, and every patch. Of each
+of the others there is a `local-` one, which acts inside islands only: harder to tell from what is normal, so that alone
+they teach nothing in a short training, and beside whole ones a little.
 
 A `unit` is 1/32 of a patch in pixels, so that what is learned does not depend on the resolution.
 """
@@ -22,6 +22,8 @@ from torch import Tensor
 
 from .shapes import Images
 from .stages import stage
+
+Family = Callable[[Images, torch.Generator, float], Images]
 
 
 def _pick(images: Images, low: float, high: float, generator: torch.Generator) -> Tensor:
@@ -44,6 +46,15 @@ def _magnify(images: Images, generator: torch.Generator, unit: float) -> Images:
     factor = float(_pick(images[:1], 1.3, 2.0, generator))
     zoom = torch.eye(2, 3, device=images.device) / factor
     grid = F.affine_grid(zoom.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def _turn(images: Images, generator: torch.Generator, unit: float) -> Images:
+    """Turned by any angle and scaled, 0.4 to 1.2 times."""
+    angle, factor = _pick(images, 0.0, 2 * math.pi, generator), _pick(images, 0.4, 1.2, generator)
+    cos, sin = torch.cos(angle) / factor, torch.sin(angle) / factor
+    matrix = torch.cat([cos, -sin, 0 * cos, sin, cos, 0 * cos], 3).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
@@ -132,8 +143,9 @@ def _curves(images: Images, generator: torch.Generator, unit: float) -> Images:
     return images.lerp(tone.expand_as(images), inside)
 
 
-FAMILIES: dict[str, Callable[[Images, torch.Generator, float], Images]] = {
+WHOLE: dict[str, Family] = {
     "quarter-turn": _quarter_turn,
+    "turn": _turn,
     "magnify": _magnify,
     "noise": _noise,
     "blur": _blur,
@@ -142,9 +154,25 @@ FAMILIES: dict[str, Callable[[Images, torch.Generator, float], Images]] = {
     "shuffle": _shuffle,
     "invert": _invert,
     "warp": _warp,
-    "spots": _spots,
-    "curves": _curves,
 }
+
+
+def _locally(family: Family) -> Family:
+    """The family inside islands, of any size and hardness, and the image as it is between them."""
+
+    def shifted(images: Images, generator: torch.Generator, unit: float) -> Images:
+        spacing, hardness = (float(_pick(images[:1], *limits, generator)) for limits in ((6.0, 20.0), (4.0, 16.0)))
+        inside = torch.sigmoid(
+            hardness * (_hills(images, spacing * unit, generator) - _pick(images, 0.3, 1.1, generator))
+        )
+        strength = _pick(images, 0.4, 1.2, generator).clamp_max(1.0)
+        return images.lerp(family(images, generator, unit), inside * strength)
+
+    return shifted
+
+
+LOCAL: dict[str, Family] = {"spots": _spots, "curves": _curves}
+FAMILIES = WHOLE | LOCAL | {f"local-{name}": _locally(family) for name, family in WHOLE.items()}
 
 
 @stage("shifts")

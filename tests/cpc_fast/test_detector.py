@@ -213,6 +213,7 @@ def test_a_frozen_encoder_stays_as_it_is():
         {"crop": 32, "flips": True, "jitter": 0.0},
         {"skip": 0, "steps": 1},
         {"stem": 1},
+        {"finer": 2},
     ],
     ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()),
 )  # fmt: skip
@@ -234,6 +235,15 @@ def test_it_learns_to_see_a_hole():
     assert min(answer.score for answer in bad) > max(good)
     mask = holed(400)[1]
     assert bad[0].map[mask].mean() > bad[0].map[~mask].mean()
+
+
+def test_images_of_several_sizes_are_calibrated_from_their_edges():
+    images = [texture(i, 56 + 8 * (i % 3)) for i in range(12)]
+    detector = Detector.fit(images, TINY_CONFIG)
+    n = 2 * max(TINY_CONFIG.offsets) + 1
+    assert detector.calibration.place_mean.shape == detector.calibration.place_spread.shape == (n, n)
+    for side in (48, 64, 96):
+        assert np.isfinite(detector.inspect(texture(50, side)).map).all()
 
 
 def test_a_crop_smaller_than_a_patch_is_no_config():

@@ -6,9 +6,10 @@ import torch
 
 from cpc_fast.anomaly_map import anomaly_map
 from cpc_fast.bank import reservoir
-from cpc_fast.scoring import patch_means
+from cpc_fast.scoring import at_places, patch_means
 from cpc_fast.segments import find_segments
 from cpc_fast.shifts import FAMILIES, shift
+from cpc_fast.train import window_start
 
 
 def test_a_reservoir_does_not_depend_on_the_blocks():
@@ -80,3 +81,22 @@ def test_sizes_of_shifts_grow_with_the_patch():
     grain = torch.randn(4, 1, 64, 64, generator=torch.Generator().manual_seed(1))
     soft, softer = (shift(grain, ("blur",), torch.Generator().manual_seed(0), unit).std() for unit in (1.0, 2.0))
     assert softer < 0.7 * soft
+
+
+def test_images_of_several_sizes_share_the_places_at_their_edges():
+    for size in (3, 9):
+        table = torch.arange(float(size * size)).view(size, size)
+        assert torch.equal(at_places(table, size, size), table)
+    table = torch.arange(49.0).view(7, 7)
+    large = at_places(table, 12, 9)
+    assert torch.equal(large[:3, :3], table[:3, :3])
+    assert torch.equal(large[-3:, -3:], table[-3:, -3:])
+    assert (large[3:9, 3:6] == table[3, 3]).all()
+
+
+def test_windows_meet_the_edges_as_often_as_other_places():
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.tensor([window_start(200, 100, 50, generator) for _ in range(2000)])
+    for edge in (starts.min(), starts.max()):
+        assert edge in (0, 100)
+        assert 0.2 < (starts == edge).float().mean() < 0.3

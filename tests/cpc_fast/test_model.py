@@ -11,6 +11,7 @@ from cpc_fast.loss import accuracy, cpc_loss
 from cpc_fast.model import CPC
 from cpc_fast.patches import extract_patches, grid_shape
 from cpc_fast.predictions import Predictions, Predictor, geometry
+from cpc_fast.scoring import patch_means
 from cpc_kernels import Negatives, draw_negatives, reference
 
 SMALL = Config(width=8, stem=4, patch_size=16, patch_stride=8, steps=2)
@@ -201,3 +202,20 @@ def test_patches_grow_with_the_images(sides, patch, stem):
     assert (fitted.patch_size, fitted.patch_stride, fitted.stem, fitted.crop) == (patch, patch // 2, stem, 3 * patch)
     assert fitted.fitted_to([1024]) == fitted  # once fitted, lengths are final
     assert preset("cpu-demo").replace(patch_size=16).fitted_to([512]).patch_size == 16  # and so are those set by hand
+
+
+@pytest.mark.parametrize("context", ["none", "masked-conv"])
+def test_a_finer_grid_holds_those_of_training_side_by_side(context):
+    config = Config(width=4, steps=2, context=context, finer=2)
+    model = CPC(config).eval()
+    bank, image = torch.randn(20, 16), torch.randn(1, 32 + 16 * 8, 32 + 16 * 7)
+    gy, gx = 17, 15
+    losses, sources, targets, _ = model.surprise(image, bank)
+    fine = patch_means(losses, sources, targets, (gy, gx))
+    model.config = config.replace(finer=1)
+    for y in (0, 1):
+        for x in (0, 1):
+            rows, columns = len(range(y, gy, 2)), len(range(x, gx, 2))
+            part = image[:, 8 * y : 8 * y + 16 * rows + 16, 8 * x : 8 * x + 16 * columns + 16]
+            losses, sources, targets, _ = model.surprise(part, bank)
+            torch.testing.assert_close(fine[y::2, x::2], patch_means(losses, sources, targets, (rows, columns)))
