@@ -105,13 +105,17 @@ class Ablations:
     def variant_of(self, row: Row | None) -> str:
         return self.variant if row is None else f"ablations/{self.variant}/{row.slug}"
 
-    @property
-    def base(self) -> Config:
-        return preset(self.preset).replace(**self.changes)
+    def base(self, bed: Bed | None = None) -> Config:
+        """What rows are compared with, on this set."""
+        return preset(bed.sibling(self.preset) if bed else self.preset).replace(**self.changes)
 
-    def asks_nothing(self, row: Row, **fixed: Any) -> bool:
-        """Whether the base is what the row asks for, where a set fixes these fields."""
-        return not row.read and not row.merge and row.config(self.base).replace(**fixed) == self.base.replace(**fixed)
+    def config(self, row: Row | None, bed: Bed | None = None) -> Config:
+        base = self.base(bed)
+        return (base if row is None else row.config(base)).replace(**bed.changes if bed else {})
+
+    def asks_nothing(self, row: Row, bed: Bed | None = None) -> bool:
+        """Whether the base is what the row asks for."""
+        return not row.read and not row.merge and self.config(row, bed) == self.config(None, bed)
 
     def jobs(self, beds: Sequence[tuple[Bed, Path]], rows: Sequence[Row], seeds: int, part: str) -> list[Job]:
         """The base first, then each row that asks for something."""
@@ -120,11 +124,11 @@ class Ablations:
             for seed in range(seeds)
             for row in (None, *rows)
             for bed, data in beds
-            if row is None or not self.asks_nothing(row, **bed.changes)
+            if row is None or not self.asks_nothing(row, bed)
         ]
 
     def _job(self, row: Row | None, bed: Bed, data: Path, seed: int, part: str) -> Job:
-        config = (self.base if row is None else row.config(self.base)).replace(**bed.changes, seed=seed)
+        config = self.config(row, bed).replace(seed=seed)
         fits: tuple[Job, ...] = ()
         reading: Reading | None = None
         if row is not None and (row.read or row.merge):

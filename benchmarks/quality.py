@@ -192,10 +192,17 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(parser, arguments)
     done = True
     if not args.tables:
-        config = preset(args.preset).replace(**read_settings(args.set))
+        settings = read_settings(args.set)
+        config = preset(args.preset).replace(**settings)
         variant = "-".join([args.preset, *(slug(setting) for setting in args.set)])
         jobs = [
-            Job(variant, bed, data, method, config.replace(**bed.changes, seed=seed))
+            Job(
+                variant,
+                bed,
+                data,
+                method,
+                preset(bed.sibling(args.preset)).replace(**settings | bed.changes, seed=seed),
+            )
             for seed in range(args.seeds or SEEDS)
             for bed, data in find_beds(args.sets, args.tiles)
             for method in args.methods

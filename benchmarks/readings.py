@@ -6,6 +6,7 @@ calibration   both; step: of each direction and step alone; place: of each posit
 pool          image score: max, mean or top (mean of the highest 1%) of the map; learned: the mean of the three, each
               less its mean on held-out normal images and over its spread there
 bank_size     how many normal latents
+finer         grid cells of scoring in one of training, each way
 Merged        the mean of the maps of several detectors (patches of several sizes), each calibrated by its own
 """
 
@@ -83,6 +84,7 @@ class Other:
     calibration: str = "both"
     pool: str = "max"
     bank_size: int = 0  # 0: the detector's own bank
+    finer: int = 0  # 0: the detector's own grid
 
     def __post_init__(self) -> None:
         for name, known in (("form", FORMS), ("calibration", CALIBRATIONS), ("pool", (*POOLS, "learned"))):
@@ -113,7 +115,10 @@ class Reread(Baseline):
             with torch.inference_mode(), autocast(bank.device, self.config.precision):
                 rows = (model.latents(model.standardise(images[i])[None]).flatten(0, 2).float() for i in training)
                 bank = reservoir(rows, how.bank_size, self.config.seed)
-        self.scorer = Scorer(Form.of(model, how.form), bank)
+        form = Form.of(model, how.form)
+        if how.finer:
+            form.config = model.config.replace(finer=how.finer)
+        self.scorer = Scorer(form, bank)
         normal = [images[i] for i in held_out]
         found = calibrate(self.scorer, normal)
         zero, one = found.step_mean.new_zeros(1, 1), found.step_mean.new_ones(1, 1)

@@ -32,6 +32,7 @@ class Bed:
         name: as it stands in tables and file names.
         find: the folder that holds it in MVTec layout, made under the folder given where it must be; or why not.
         changes: fields of the preset that this set needs otherwise.
+        siblings: for a preset, the one of its family that is made for such a set.
         halved: whether its test images are split into a half to choose on and a half to report.
         free: whether its pictures may be published.
     """
@@ -39,8 +40,13 @@ class Bed:
     name: str
     find: Callable[[Path], Path | str]
     changes: dict[str, Any] = field(default_factory=dict)
+    siblings: dict[str, str] = field(default_factory=dict)
     halved: bool = False
     free: bool = False
+
+    def sibling(self, name: str) -> str:
+        """The preset that meets this set in place of another."""
+        return self.siblings.get(name, name)
 
     def tests(self, data: Path, part: str) -> list[TestImage]:
         """The test images of a part, "validation" or "report"; all of them where the set is not halved."""
@@ -82,11 +88,14 @@ def _elpv(folder: Path) -> Path | str:
     return write_elpv(folder / "elpv")
 
 
-# Cells are scaled; every other choice is the preset's.
+# Textures are homogeneous, and have a preset for that; cells are scaled; every other choice is the preset's.
 BEDS = {
     bed.name: bed
     for bed in (
-        *(Bed(name, lambda folder, name=name: _textures(folder) / name, free=True) for name in TEXTURES),
+        *(
+            Bed(name, lambda folder, name=name: _textures(folder) / name, siblings={"quality": "texture"}, free=True)
+            for name in TEXTURES
+        ),
         Bed("magnetic tiles", _tiles, halved=True),
         Bed("solar cells", _elpv, {"image_size": 128}),
     )

@@ -202,11 +202,25 @@ _TEXTURES = Config(
     epochs=8, learning_rate=2e-3, schedule="constant", jitter=0.03, flips=True,
 )  # fmt: skip
 
+_QUALITY = _TEXTURES.replace(
+    made_for=None, epochs=16, learning_rate=4e-3, schedule="cosine", finer=2,
+    shifts=("spots", "curves", "warp", "shuffle"),
+)  # fmt: skip
+
 PRESETS: dict[str, Config] = {
     # The shifts are kept apart from the defects that the demo paints (stain, blur, scratch, foreign and turned pieces).
     "cpu-demo": _TEXTURES,
     # Parts vary among themselves: shifts that change little of a patch, as defects do; patches stay small.
-    "quality": _TEXTURES.replace(made_for=None, stem=4, epochs=16, shifts=("spots", "curves", "warp", "shuffle")),
+    "quality": _QUALITY,
+    # Homogeneous surfaces, where patches are hard to tell apart: many more shifts, and longer.
+    "texture": _QUALITY.replace(
+        epochs=40, jitter=0.08,
+        shifts=(
+            "spots", "curves", "warp", "turn", "magnify", "noise", "shuffle", "intensity", "local-turn", "local-noise",
+        ),
+    ),
+    # A coarser first convolution, fewer epochs, and patches only where training has them.
+    "fast": _QUALITY.replace(stem=4, epochs=12, finer=1),
     # Unverified: put together from the paper's abstract and the code of its second author, not from its text.
     "paper": Config(
         image_size=256, channels=1, patch_size=64, patch_stride=32, width=64, stem=2, norm="none", steps=5, skip=1,
@@ -217,7 +231,7 @@ PRESETS: dict[str, Config] = {
 
 
 def preset(name: str) -> Config:
-    """The preset of that name: `cpu-demo`, `quality` or `paper` (unverified).
+    """The preset of that name: `cpu-demo`, `quality`, `texture`, `fast` or `paper` (unverified).
 
     >>> preset("cpu-demo").directions
     4

@@ -151,7 +151,7 @@ def test_thinned_predictions_are_some_of_them(most):
     assert torch.equal(step, torch.repeat_interleave(steps, torch.tensor(few.counts)))
 
 
-@pytest.mark.parametrize("name", ["cpu-demo", "quality", "paper"])
+@pytest.mark.parametrize("name", ["cpu-demo", "quality", "texture", "fast", "paper"])
 def test_presets_make_models(name):
     config = preset(name).replace(width=8)
     model = CPC(config)
