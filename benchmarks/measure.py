@@ -366,13 +366,12 @@ class Race:
 
     def record(self, found: dict[str, Any]) -> dict[str, Any]:
         """Everything about the case that goes into the results file; `found` are the ceilings, if they are known."""
-        case, copy, best = self.case, found.get("copy_gb_s"), peak(found, self.case.dtype) if found else None
-        known = copy is not None and best is not None
+        case, limits = self.case, (found["copy_gb_s"], peak(found, self.case.dtype)) if found else None
         return {
             "case": case.to_json(),
             "environment": environment(self.device),
-            "floor_ms": case.floor_ms(copy, best) if known else None,
-            "bound": case.bound(copy, best) if known else None,
+            "floor_ms": case.floor_ms(*limits) if limits else None,
+            "bound": case.bound(*limits) if limits else None,
             "flops": case.flops,
             "scores_mb": case.scores_bytes / 1e6,
             "rows": self.rows(),

@@ -280,7 +280,7 @@ def matrix(told: Told) -> str:
     bad = [
         f"{row['probe']} ({row.get('why', row['status'])})"
         for row in found["rows"]
-        if row["status"] in ("failed", "raised")
+        if row["status"] not in ("passed", "absent")
     ]
     tail = f" Failed: {'; '.join(bad)}." if bad else ""
     return (f"Correctness on this device: {found['passed']} of {found['passed'] + found['failed']} probes passed, "

@@ -345,9 +345,14 @@ def test_small_losses_stay_accurate():
             for n in range(2):
                 for k in range(2):
                     z[2 * n + k] = where[0][n, k] * (margin / where[0][n, k].square().sum())
-            loss, *_ = triton_sampled_info_nce.forward(*where, schedule=schedule)
-            truth = plain(*widen(where, torch.float64))[0]["loss"]
-            torch.testing.assert_close(loss.double(), truth, rtol=3e-5, atol=0)
+            loss, lse, _, _, o = triton_sampled_info_nce.forward(*where, schedule=schedule)
+            rows, expectation, gradient = plain(*widen(where, torch.float64))
+            torch.testing.assert_close(loss.double(), rows["loss"], rtol=3e-5, atol=0)
+            torch.testing.assert_close(o.double(), expectation, rtol=1e-4, atol=1e-5)
+            true = gradient(torch.ones_like(rows["loss"]))
+            assert 0 < float(true.abs().max()) < (1e-10 if margin == 30.0 else 1)
+            dz = triton_sampled_info_nce.backward_pool(-torch.expm1(-loss), lse, *where, schedule=schedule)
+            assert error(dz, true) < 1e-4
 
 
 def test_size_chooses_the_schedule():

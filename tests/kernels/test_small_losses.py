@@ -1,0 +1,66 @@
+"""The better the model, the smaller the loss; its gradient must not become noise. bf16 inputs, against float64.
+
+What computes 1 - p loses its digits as p nears 1: kernels/README.md says why ours does not.
+"""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cpc_kernels.capabilities import find_triton
+from cpc_kernels.ring_info_nce import forward_block
+
+TRITON = find_triton()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with numpy
+
+# how far the positive stands out, and the loss that this makes
+TABLE = [(0.0, 3.4), (11.5, 1.3e-3), (23.0, 9e-8), (41.0, 7e-14)]
+# the largest relative error of dq: float32 all through; one rounding of P to bf16 for the matrix units
+LIMITS = {"chunked": 1e-5, "triton": 1e-3}
+
+
+def problem(margin):
+    """32 anchors of unit length, 48 candidates of which row i's own is q_i margin / scale, and noise; scale 10."""
+    g = torch.Generator().manual_seed(1)
+    q = F.normalize(torch.randn(32, 64, generator=g), dim=1).bfloat16()
+    k = F.normalize(torch.randn(48, 64, generator=g), dim=1)
+    k[:32] = k[:32] * (margin == 0) + q.float() * margin / 10
+    return q.to(DEVICE), k.bfloat16().to(DEVICE), torch.arange(32, device=DEVICE)
+
+
+def exact(q, k, p):
+    """The loss and dq of its sum, in float64."""
+    scores = 10 * q.double() @ k.double().T
+    others = scores.scatter(1, p[:, None], -torch.inf)
+    gap = others.logsumexp(1) - scores.gather(1, p[:, None])[:, 0]
+    w = torch.sigmoid(gap) * 10
+    return F.softplus(gap), w[:, None] * (others.softmax(1) @ k.double() - k[p].double())
+
+
+def wrong(ours, true):
+    return float((ours.double() - true).norm() / true.norm())
+
+
+@pytest.mark.parametrize(
+    "impl",
+    ["chunked", pytest.param("triton", marks=pytest.mark.skipif(not TRITON.available, reason=TRITON.reason))],
+)
+@pytest.mark.parametrize(("margin", "size"), TABLE)
+def test_gradients_of_small_losses(impl, margin, size):
+    q, k, p = problem(margin)
+    true_loss, true = exact(q, k, p)
+    assert size / 3 < float(true_loss.median()) < size * 3, float(true_loss.median())
+    scale = torch.tensor([10.0], device=DEVICE)
+    loss, _, _, _, o = forward_block(impl, q, k, p, scale, None, None, True)
+    dq = (-torch.expm1(-loss) * scale)[:, None] * (o - k[p].float())
+    assert wrong(loss, true_loss) < 2e-5
+    assert wrong(dq, true) < LIMITS[impl]
+
+
+def test_what_others_compute_is_noise_by_then():
+    """So that the table above shows something: cross entropy of the scores, in float32 even."""
+    q, k, p = problem(TABLE[-1][0])
+    leaf = q.float().requires_grad_()
+    F.cross_entropy(10 * leaf @ k.float().T, p, reduction="sum").backward()
+    assert wrong(leaf.grad, exact(q, k, p)[1]) > 0.5
