@@ -51,7 +51,7 @@ bench: $(STAMP)
 quality: $(STAMP)
 	$(BIN)/python -m benchmarks.quality $(QUALITY)
 
-# Minutes the first time, seconds after: .cache/aot remembers what was compiled.
+# Minutes the first time, seconds after: ~/.cache/cpc_fast/aot remembers what was compiled.
 aot: $(STAMP)
 	$(BIN)/python -m benchmarks.aot
 

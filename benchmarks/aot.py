@@ -34,7 +34,8 @@ from typing import NamedTuple
 from .cases import CASES
 
 MODULES = ("cpc_kernels.triton_info_nce", "cpc_kernels.triton_sampled_info_nce")
-CACHE = Path(__file__).parents[1] / ".cache" / "aot"
+# the user's, not the checkout's: what is known holds for every checkout with the same source
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cpc_fast" / "aot"
 
 
 class Chip(NamedTuple):

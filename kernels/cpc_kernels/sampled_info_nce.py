@@ -178,8 +178,9 @@ def sampled_op(
     where = (anchors, pool, positives, negatives, seed, count, per_step, scale, anchor_ids, pool_ids)
     none = scale.new_empty(0)
     if impl == "cpp":  # checks the indices as it reads them
+        arguments = cpp_arguments(*where)  # first: it says so where there is no library
         loss, lse, positive, rank, probabilities = torch.ops.cpc_kernels_cpu.sampled_forward(
-            *cpp_arguments(*where), need_probabilities, need_rank
+            *arguments, need_probabilities, need_rank
         )
         return loss, lse, positive, rank, none, probabilities
     if not positives.is_floating_point():

@@ -7,6 +7,7 @@ conftest), so that an element nobody wrote shows.
 import pytest
 import torch
 from tolerance import assert_as_good_as_naive, error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 from cpc_kernels import (
@@ -18,6 +19,7 @@ from cpc_kernels import (
     sampled_info_nce_stats,
     sampled_tiles,
     tiles,
+    triton_info_nce,
     triton_sampled_info_nce,
 )
 
@@ -438,6 +440,37 @@ def test_only_one_input_learns(learns):
                                 impl=impl)  # fmt: skip
         results.append(torch.autograd.grad(loss, inputs[learns])[0])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the CPU wait for the device, or a shape depend on data: neither can be in a CUDA graph."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique", "item")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").split(".")[0].rstrip("_")
+        assert name not in self.REFUSED, f"{name} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device():
+    with pytest.raises(AssertionError, match="_local_scalar_dense waits"), NoWaiting():
+        torch.ones(1).item()
+    for options in ({}, {"drawn": True}, {"per_step": True, "vectors": True, "dtype": torch.float16}):
+        where = problem(ids=True, **options)
+        for schedule in (s for s in SCHEDULES if possible(s, where)):
+            with NoWaiting():
+                out = triton_sampled_info_nce.forward(*where, schedule=schedule)
+                triton_sampled_info_nce.backward_pool(out[0], out[1], *where, schedule=schedule)
+        with NoWaiting():
+            triton_sampled_info_nce.backward_pool(out[0], out[1], *where, schedule="segments")
+    for d, dtype in ((17, torch.float16), (70, torch.float32), (600, torch.float16)):
+        q, z, p, *_ = problem(n=5, steps=1, d=d, dtype=dtype)
+        rows = q[:, 0], z, p[:, 0], torch.ones(1, device=DEVICE)
+        with NoWaiting():
+            for splits in (1, 2):
+                out = triton_info_nce.forward(*rows, splits=splits)
+                triton_info_nce.backward_candidates(out[0], out[1], *rows, splits=splits)
 
 
 def test_deterministic_mode_sorts(monkeypatch):
