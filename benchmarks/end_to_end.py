@@ -89,6 +89,7 @@ class Contest:
             }  # fmt: skip
             row["ratio"], row["ratio_quartiles"] = measure.spread(ratios)
             if name == first:
+                row["dtype"] = str(computing(self.device)).removeprefix("torch.")
                 row["errors"] = self.errors
                 if not right:
                     row["why"] = ", ".join(f"{what} off by {error:.1e}" for what, error in self.errors.items())

@@ -236,7 +236,8 @@ def ends(told: Told) -> str:
             spread = f"{milliseconds(low)} - {milliseconds(high)}"
             pace = f"{row['images_per_s']:,.3g}"
             shown = name if row["ours"] else ""
-            rows.append((shown, row["provider"], time(row), spread, f"{row['ratio']:.2f}", pace))
+            provider = f"{row['provider']}, {row['dtype']}" if "dtype" in row else row["provider"]
+            rows.append((shown, provider, time(row), spread, f"{row['ratio']:.2f}", pace))
         if record["shares"]:
             shares.append(f"{name}: " + ", ".join(f"{part} {share:.0%}" for part, share in record["shares"].items()))
     if not rows:
