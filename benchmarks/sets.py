@@ -88,16 +88,24 @@ def _elpv(folder: Path) -> Path | str:
     return write_elpv(folder / "elpv")
 
 
-# Textures are homogeneous, and have a preset for that; cells are scaled; every other choice is the preset's.
+# Textures are homogeneous, and have a preset for that; cells are scaled; every other choice is the preset's. No image
+# here is so large that patches would grow.
+SAME_PATCHES = {"made_for": None}
 BEDS = {
     bed.name: bed
     for bed in (
         *(
-            Bed(name, lambda folder, name=name: _textures(folder) / name, siblings={"quality": "texture"}, free=True)
+            Bed(
+                name,
+                lambda folder, name=name: _textures(folder) / name,
+                SAME_PATCHES,
+                siblings={"quality": "texture"},
+                free=True,
+            )
             for name in TEXTURES
         ),
-        Bed("magnetic tiles", _tiles, halved=True),
-        Bed("solar cells", _elpv, {"image_size": 128}),
+        Bed("magnetic tiles", _tiles, SAME_PATCHES, halved=True),
+        Bed("solar cells", _elpv, SAME_PATCHES | {"image_size": 128}),
     )
 }
 GROUPS = {"textures": TEXTURES, "magnetic tiles": ("magnetic tiles",), "solar cells": ("solar cells",)}

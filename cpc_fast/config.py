@@ -161,8 +161,8 @@ class Config:
         """The config for images with these shorter sides (pixels, after image_size), its lengths final.
 
         patch_size, patch_stride, crop and stem are doubled as long as the typical (median) image keeps 7/8 of the size
-        they were made for in units of a patch, and the smallest holds four patches side by side; they are halved until
-        it does. So a patch stays the same share of the image, and scoring costs the same at any resolution.
+        they were made for in units of a patch, and the smallest holds four patches side by side; they are halved only
+        until it does. So in larger images a patch keeps its share, and scoring costs the same at any resolution.
 
         >>> fitted = preset("cpu-demo").fitted_to([256, 256, 300])
         >>> fitted.patch_size, fitted.patch_stride, fitted.stem
@@ -171,7 +171,7 @@ class Config:
         if self.made_for is None:
             return self
         four = self.patch_size + 3 * self.patch_stride
-        factor = min(statistics.median(sides) / (0.875 * self.made_for), min(sides) / four)
+        factor = min(max(statistics.median(sides) / (0.875 * self.made_for), 1.0), min(sides) / four)
         power = math.floor(math.log2(max(factor, 1e-9)))
         power = min(max(power, -int(math.log2(self.stem))), int(math.log2(8 // self.stem)))
 
@@ -203,7 +203,7 @@ _TEXTURES = Config(
 )  # fmt: skip
 
 _QUALITY = _TEXTURES.replace(
-    made_for=None, epochs=16, learning_rate=4e-3, schedule="cosine", finer=2,
+    made_for=256, epochs=16, learning_rate=4e-3, schedule="cosine", finer=2,
     shifts=("spots", "curves", "warp", "shuffle"),
 )  # fmt: skip
 
@@ -220,7 +220,7 @@ PRESETS: dict[str, Config] = {
         ),
     ),
     # A coarser first convolution, fewer epochs, and patches only where training has them.
-    "fast": _QUALITY.replace(stem=4, epochs=12, finer=1),
+    "fast": _QUALITY.replace(stem=4, epochs=12, finer=1, made_for=256),
     # Unverified: put together from the paper's abstract and the code of its second author, not from its text.
     "paper": Config(
         image_size=256, channels=1, patch_size=64, patch_stride=32, width=64, stem=2, norm="none", steps=5, skip=1,

@@ -195,7 +195,7 @@ def test_a_config_survives_json():
 @pytest.mark.parametrize(
     ("sides", "patch", "stem"),
     [([128], 32, 2), ([160], 32, 2), ([256], 64, 4), ([256, 300, 105], 32, 2), ([512], 128, 8), ([4096], 128, 8),
-     ([64], 16, 1), ([40], 16, 1)],
+     ([100], 32, 2), ([64], 16, 1), ([40], 16, 1)],
 )  # fmt: skip
 def test_patches_grow_with_the_images(sides, patch, stem):
     fitted = preset("cpu-demo").fitted_to(sides)
