@@ -7,6 +7,7 @@ pool          image score: max, mean or top (mean of the highest 1%) of the map;
               less its mean on held-out normal images and over its spread there
 bank_size     how many normal latents
 finer         grid cells of scoring in one of training, each way
+about         mean or median of the predictions about a patch
 Merged        the mean of the maps of several detectors (patches of several sizes), each calibrated by its own
 """
 
@@ -25,12 +26,13 @@ from cpc_fast.bank import reservoir
 from cpc_fast.config import Config
 from cpc_fast.detector import Detector, split
 from cpc_fast.model import CPC
-from cpc_fast.scoring import Calibration, Scorer, calibrate
+from cpc_fast.scoring import Calibration, Scorer, calibrate, patch_means
 from cpc_fast.train import autocast
 from cpc_kernels import info_nce_stats
 
 from .baselines import Answer, Baseline
 
+ABOUTS = ("mean", "median")
 FORMS = ("loss", "lse", "positive", "margin", "rank")
 CALIBRATIONS = ("both", "step", "place", "none")
 
@@ -76,6 +78,20 @@ class Form(CPC):
         return values, sources % (latents.shape[1] * latents.shape[2]), targets, counts
 
 
+class MedianScorer(Scorer):
+    """A patch is what most predictions about it say: a few from within a defect cannot make a normal one strange."""
+
+    def about_patches(self, losses: Tensor, sources: Tensor, targets: Tensor, shape: tuple[int, int]) -> Tensor:
+        sorted_losses, order = losses.sort()
+        told, at = targets[order].sort(stable=True)  # patch by patch, and rising within each
+        rising = sorted_losses[at]
+        counts = torch.bincount(told, minlength=shape[0] * shape[1])
+        first = counts.cumsum(0) - counts
+        low, high = ((first + (counts - more) // 2).clamp(0, len(losses) - 1) for more in (1, 0))
+        found = (rising[low] + rising[high]) / 2
+        return found.view(shape).where(counts.view(shape) > 0, patch_means(losses, sources, targets, shape))
+
+
 @dataclass(frozen=True)
 class Other:
     """How to read a detector otherwise; the defaults read it as it reads itself."""
@@ -85,9 +101,15 @@ class Other:
     pool: str = "max"
     bank_size: int = 0  # 0: the detector's own bank
     finer: int = 0  # 0: the detector's own grid
+    about: str = "mean"
 
     def __post_init__(self) -> None:
-        for name, known in (("form", FORMS), ("calibration", CALIBRATIONS), ("pool", (*POOLS, "learned"))):
+        for name, known in (
+            ("form", FORMS),
+            ("about", ABOUTS),
+            ("calibration", CALIBRATIONS),
+            ("pool", (*POOLS, "learned")),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}.")
 
@@ -118,7 +140,7 @@ class Reread(Baseline):
         form = Form.of(model, how.form)
         if how.finer:
             form.config = model.config.replace(finer=how.finer)
-        self.scorer = Scorer(form, bank)
+        self.scorer = (MedianScorer if how.about == "median" else Scorer)(form, bank)
         normal = [images[i] for i in held_out]
         found = calibrate(self.scorer, normal)
         zero, one = found.step_mean.new_zeros(1, 1), found.step_mean.new_ones(1, 1)

@@ -7,6 +7,7 @@ loss of each prediction -> minus its normal mean, over its normal spread     (fo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,11 +80,15 @@ class Scorer(nn.Module):
                 torch.arange(len(counts), device=losses.device), torch.tensor(counts, device=losses.device)
             )
             losses = (losses - self.calibration.step_mean[step]) / self.calibration.step_spread[step]
-        grid = patch_means(losses, sources, targets, (gy, gx))
+        grid = self.about_patches(losses, sources, targets, (gy, gx))
         if self.calibration is not None:
             mean, spread = (at_places(t, gy, gx) for t in (self.calibration.place_mean, self.calibration.place_spread))
             grid = (grid - mean) / spread
         return Surprise(losses, targets, counts, grid)
+
+    def about_patches(self, losses: Tensor, sources: Tensor, targets: Tensor, shape: tuple[int, int]) -> Tensor:
+        """One number for each patch, (gy, gx), from the calibrated losses of the predictions about it."""
+        return patch_means(losses, sources, targets, shape)
 
     def look(self, image: np.ndarray, original: tuple[int, int]) -> tuple[Surprise, AnomalyMap]:
         """Surprise and anomaly map of a resized image, the map at the original (h, w)."""
@@ -144,7 +149,8 @@ def calibrate(scorer: Scorer, images: Sequence[np.ndarray]) -> Calibration:
     mean = torch.stack([step.mean() for step in steps])
     spread = torch.stack([step.std() for step in steps]).clamp_min(1e-6)
     neutral = (mean.new_zeros(1, 1), mean.new_ones(1, 1))
-    partly = Scorer(scorer.model, scorer.bank, Calibration(mean, spread, *neutral))
+    partly = copy.copy(scorer)
+    partly.calibration = Calibration(mean, spread, *neutral)
     grids = [partly.surprise(image).grid for image in images]
     everything = torch.cat([grid.flatten() for grid in grids])
     middle, variance = everything.mean(), everything.var().clamp_min(1e-12)

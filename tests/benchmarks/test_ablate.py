@@ -144,7 +144,8 @@ def test_the_plain_reading_is_the_detector(detector, data):
 @pytest.mark.parametrize(
     "how",
     [*({"form": form} for form in FORMS), *({"calibration": c} for c in CALIBRATIONS),
-     *({"pool": pool} for pool in (*POOLS, "learned")), {"bank_size": 16}],
+     *({"pool": pool} for pool in (*POOLS, "learned")), {"bank_size": 16},
+     {"about": "median"}, {"finer": 2}],
     ids=str,
 )  # fmt: skip
 def test_every_reading_reads(how, detector, data):
@@ -163,6 +164,15 @@ def test_margin_and_rank_are_what_they_say(detector, data):
     wins = found["rank"] == 0
     assert torch.equal(wins, found["margin"] <= 0)
     assert torch.allclose(found["loss"], torch.nn.functional.softplus(found["lse"] + found["positive"]), atol=1e-4)
+
+
+def test_a_median_is_one():
+    from benchmarks.readings import MedianScorer
+
+    losses, targets = torch.randn(60), torch.arange(60) % 7
+    found = MedianScorer.about_patches(None, losses, targets, targets, (2, 4))  # the last patch has no predictions
+    expected = [torch.quantile(losses[targets == i], 0.5) for i in range(7)]
+    torch.testing.assert_close(found.flatten(), torch.stack([*expected, torch.tensor(0.0)]))
 
 
 def test_a_merge_is_the_mean(detector, data):
