@@ -54,6 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
             "gpu_check: torch sees no GPU here. --dry runs tiny shapes through Triton's interpreter.", file=sys.stderr
         )
         return 2
+    if not args.dry and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        print(
+            "gpu_check: Triton builds its launchers with a C compiler, and there is none. Install gcc, or set CC.",
+            file=sys.stderr,
+        )
+        return 2
     if args.verb == "sanitize":
         return sanitize(args.dry)
     if args.verb == "tune":

@@ -16,7 +16,16 @@ from guards import Guarded
 from tolerance import assert_as_good_as_naive, error
 
 pytest.importorskip("triton")
-from cpc_kernels import bilinear_info_nce, info_nce, info_nce_stats, launching, reference, tiles, triton_info_nce
+from cpc_kernels import (
+    Negatives,
+    bilinear_info_nce,
+    info_nce,
+    info_nce_stats,
+    launching,
+    reference,
+    tiles,
+    triton_info_nce,
+)
 from cpc_kernels.bilinear_info_nce import bilinear_info_nce_stats, fused_op
 from cpc_kernels.info_nce import info_nce_op
 
@@ -30,7 +39,7 @@ EPS = torch.finfo(torch.float32).eps
 def surround(tensor):
     """The same values inside a larger buffer of NaN (a far value for integers): rows are not contiguous either."""
     if tensor.ndim == 1:
-        fill = float("nan") if tensor.is_floating_point() else -(2**30)
+        fill = float("nan") if tensor.is_floating_point() else 2**40  # as an index, far away
         buffer = torch.full((len(tensor) + 64,), fill, dtype=tensor.dtype, device=tensor.device)
         buffer[32:-32] = tensor
         return buffer[32:-32]
@@ -52,7 +61,7 @@ def problem(n=37, m=45, d=17, dtype=torch.float32, vectors=False, ids=False, sca
         a[: n // 8] = 9  # no candidate shares it
         c[: m // 2] = 5
     s = torch.full((1,), scale, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    return [None if t is None else surround(t).to(DEVICE) if t.ndim == 2 else t.to(DEVICE) for t in (q, k, p, s, a, c)]
+    return [None if t is None else surround(t.to(DEVICE)) for t in (q, k, p, s, a, c)]
 
 
 def widen(q, k, p, s, a, c, dtype=torch.float64):
@@ -156,6 +165,7 @@ def test_dtypes_and_positives(dtype, ids, vectors):
         (256, torch.float16, 1),
         (300, torch.float16, 3),
         (600, torch.float16, 1),  # chunks, as 16 bits go from 512 on
+        (70, torch.float64, 1),
     ],
     ids=str,
 )
@@ -434,6 +444,29 @@ def test_stats_match_the_reference():
     )
     for name in NAMES:
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("side", ["contexts", "candidates"])
+@pytest.mark.parametrize("negatives", [None, "listed", "drawn"])
+@pytest.mark.parametrize("listed", [False, True], ids=["everything", "listed rows"])
+def test_bilinear_over_the_kernels(listed, negatives, side):
+    g = torch.Generator().manual_seed(4)
+    shapes = (5, 3), (2, 4, 3), (7, 4)
+    inputs = [torch.randn(shape, generator=g).double().to(DEVICE) for shape in shapes]
+    rows = (8,) if listed else (5, 2)
+    positives = torch.randint(-1, 7, rows, generator=g).to(DEVICE)
+    upstream = torch.randn(rows, generator=g).double().to(DEVICE)
+    others = torch.randint(-1, 7, (rows[0], 3), generator=g).to(DEVICE)
+    others = {None: None, "listed": others, "drawn": Negatives(3, 5)}[negatives]
+    options = {"sources": torch.tensor([0, 1, 2, 4, 0, 1, 3, 4], device=DEVICE), "counts": [4, 4]} if listed else {}
+    found = []
+    for impl in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        where = *leaves, positives, others
+        loss = bilinear_info_nce(*where, scale=1.3, reduction="none", impl=impl, side=side, **options)
+        found.append([loss.detach(), *torch.autograd.grad(loss, leaves, upstream)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 # The table -----------------------------------------------------------------------------------------------------------

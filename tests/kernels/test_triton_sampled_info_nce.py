@@ -31,8 +31,9 @@ SCHEDULES = ("gathered", "steps", "dense")
 
 
 def surround(tensor):
-    """The same values inside a larger buffer of NaN: rows are not contiguous either."""
-    buffer = torch.full([size + 16 for size in tensor.shape], float("nan"), dtype=tensor.dtype, device=tensor.device)
+    """The same values inside a larger buffer of NaN (for integers, a far index): rows are not contiguous either."""
+    fill = float("nan") if tensor.is_floating_point() else 2**40
+    buffer = torch.full([size + 16 for size in tensor.shape], fill, dtype=tensor.dtype, device=tensor.device)
     inner = buffer[tuple(slice(8, 8 + size) for size in tensor.shape)]
     inner.copy_(tensor)
     return inner
@@ -55,10 +56,9 @@ def problem(n=3, steps=2, d=17, m=19, s=6, dtype=torch.float32, vectors=False, d
     a = torch.randint(0, 3, (n,), generator=draw) if ids else None
     c = torch.randint(0, 3, (m,), generator=draw) if ids else None
     scale = torch.full((1,), scale, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    p = surround(p) if p.is_floating_point() else p
     seeded = torch.tensor([0x1234_5678_9ABC_DEF0 + seed]) if drawn else None
-    tensors = [surround(q), surround(z), p, None if drawn else listed, seeded, scale, a, c]
-    q, z, p, listed, seeded, scale, a, c = [None if t is None else t.to(DEVICE) for t in tensors]
+    tensors = [q, z, p, None if drawn else listed, seeded, scale, a, c]
+    q, z, p, listed, seeded, scale, a, c = [None if t is None else surround(t.to(DEVICE)) for t in tensors]
     return q, z, p, listed, seeded, s, per_step, scale, a, c
 
 
