@@ -26,11 +26,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from .capabilities import FAST_BF16, triton_module
+from .capabilities import CPP, FAST_BF16, triton_module
 from .ranges import stage
 
 CHUNK_SCORES = 3 * 2**20  # 12 MB of float32: fits beside its operands in an L3 cache; set by measurement
 CHUNK_ROWS = (256, 1024)  # below, products are thin and dk is read and written too often; above, nothing is gained
+# The chunk in C++ (kernels/csrc/info_nce.cpp); a library built before it existed goes without.
+DENSE = CPP.available and hasattr(torch.ops.cpc_kernels_cpu, "dense_forward")
 
 
 class InfoNCEStats(NamedTuple):
@@ -47,6 +49,24 @@ class InfoNCEStats(NamedTuple):
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_cpp(anchors, candidates, positives, scale, anchor_ids, candidate_ids):
+    """What the C++ takes, or None where it does not run: contiguous tensors of one type, bf16 where this CPU
+    multiplies it, and the rows of a chunk."""
+    if not DENSE or anchors.device.type != "cpu" or len(candidates) == 0:
+        return None
+    dtype = compute_dtype(anchors.dtype)
+    if anchors.dtype == torch.bfloat16 and torch.ops.cpc_kernels_cpu.dense_has_bf16():
+        dtype = torch.bfloat16
+    q, k, p = (t.to(dtype) if t.is_floating_point() else t for t in (anchors, candidates, positives))
+    ids = (None if t is None else t.long().contiguous() for t in (anchor_ids, candidate_ids))
+    return (q.contiguous(), k.contiguous(), p.contiguous(), scale.item(), *ids), chunk_rows(len(candidates))
+
+
+def chunk_rows(m: int) -> int:
+    low, high = CHUNK_ROWS
+    return min(max(CHUNK_SCORES // max(m, 1) // 64 * 64, low), high)
 
 
 @contextlib.contextmanager
@@ -81,9 +101,7 @@ class Chunks:
         self.here = positives < len(candidates) if elsewhere and self.indexed else None
         # no row is masked where none is ignored; on a GPU, asking would wait
         self.ignoring = self.indexed and (positives.device.type != "cpu" or bool((positives < 0).any()))
-        m = max(len(candidates), 1)
-        low, high = CHUNK_ROWS
-        self.rows = min(max(CHUNK_SCORES // m // 64 * 64, low), high)
+        self.rows = chunk_rows(len(candidates))
         self.buffer = torch.empty(
             min(self.rows, len(anchors)), len(candidates), dtype=self.dtype, device=anchors.device
         )
@@ -144,10 +162,19 @@ def chunked_forward(
     anchors, candidates, positives, scale, anchor_ids, candidate_ids, need_expectation, need_rank, fold=None,
     elsewhere=False,
 ):  # fmt: skip
-    """loss, lse, positive, rank (N,) and O (N, D); with `fold` = (dq, dk, dv, dscale, all zero or empty), the
-    gradients of the sum of losses are added there as well, and O is not kept."""
+    """loss, lse, positive, rank (N,) and O (N, D); with `fold` = (dq, dk, dv, dscale; empty where not needed), the
+    gradients of the sum of losses go there, those of dk and dscale onto what there is, and O is not kept."""
     n, m, device = len(anchors), len(candidates), anchors.device
     dtype = compute_dtype(anchors.dtype)
+    if n and (cpp := in_cpp(anchors, candidates, positives, scale, anchor_ids, candidate_ids)):
+        given, rows = cpp
+        same = fold is None or fold[0].dtype == given[0].dtype  # half precision is computed in another type
+        into = fold if same else [t.to(given[0].dtype) for t in fold[:3]] + [fold[3]]
+        result = torch.ops.cpc_kernels_cpu.dense_forward(*given, need_expectation, need_rank, into, rows)
+        if not same:
+            for t, made in zip(fold, into, strict=True):
+                t.copy_(made)
+        return result
     loss, positive = (torch.zeros(n, dtype=dtype, device=device) for _ in range(2))
     lse = torch.full((n,), -torch.inf, dtype=dtype, device=device)
     rank = torch.zeros(n if need_rank else 0, dtype=torch.int64, device=device)
@@ -156,6 +183,8 @@ def chunked_forward(
     if n == 0 or m == 0:
         if m == 0 and positives.is_floating_point():
             positive.copy_((anchors * positives).sum(1) * scale)
+        for gradient in fold or ():
+            gradient.zero_()
         return loss, lse, positive, rank, expectation
     with precision(anchors.dtype, device):
         chunks = Chunks(anchors, candidates, positives, scale, anchor_ids, candidate_ids, elsewhere)
@@ -200,8 +229,6 @@ def chunked_forward(
                     dk.index_add_(0, chunks.place(i), pull)
                 elif dv.numel():
                     dv[i] = pull
-        if chunks.ignoring:
-            loss.masked_fill_(positives < 0, 0.0)
     return loss, lse, positive, rank, expectation
 
 
@@ -209,6 +236,9 @@ def chunked_backward_candidates(
     weight, lse, anchors, candidates, positives, scale, anchor_ids, candidate_ids, elsewhere=False
 ):
     """dk (M, D) from w (N,): the scores of each chunk computed again."""
+    if len(anchors) and (cpp := in_cpp(anchors, candidates, positives, scale, anchor_ids, candidate_ids)):
+        given, rows = cpp
+        return torch.ops.cpc_kernels_cpu.dense_backward(weight.contiguous(), lse.contiguous(), *given, rows)
     dk = torch.zeros(candidates.shape, dtype=compute_dtype(anchors.dtype), device=anchors.device)
     if dk.numel() == 0 or len(anchors) == 0:
         return dk
@@ -441,9 +471,9 @@ def compute_sum(
     indexed = not positives.is_floating_point()
     if indexed:
         check_indices("info_nce", "positives", positives, len(candidates))
-    dq = torch.zeros(anchors.shape, dtype=anchors.dtype, device=device)
+    dq = torch.empty(anchors.shape, dtype=anchors.dtype, device=device)
     dk = torch.zeros(candidates.shape, dtype=dtype, device=device)
-    dv = torch.zeros((0,) if indexed else positives.shape, dtype=anchors.dtype, device=device)
+    dv = torch.empty((0,) if indexed else positives.shape, dtype=anchors.dtype, device=device)
     dscale = torch.zeros(1 if need_scale else 0, dtype=dtype, device=device)
     loss, *_ = chunked_forward(
         anchors.detach(),

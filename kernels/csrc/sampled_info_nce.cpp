@@ -28,6 +28,8 @@
 #include <tuple>
 #include <vector>
 
+#include "levels.h"
+
 namespace {
 
 constexpr uint64_t LOW = 0xFFFFFFFFull;
@@ -86,108 +88,12 @@ struct Loops {
   void (*add_candidates)(const Problem<T>&, const Block<T>&, int64_t, int64_t, int64_t, T*, T*);
 };
 
-#define INLINE inline __attribute__((always_inline))
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-typedef int quad_mask __attribute__((vector_size(16)));
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (quad_mask){__VA_ARGS__})
-#endif
-
-// The same loops for each instruction set; all standard headers are in by now, so only these loops are affected.
-#define SCALAR float
-#define INTEGER int32_t
-#define IS_FLOAT 1
-#define VECTOR_BYTES 16
-namespace baseline_float {
-#include "sampled_info_nce.h"
-}
-#undef SCALAR
-#undef INTEGER
-#undef IS_FLOAT
-#define SCALAR double
-#define INTEGER int64_t
-#define IS_FLOAT 0
-namespace baseline_double {
-#include "sampled_info_nce.h"
-}
-#undef SCALAR
-#undef INTEGER
-#undef IS_FLOAT
-#undef VECTOR_BYTES
-
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-#define VECTOR_BYTES 32
-#define SCALAR float
-#define INTEGER int32_t
-#define IS_FLOAT 1
-namespace avx2_float {
-#include "sampled_info_nce.h"
-}
-#undef SCALAR
-#undef INTEGER
-#undef IS_FLOAT
-#define SCALAR double
-#define INTEGER int64_t
-#define IS_FLOAT 0
-namespace avx2_double {
-#include "sampled_info_nce.h"
-}
-#undef SCALAR
-#undef INTEGER
-#undef IS_FLOAT
-#undef VECTOR_BYTES
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma")
-#endif
-#define VECTOR_BYTES 64
-#define SCALAR float
-#define INTEGER int32_t
-#define IS_FLOAT 1
-namespace avx512_float {
-#include "sampled_info_nce.h"
-}
-#undef SCALAR
-#undef INTEGER
-#undef IS_FLOAT
-#undef VECTOR_BYTES
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif  // __x86_64__
-
-enum Level { BASELINE, AVX2, AVX512 };
-
-Level best_level() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return BASELINE;
-  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-  return wide ? AVX512 : AVX2;
-#else
-  return BASELINE;
-#endif
-}
-
-Level level = best_level();
+#define LOOPS "sampled_info_nce.h"
+#include "every_instruction_set.h"
 
 const Loops<float>& loops_for(float) {
 #if defined(__x86_64__)
-  if (level == AVX512) return avx512_float::loops;
+  if (level >= AVX512) return avx512_float::loops;
   if (level == AVX2) return avx2_float::loops;
 #endif
   return baseline_float::loops;
@@ -201,7 +107,7 @@ const Loops<double>& loops_for(double) {
 }
 
 std::string instruction_set() {
-  static const char* const names[] = {"baseline", "avx2", "avx512"};
+  static const char* const names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
   return names[level];
 }
 
@@ -216,7 +122,7 @@ bool threaded() {
 
 // For tests: run the loops of a lower level than this CPU's.
 void use_instruction_set(const std::string& name) {
-  const Level wanted = name == "baseline" ? BASELINE : name == "avx2" ? AVX2 : AVX512;
+  const Level wanted = name == "baseline" ? BASELINE : name == "avx2" ? AVX2 : name == "avx512" ? AVX512 : AVX512_BF16;
   TORCH_CHECK(wanted <= best_level(), "sampled_info_nce: this CPU cannot run ", name, " instructions.");
   level = wanted;
 }

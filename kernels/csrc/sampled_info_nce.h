@@ -1,91 +1,11 @@
-// The inner loops of sampled_info_nce. No include guard: sampled_info_nce.cpp includes this once per scalar type and
-// instruction set, inside a namespace, with SCALAR, INTEGER (as wide), VECTOR_BYTES and IS_FLOAT defined. Plain
-// functions only: a template or a lambda would not reliably be compiled for the instruction set of its region.
+// The inner loops of sampled_info_nce, once per scalar type and instruction set: see every_instruction_set.h.
 
-typedef SCALAR vec __attribute__((vector_size(VECTOR_BYTES)));
-typedef INTEGER ivec __attribute__((vector_size(VECTOR_BYTES)));
-constexpr int W = VECTOR_BYTES / sizeof(SCALAR), TILE = 8;
+#include "vectors.h"
+
+constexpr int TILE = 8;
 constexpr int LANES = 4 * W;      // features that backward sums in registers at a time
 constexpr int64_t LONGEST = 512;  // features added in a row, before the sum joins a larger one: keeps long sums accurate
 constexpr int64_t CHAIN = 64;     // the same for the pairs of a candidate
-
-static INLINE vec load(const SCALAR* from) {
-  vec v;
-  __builtin_memcpy(&v, from, sizeof v);
-  return v;
-}
-
-static INLINE void store(SCALAR* to, vec v) { __builtin_memcpy(to, &v, sizeof v); }
-
-static INLINE vec splat(SCALAR x) { return x - (vec){}; }  // x - 0, lane by lane
-
-#if IS_FLOAT
-
-// exp to about 1 ulp: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. NaN stays NaN, below -87.3 is 0, above 88.7 inf.
-static INLINE vec exponential(vec x) {
-  const vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
-  vec y = x > splat(89.0f) ? splat(89.0f) : x;
-  y = y < splat(-88.0f) ? splat(-88.0f) : y;
-  const vec t = y * splat(1.44269504f) + magic;
-  const vec n = t - magic;
-  const vec r = (y - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
-  vec p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * r * r + r + splat(1.0f);
-  ivec bits;
-  __builtin_memcpy(&bits, &t, sizeof bits);
-  bits = (bits - 0x4B400000 + 127) << 23;
-  vec power;
-  __builtin_memcpy(&power, &bits, sizeof power);
-  return x < splat(-87.3f) ? splat(0.0f) : p * power;
-}
-
-// The sums over the lanes of four vectors, always added in the same order.
-static INLINE void sum_lanes(vec a, vec b, vec c, vec d, SCALAR* out) {
-  typedef float quad __attribute__((vector_size(16)));
-  quad q[4];
-  const vec v[4] = {a, b, c, d};
-  for (int i = 0; i < 4; i++) {
-    quad part[VECTOR_BYTES / 16];
-    __builtin_memcpy(part, &v[i], sizeof v[i]);
-#if VECTOR_BYTES == 64
-    q[i] = (part[0] + part[2]) + (part[1] + part[3]);
-#elif VECTOR_BYTES == 32
-    q[i] = part[0] + part[1];
-#else
-    q[i] = part[0];
-#endif
-  }
-  const quad ab = SHUFFLE(q[0], q[1], 0, 4, 2, 6) + SHUFFLE(q[0], q[1], 1, 5, 3, 7);
-  const quad cd = SHUFFLE(q[2], q[3], 0, 4, 2, 6) + SHUFFLE(q[2], q[3], 1, 5, 3, 7);
-  const quad sum = SHUFFLE(ab, cd, 0, 1, 4, 5) + SHUFFLE(ab, cd, 2, 3, 6, 7);
-  __builtin_memcpy(out, &sum, sizeof sum);
-}
-
-#else
-
-static INLINE vec exponential(vec x) {
-  for (int i = 0; i < W; i++) x[i] = std::exp(x[i]);
-  return x;
-}
-
-static INLINE void sum_lanes(vec a, vec b, vec c, vec d, SCALAR* out) {
-  out[0] = out[1] = out[2] = out[3] = 0;
-  for (int i = 0; i < W; i++) out[0] += a[i], out[1] += b[i], out[2] += c[i], out[3] += d[i];
-}
-
-#endif
-
-// The last `count` < W of a row, and zeros.
-static INLINE vec tail(const SCALAR* from, int64_t count) {
-  SCALAR x[W] = {};
-  for (int64_t i = 0; i < count; i++) x[i] = from[i];
-  return load(x);
-}
 
 // out[0..7] = <q, k_c>: every product of the file runs through the same order of additions, so equal rows tie exactly.
 static INLINE void dots_8x1(const SCALAR* q, const SCALAR* const* k, int64_t d, SCALAR* out) {

@@ -43,3 +43,15 @@ def poisoned_empty(monkeypatch, request):
             monkeypatch.setattr(owner, name, allocate)
     yield
     guarded.check()
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
+def level(request):
+    """Each instruction set of the C++ that this CPU has."""
+    best = torch.ops.cpc_kernels_cpu.instruction_set()
+    try:
+        torch.ops.cpc_kernels_cpu.use_instruction_set(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    yield
+    torch.ops.cpc_kernels_cpu.use_instruction_set(best)

@@ -12,6 +12,13 @@ from cpc_kernels import info_nce as door
 from cpc_kernels.capabilities import FAST_BF16, Capability, find_triton
 
 module = sys.modules["cpc_kernels.info_nce"]  # the function of that name hides it
+needs_cpp = pytest.mark.skipif(not module.DENSE, reason="the C++ library is not built")
+
+
+@pytest.fixture(autouse=True, params=["torch", pytest.param("C++", marks=needs_cpp)])
+def engine(request, monkeypatch):
+    """What computes a chunk on the CPU."""
+    monkeypatch.setattr(module, "DENSE", request.param == "C++")
 
 
 @pytest.fixture
@@ -78,6 +85,26 @@ def judge(problems, scale=0.7, reduction="none", dtype=torch.float32, impl="chun
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_against_the_spec(dtype, vectors, ids, reduction, small_chunks):
     judge(several(dtype=dtype, vectors=vectors, ids=ids), reduction=reduction, dtype=dtype)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("shape", [(40, 130, 17), (67, 129, 300), (300, 50, 64), (23, 200, 130)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
+def test_every_instruction_set(dtype, shape, reduction, engine, level, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_ROWS", (96, 96))
+    judge(several(*shape, ids=True, dtype=dtype), reduction=reduction, dtype=dtype)
+
+
+@pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
+def test_threads_change_nothing(engine):
+    problem, before, results = make(700, 300, 200), torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run(info_nce, *problem[:3], 1.3, torch.float32, None, reduction="mean"))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

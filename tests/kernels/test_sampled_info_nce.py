@@ -15,18 +15,6 @@ needs_cpp = pytest.mark.skipif(not CPP.available, reason=CPP.reason)
 both = pytest.mark.parametrize("impl", ["gather", pytest.param("cpp", marks=needs_cpp)])
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def level(request):
-    """Each instruction set that this CPU has."""
-    best = torch.ops.cpc_kernels_cpu.instruction_set()
-    try:
-        torch.ops.cpc_kernels_cpu.use_instruction_set(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    yield
-    torch.ops.cpc_kernels_cpu.use_instruction_set(best)
-
-
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(module, "GATHER_FLOATS", 100)
