@@ -384,7 +384,10 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
       }
       std::optional<int64_t> seed;
       if (saved.count("seed")) seed = saved.at("seed").toInt();
-      auto [dq, dz, dv, dscale] = sampled_backward(
+      // Through the dispatcher, which takes a batch of upstream gradients (is_grads_batched) apart
+      static const auto registered = c10::Dispatcher::singleton()
+          .findSchemaOrThrow("cpc_kernels_cpu::sampled_backward", "").typed<decltype(sampled_backward)>();
+      auto [dq, dz, dv, dscale] = registered.call(
           compute(steps(anchors)), compute(pool), compute(steps(positives)), optional(kept[4]), seed,
           saved.at("count").toInt(), saved.at("per_step").toBool(), saved.at("scale").toDouble(), optional(kept[5]),
           optional(kept[6]), grad.view(lse.sizes()), lse, kept[8], kept[9], need[0], need[1], need[2], need[3]);
@@ -426,6 +429,6 @@ TORCH_LIBRARY_FRAGMENT(cpc_kernels_cpu, m) {
   m.def("threaded", &threaded);
   m.def("use_instruction_set", &use_instruction_set);
   m.def("sampled_forward", &sampled_forward);
-  m.def("sampled_backward", &sampled_backward);
+  m.def("sampled_backward", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(sampled_backward)));
   m.def("sampled_loss", &sampled_loss);
 }

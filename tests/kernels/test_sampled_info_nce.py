@@ -189,6 +189,18 @@ def test_small_losses_keep_their_gradient(scale, impl):
 
 
 @needs_cpp
+@pytest.mark.parametrize("vectors", [False, True])
+def test_a_batch_of_upstream_gradients(vectors):
+    anchors, pool, positives, negatives, _ = make(n=4, k=1, vectors=vectors)
+    leaves = anchors.requires_grad_(), pool.requires_grad_()
+    loss = sampled_info_nce(*leaves, positives, negatives, reduction="none", impl="cpp").flatten()
+    batch = torch.autograd.grad(loss, leaves, torch.eye(4), retain_graph=True, is_grads_batched=True)
+    for i, row in enumerate(torch.eye(4)):
+        single = torch.autograd.grad(loss, leaves, row, retain_graph=True)
+        assert all(torch.equal(a[i], b) for a, b in zip(batch, single, strict=True))
+
+
+@needs_cpp
 @pytest.mark.parametrize("kind", ["listed", "drawn per step"])
 def test_threads_change_nothing(kind):
     assert torch.ops.cpc_kernels_cpu.threaded(), "built without OpenMP: every loop runs on one thread"
