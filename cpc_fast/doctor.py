@@ -17,7 +17,7 @@ from .train import autocast
 from .version import __version__
 
 WHY = {
-    "chunked": "torch, one chunk of rows at a time",
+    "chunked": "one chunk of rows at a time; in C++ on a CPU where it is built",
     "cpp": "C++, negatives scored while they are in cache",
     "gather": "torch, because the C++ kernels are not built",
     "triton": "fused GPU kernel",

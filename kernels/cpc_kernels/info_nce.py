@@ -10,9 +10,10 @@
     dscale = sum_i (w_i / scale) <q_i, O_i - k_p(i)>
 
 The positive never enters lse, so nothing cancels when the loss is tiny. "chunked" holds one chunk of rows of scores at
-a time. Products: 2 NMD flops for the loss, 2 more for O (when q or scale learn), 2 more for dk when the losses are
-summed or averaged (one upstream gradient for all rows: dk is folded into forward), 4 more when they are not (the
-scores are computed again in backward). Memory beyond inputs and gradients: the chunk, (N + M) D floats.
+a time, on a CPU in C++ (kernels/csrc/info_nce.cpp) where it is built. Products: 2 NMD flops for the loss, 2 more for O
+(when q or scale learn), 2 more for dk when the losses are summed or averaged (one upstream gradient for all rows: dk is
+folded into forward), 4 more when they are not (the scores are computed again in backward). Memory beyond inputs and
+gradients: the chunk, (N + M) D floats.
 
 This file argues for its length: two schedules of one op, each with its registration, behind one door.
 """
