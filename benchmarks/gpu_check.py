@@ -290,7 +290,7 @@ def sanitize(dry: bool) -> int:
     # one allocation for each array, or what lies beyond an array is still the allocator's
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     worst = 0
-    for kind in ("memcheck", "racecheck"):
+    for kind in ("dry run",) if dry else ("memcheck", "racecheck"):
         prefix = [] if dry or tool is None else [tool, "--tool", kind, "--error-exitcode", "9"]
         done = subprocess.run([*prefix, sys.executable, "-m", "benchmarks.correctness"], env=environment, check=False)
         say(f"{kind}: {'clean' if done.returncode == 0 else f'exit code {done.returncode}'}")

@@ -39,6 +39,13 @@ def test_tune_prints_a_table(tmp_path):
     assert "(present)" in done.stdout
 
 
+def test_small_shapes_are_ready_for_the_sanitizer():
+    done = run("sanitize", "--dry")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("passed ") == 5
+    assert "dry run: clean" in done.stdout
+
+
 def test_without_a_gpu_it_says_so(tmp_path):
     import torch
 
