@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from guards import Guarded
@@ -246,6 +247,23 @@ def test_any_strides(dtype):
     actual, actual_dk = check([*strange, p, s, None, None])
     for ours, theirs in zip((*actual, actual_dk), (*expected, expected_dk), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the pages in between cost nothing on a CPU only")
+@pytest.mark.parametrize("ids", [False, True], ids=["descriptors", "pointers"])
+def test_rows_beyond_two_to_the_31st_element(ids):
+    """Rows 2^30 elements apart: the third lies where 32 bits no longer reach. What is between is never touched."""
+
+    def far_apart(rows):
+        n, d = rows.shape
+        there = torch.from_numpy(np.empty((n - 1) * 2**30 + d, np.float16)).as_strided((n, d), (2**30, 1))
+        return there.copy_(rows)
+
+    q, k, p, s, *some = problem(n=3, m=4, d=64, dtype=torch.float16, ids=ids)
+    expected, expected_dk = check([q, k, p, s, *some])
+    actual, actual_dk = check([far_apart(q), far_apart(k), p, s, *some])
+    for ours, theirs in zip((*actual, actual_dk), (*expected, expected_dk), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("d", [16, 17], ids=["as they lie", "copied"])
