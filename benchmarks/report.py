@@ -29,6 +29,7 @@ HEADLINES = (
     "CLIP 32k, D 256",
     "CLIP 32k, D 512",
     "dense 8192, D 256",
+    "dense 8192, D 256, bf16",
     "bank of 1M patches, 4k queries",
 )
 PLAIN = ("eager", "eager, fp32", "eager gather")
