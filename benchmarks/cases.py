@@ -124,6 +124,13 @@ def find(name: str) -> Case:
     raise KeyError(f"There is no case called {name!r}. There are: {', '.join(case.name for case in CASES)}.")
 
 
+def contest_name(kind: str, *, name: str = "cpu-demo", side: int = 256, batch: int = 8, **_: Any) -> str:
+    """How an end-to-end measurement of a preset is filed; kind: training or scoring."""
+    if kind == "training":
+        return f"training step, {name}, {side} px, batch {batch}"
+    return f"scoring one image, {name}, {side} px"
+
+
 def for_cpu(op: str) -> list[Case]:
     return [case for case in CASES if case.cpu and case.op == op]
 

@@ -31,6 +31,7 @@ from cpc_fast.shifts import shift
 from cpc_fast.train import Position, autocast, make_batch, make_optimizer, train
 
 from . import measure
+from .cases import contest_name
 
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 
@@ -249,8 +250,9 @@ def training(
         made = plain_predictions(predictions._replace(contexts=contexts, weight=weight))
         plain_cpc_loss(made, everything.flatten(0, 2), targets, negatives).backward()
 
+    named = contest_name("training", name=name, side=side, batch=batch)
     return Contest(
-        f"training step, {name}, {side} px, batch {batch}", device, {"ours": ours, "plain eager fp32": theirs}, batch,
+        named, device, {"ours": ours, "plain eager fp32": theirs}, batch,
         errors, LOSS_TOLERANCE[computing(device)],
         parts={"ours: the loss": our_loss, "plain: the loss": plain_part},
     )  # fmt: skip
@@ -277,4 +279,5 @@ def scoring(device: torch.device, *, name: str = "cpu-demo", side: int = 256, **
     lanes = {
         who: (lambda scorer=scorer: scorer.map(image, image.shape[:2]).cpu().numpy()) for who, scorer in scorers.items()
     }
-    return Contest(f"scoring one image, {name}, {side} px", device, lanes, 1, errors, LOSS_TOLERANCE[computing(device)])
+    named = contest_name("scoring", name=name, side=side)
+    return Contest(named, device, lanes, 1, errors, LOSS_TOLERANCE[computing(device)])

@@ -28,6 +28,7 @@ from benchmarks.workers import Answer, Worker, spread
 
 SHARE_CORRECTNESS, SHARE_CASES = 0.35, 0.85  # of the minutes, counted from the start
 PROBE_SECONDS, LANE_SECONDS = 90.0, 100.0  # the longest that a probe, or a provider of a case, may take
+OVER = "no minutes left"  # the only reason for a missing figure that is no fault
 TUNED = ("forward", "scores", "backward", "gathered")
 
 
@@ -130,6 +131,9 @@ def check_correctness(args: argparse.Namespace, worker: Worker, book, budget: Bu
     listed = worker.ask(60, gpu_work.probes, args.dry)
     if listed.kind != "done":
         say(f"correctness: not checked, {listed.value}")
+        row = {"probe": "the list of probes", "status": listed.kind, "why": listed.value}
+        told = {"passed": 0, "failed": 1, "not_reached": 0, "rows": [row]}
+        book.add("correctness", None, told | {"environment": book.told["environment"]})
         return 1
     probes, rows = listed.value, []
 
@@ -160,25 +164,34 @@ def check_correctness(args: argparse.Namespace, worker: Worker, book, budget: Bu
     return len(bad())
 
 
+def failed(provider: str, answer: Answer) -> dict[str, Any]:
+    """The row of one that gave no result; where nobody said who was at work, it counts as ours."""
+    ours = not provider or provider.startswith("ours")
+    return {
+        "provider": provider or "ours", "ours": ours, "status": "failed", "why": f"{answer.kind}: {answer.value}"
+    }  # fmt: skip
+
+
 def check_case(case, worker: Worker, dry: bool, book, budget: Budget, ceilings: dict[str, Any]) -> int:
     shown, broken = case.tiny() if dry else case, {}
+    known = {"case": shown.to_json(), "environment": book.told["environment"], "floor_ms": None}
+    record: dict[str, Any] = known | {"rows": []}
     for _ in range(4):
         limit = min(LANE_SECONDS, max(30.0, budget.left()))
         answer = worker.ask(limit, gpu_work.measure_case, shown, dry, ceilings, list(broken))
-        if answer.kind == "done" or not answer.said or answer.said in broken:
+        if answer.kind == "done":
+            record = answer.value
             break
         broken[answer.said] = answer  # once more without it
-        say(f"{case.name}: {answer.said} {answer.kind}: {answer.value}")
-        if budget.left() < 0:
+        say(f"{case.name}: {answer.said or 'ours'} {answer.kind}: {answer.value}")
+        if not answer.said:
             break
-    if answer.kind != "done":
-        say(f"{case.name}: not measured, {answer.kind}: {answer.value}")
-        return 1
-    record = answer.value
-    for name, failure in broken.items():
-        ours = name.startswith("ours")
-        why = f"{failure.kind}: {failure.value}"
-        record["rows"].append({"provider": name, "ours": ours, "status": "failed", "why": why})
+        if budget.left() < 0:
+            say(f"{case.name}: not measured, {OVER}")
+            break
+    else:
+        broken[""] = Answer("late", f"not measured: {', '.join(broken)} broke it")
+    record["rows"] += [failed(name, answer) for name, answer in broken.items()]
     book.add("cases", case.name, record)
     wrong = [row for row in record["rows"] if row["ours"] and row["status"] in ("wrong", "failed")]
     best = next((row for row in record["rows"] if "median_ms" in row), None)
@@ -192,6 +205,8 @@ def check_case(case, worker: Worker, dry: bool, book, budget: Budget, ceilings: 
 
 
 def check_end_to_end(worker: Worker, dry: bool, book, budget: Budget) -> int:
+    from benchmarks import cases
+
     wrong, small = 0, gpu_work.SMALL_MODEL
     asked: list[tuple[str, dict[str, Any], int]] = [
         ("training", {"batch": 2, **small} if dry else {"batch": 32}, 2 if dry else 10),
@@ -200,12 +215,16 @@ def check_end_to_end(worker: Worker, dry: bool, book, budget: Budget) -> int:
     if not dry:
         asked.append(("training", {"name": "paper", "batch": 16}, 10))
     for kind, options, rounds in asked:
-        answer = Answer("late", "no minutes left")
-        if budget.left() > 0:
-            answer = worker.ask(max(30.0, budget.left()), gpu_work.measure_model, kind, options, rounds, dry)
+        named = cases.contest_name(kind, **options)
+        if budget.left() <= 0:
+            say(f"{named}: not measured, {OVER}")
+            continue
+        answer = worker.ask(max(30.0, budget.left()), gpu_work.measure_model, kind, options, rounds, dry)
         if answer.kind != "done":
-            say(f"end to end, {kind}: not measured, {answer.kind}: {answer.value}")
-            wrong += answer.kind != "late"
+            say(f"{named}: not measured, {answer.kind}: {answer.value}")
+            record = {"environment": book.told["environment"], "shares": {}, "rows": [failed("ours", answer)]}
+            book.add("end_to_end", named, record)
+            wrong += 1
             continue
         name, record = answer.value
         book.add("end_to_end", name, record)

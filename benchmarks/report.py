@@ -84,6 +84,12 @@ def find(record: Told, *names: str) -> Told | None:
     return next((row for row in record["rows"] if row["provider"] in names and "median_ms" in row), None)
 
 
+def ends_of(record: Told) -> tuple[Told | None, Told | None]:
+    """Ours and plain of an end-to-end record; neither where it failed."""
+    mine, plain = (best([row for row in record["rows"] if row["ours"] is ours]) for ours in (True, False))
+    return mine, plain
+
+
 def time(row: Told | None) -> str:
     return "not measured" if row is None else f"{milliseconds(row['median_ms'])} ms"
 
@@ -111,8 +117,8 @@ def summary(devices: list[Told]) -> str:
             named = f"{time(other)} ({other['provider']})" if other else "none runs here"
             rows.append((name, time(mine), time(plain), named, f"**{factor}**", f"{memory(mine)} / {memory(plain)}"))
         for name, record in told.get("end_to_end", {}).items():
-            mine, plain = record["rows"][:2]
-            rows.append((name, time(mine), time(plain), "-", f"**{plain['ratio']:.1f}x**", "-"))
+            mine, plain = ends_of(record)
+            rows.append((name, time(mine), time(plain), "-", f"**{plain['ratio']:.1f}x**" if plain else "-", "-"))
         head = (
             "forward and backward",
             "ours",
@@ -148,7 +154,10 @@ def slower(told: Told) -> str:
 # --- docs/performance.md --------------------------------------------------------------------------------------------
 
 
-def peak(told: Told, dtype: str) -> float:
+def peak(told: Told, dtype: str) -> float | None:
+    """TFLOP/s; None where the ceilings could not be measured."""
+    if "ceilings" not in told:
+        return None
     rates = told["ceilings"]["matmul_tflop_s"]
     return max(rates["float32"], rates.get("tf32", 0.0)) if dtype == "float32" else rates.get(dtype, rates["float32"])
 
@@ -171,10 +180,12 @@ def measured(devices: list[Told]) -> str:
 
 def of_device(told: Told) -> str:
     parts = [f"### {told['device']}\n\n{origin(told['environment'])}."]
-    found = told["ceilings"]
-    rates = ", ".join(f"{kind} {tera(rate)}" for kind, rate in found["matmul_tflop_s"].items())
-    copy = f"copy {found['copy_gb_s']:,.3g} GB/s (read plus written)"
-    parts.append(f"Ceilings, measured in the same runs: {copy}; matrix products {rates}.")
+    if found := told.get("ceilings"):
+        rates = ", ".join(f"{kind} {tera(rate)}" for kind, rate in found["matmul_tflop_s"].items())
+        copy = f"copy {found['copy_gb_s']:,.3g} GB/s (read plus written)"
+        parts.append(f"Ceilings, measured in the same runs: {copy}; matrix products {rates}.")
+    else:
+        parts.append("Ceilings: not measured.")
     rows = []
     for name, record in ordered(told):
         case, first = Case.from_json(record["case"]), True
@@ -215,7 +226,8 @@ def detail(told: Told, case: Case, record: Told, row: Told) -> tuple[str, ...]:
     spread = f"{milliseconds(low)} - {milliseconds(high)}"
     graph = f" (graph: {milliseconds(row['graph_ms'])} ms)" if "graph_ms" in row else ""
     error = max(row["errors"].values())
-    share = f"{rate / peak(told, case.dtype):.0%}"
+    top = peak(told, case.dtype)
+    share = f"{rate / top:.0%}" if top else "-"
     name = f"**{row['provider']}**" if row["ours"] else row["provider"]
     return (
         name,
@@ -233,6 +245,9 @@ def ends(told: Told) -> str:
     rows, shares = [], []
     for name, record in told.get("end_to_end", {}).items():
         for row in record["rows"]:
+            if "median_ms" not in row:
+                rows.append((name, row["provider"], f"{row['status']}: {row['why']}".replace("|", "/"), "-", "-", "-"))
+                continue
             low, high = row["quartiles_ms"]
             spread = f"{milliseconds(low)} - {milliseconds(high)}"
             pace = f"{row['images_per_s']:,.3g}"
@@ -330,11 +345,13 @@ def targets(told: Told) -> str:
             share = 100 * mine["extra_mb"] / row["extra_mb"]
         ask(f"{name}: extra memory beside {others[0]}", "<= 5%", share, None if share is None else share <= 5, "%")
     for name, record in told.get("end_to_end", {}).items():
-        mine, plain = record["rows"][:2]
+        mine, plain = ends_of(record)
         if name.startswith("scoring"):
-            ask(name, "<= 25 ms", mine["median_ms"], mine["median_ms"] <= 25, " ms")
+            ms = mine["median_ms"] if mine else None
+            ask(name, "<= 25 ms", ms, None if ms is None else ms <= 25, " ms")
         else:
-            ask(f"{name}: faster than plain", ">= 3x", plain["ratio"], plain["ratio"] >= 3)
+            ratio = plain["ratio"] if plain else None
+            ask(f"{name}: faster than plain", ">= 3x", ratio, None if ratio is None else ratio >= 3)
     return table(("target", "wanted", "measured", "met"), rows)
 
 
@@ -371,7 +388,7 @@ def drawn(told: Told) -> dict[str, str]:
             f"Extra memory of a step, {told['device']}", "N = M", "MB", used, dashed=[line]
         )
     records = [(name, record) for name, record in ordered(told) if best(record["rows"])]
-    if records:
+    if records and "ceilings" in told:
         groups = []
         roof: dict[str, list[tuple[float, float]]] = {"ours": [], "others": []}
         for case_name, record in records:

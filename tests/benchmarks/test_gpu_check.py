@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import cases, gpu_check, report
+from benchmarks.ledger import Ledger
+from benchmarks.workers import Answer
+
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
@@ -54,3 +58,48 @@ def test_without_a_gpu_it_says_so(tmp_path):
     done = run("--out", str(tmp_path))
     assert done.returncode == 2
     assert "--dry" in done.stderr
+
+
+class Silent:
+    """A worker that answers everything in the same way."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def ask(self, seconds, function, *given):
+        return self.answer
+
+
+@pytest.fixture
+def book(tmp_path):
+    environment = {"device": "a chip", "commit": "0123abcd", "torch": "2.13.0", "triton": "3.9.0", "date": "2026-01-01"}
+    return Ledger(tmp_path / "a-chip.json", environment)
+
+
+@pytest.mark.parametrize("kind", ["late", "died", "raised"])
+def test_a_step_without_an_answer_is_a_recorded_fault(book, kind):
+    worker, case = Silent(Answer(kind, "nothing heard for 30 s")), cases.find("dense 8192, D 256")
+    assert gpu_check.check_end_to_end(worker, True, book, gpu_check.Budget(1.0)) == 2
+    assert gpu_check.check_case(case, worker, True, book, gpu_check.Budget(1.0), {}) == 1
+    told = json.loads(book.path.read_text())
+    assert len(told["end_to_end"]) == 2
+    for record in (*told["end_to_end"].values(), told["cases"][case.name]):
+        (row,) = record["rows"]
+        assert (row["ours"], row["status"], row["why"]) == (True, "failed", f"{kind}: nothing heard for 30 s")
+    assert "nothing heard" in book.table()
+    assert "nothing heard" in report.of_device(told)
+    assert report.summary([told])
+    assert report.targets(told)
+
+
+def test_whoever_breaks_a_case_is_recorded_and_ours_is_missed(book):
+    worker, case = Silent(Answer("died", "exit code 7", "Liger")), cases.find("dense 8192, D 256")
+    assert gpu_check.check_case(case, worker, True, book, gpu_check.Budget(1.0), {}) == 1
+    rows = book.told["cases"][case.name]["rows"]
+    assert [(row["provider"], row["ours"]) for row in rows] == [("Liger", False), ("ours", True)]
+
+
+def test_no_minutes_left_is_no_fault(book):
+    worker = Silent(Answer("done", None))
+    assert gpu_check.check_end_to_end(worker, True, book, gpu_check.Budget(0.0)) == 0
+    assert "end_to_end" not in book.told

@@ -83,6 +83,14 @@ def test_tables_tell_who_wins_and_who_is_wrong():
     assert "not measured" not in report.summary([make_told(cuda="13.0")]).split("Medians")[1]
 
 
+def test_without_ceilings_there_are_times_and_no_shares():
+    told = make_told()
+    del told["ceilings"]
+    assert "Ceilings: not measured." in report.measured([told])
+    assert "| 2 ms |" in report.measured([told])
+    assert {name.split("threads-")[1] for name in report.drawn(told)} == {"speedup.svg", "memory.svg"}
+
+
 def test_predictions_are_taken_over_and_told_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "PREDICTIONS", tmp_path / "predictions.json")
     assert report.predicted().startswith("Not predicted yet")
