@@ -34,6 +34,8 @@ CHUNK_SCORES = 3 * 2**20  # 12 MB of float32: fits beside its operands in an L3 
 CHUNK_ROWS = (256, 1024)  # below, products are thin and dk is read and written too often; above, nothing is gained
 # The chunk in C++ (kernels/csrc/info_nce.cpp); a library built before it existed goes without.
 DENSE = CPP.available and hasattr(torch.ops.cpc_kernels_cpu, "dense_forward")
+# Tiles multiply bf16 many times faster than the C++, which knows AVX-512's pairs only: torch's products use them.
+AMX = torch.cpu._is_amx_tile_supported()
 
 
 class InfoNCEStats(NamedTuple):
@@ -53,12 +55,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def in_cpp(anchors, candidates, positives, scale, anchor_ids, candidate_ids):
-    """What the C++ takes, or None where it does not run: contiguous tensors of one type, bf16 where this CPU
-    multiplies it, and the rows of a chunk."""
+    """What the C++ takes, or None where torch runs: contiguous tensors of one type, bf16 where this CPU multiplies
+    it, and the rows of a chunk."""
     if not DENSE or anchors.device.type != "cpu" or len(candidates) == 0:
         return None
     dtype = compute_dtype(anchors.dtype)
-    if anchors.dtype == torch.bfloat16 and torch.ops.cpc_kernels_cpu.dense_has_bf16():
+    if anchors.dtype == torch.bfloat16 and FAST_BF16.available:
+        if AMX or not torch.ops.cpc_kernels_cpu.dense_has_bf16():
+            return None
         dtype = torch.bfloat16
     q, k, p = (t.to(dtype) if t.is_floating_point() else t for t in (anchors, candidates, positives))
     ids = (None if t is None else t.long().contiguous() for t in (anchor_ids, candidate_ids))
@@ -706,7 +710,8 @@ def info_nce(
     anchors: (N, D) floats, any strides. candidates: (M, D), same dtype. positives: (N,) integer indices into the
     candidates, or (N, D) vectors of their own. scale: number or one-element tensor (it may learn); 1 / temperature.
     anchor_ids, candidate_ids: (N,), (M,) integers, both or neither. reduction: none (N,), sum, or mean over the rows
-    that are not ignored (0 if there are none). impl: auto, reference, chunked (torch) or triton (GPU).
+    that are not ignored (0 if there are none). impl: auto, reference, chunked (on a CPU in C++ where it is built, else
+    torch) or triton (GPU).
     Returns float32 (float64 for float64 inputs); gradients reach anchors, candidates, vector positives and scale.
 
     Raises ValueError, TypeError or IndexError for arguments that do not fit, RuntimeError for an impl that cannot run

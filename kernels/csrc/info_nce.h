@@ -2,6 +2,9 @@
 //
 // All products are one kernel, `multiply`: a tile of ROWS x COLS sums stays in registers, the right operand comes packed
 // [unit][COLS]. A unit is what one lane takes at a time: a number, or a pair of bf16 whose products are summed in float.
+//
+// This file argues for its length: packing, three products and what lies between them share one layout of panels and
+// one tile size, and each exists for numbers and for pairs.
 
 #include "vectors.h"
 
@@ -194,9 +197,11 @@ static void scores(const Dense<SCALAR>& p, const Chunk<SCALAR>& c, int64_t panel
   const int64_t here = p.m - from < PANEL ? p.m - from : PANEL;
   for (int64_t r = begin * ROWS; r < end * ROWS; r++) {
     SCALAR* row = s + r * PANEL;
-    for (int64_t j = here; j < PANEL; j++) row[j] = -infinity;
-    if (r < c.rows) {
-      const int64_t a = c.first + r;
+    const int64_t a = c.first + r;
+    const bool active = r < c.rows && !(p.positives && p.positives[a] < 0);
+    // Of a row that does not count, all: its zeros times an infinite candidate are NaN, which no weight of 0 removes.
+    for (int64_t j = active ? here : 0; j < PANEL; j++) row[j] = -infinity;
+    if (active) {
       if (p.positives && p.positives[a] >= from && p.positives[a] < from + here) {
         c.own[r] = row[p.positives[a] - from];
         row[p.positives[a] - from] = -infinity;

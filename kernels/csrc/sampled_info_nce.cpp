@@ -21,10 +21,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -106,10 +108,9 @@ const Loops<double>& loops_for(double) {
   return baseline_double::loops;
 }
 
-std::string instruction_set() {
-  static const char* const names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
-  return names[level];
-}
+constexpr std::string_view LEVEL_NAMES[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+std::string instruction_set() { return std::string(LEVEL_NAMES[level]); }
 
 // Whether at::parallel_for hands work to threads: without OpenMP at compile time it is a plain loop.
 bool threaded() {
@@ -120,10 +121,13 @@ bool threaded() {
 #endif
 }
 
-// For tests: run the loops of a lower level than this CPU's.
+// For tests: run the loops of a lower level than this CPU's, of both ops.
 void use_instruction_set(const std::string& name) {
-  const Level wanted = name == "baseline" ? BASELINE : name == "avx2" ? AVX2 : name == "avx512" ? AVX512 : AVX512_BF16;
-  TORCH_CHECK(wanted <= best_level(), "sampled_info_nce: this CPU cannot run ", name, " instructions.");
+  const auto found = std::find(std::begin(LEVEL_NAMES), std::end(LEVEL_NAMES), name);
+  TORCH_CHECK(found != std::end(LEVEL_NAMES),
+              "use_instruction_set: must be baseline, avx2, avx512 or avx512_bf16. Got '", name, "'.");
+  const Level wanted = Level(found - std::begin(LEVEL_NAMES));
+  TORCH_CHECK(wanted <= best_level(), "use_instruction_set: this CPU cannot run ", name, " instructions.");
   level = wanted;
 }
 

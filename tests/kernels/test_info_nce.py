@@ -87,13 +87,49 @@ def test_against_the_spec(dtype, vectors, ids, reduction, small_chunks):
     judge(several(dtype=dtype, vectors=vectors, ids=ids), reduction=reduction, dtype=dtype)
 
 
+@pytest.fixture
+def pairs_or_floats(level, monkeypatch):
+    """bf16 stays with the C++ at an instruction set that has no pairs of it: as float32, not torch's products."""
+    monkeypatch.setattr(module, "AMX", False)
+    if not torch.ops.cpc_kernels_cpu.dense_has_bf16():
+        monkeypatch.setattr(module, "FAST_BF16", Capability("bf16", False, "for the test"))
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("shape", [(40, 130, 17), (67, 129, 300), (300, 50, 64), (23, 200, 130)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
-def test_every_instruction_set(dtype, shape, reduction, engine, level, monkeypatch):
+def test_every_instruction_set(dtype, shape, reduction, engine, pairs_or_floats, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_ROWS", (96, 96))
     judge(several(*shape, ids=True, dtype=dtype), reduction=reduction, dtype=dtype)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
+def test_sums_of_sums_at_every_instruction_set(dtype, vectors, reduction, engine, pairs_or_floats):
+    """One chunk of more anchors than dk, and more candidates than O, adds at once."""
+    judge(several(300, 520, 33, vectors=vectors, ids=True, dtype=dtype), reduction=reduction, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
+def test_who_multiplies_bf16(dtype, engine, monkeypatch):
+    """Torch, where its products know units that the C++ does not."""
+    problem = [*make(dtype=dtype)[:3], torch.ones(1), None, None]
+    native = dtype == torch.float32 or not FAST_BF16.available or torch.ops.cpc_kernels_cpu.dense_has_bf16()
+    monkeypatch.setattr(module, "AMX", False)
+    assert (module.in_cpp(*problem) is not None) == native
+    monkeypatch.setattr(module, "FAST_BF16", Capability("bf16", True, "for the test"))
+    monkeypatch.setattr(module, "AMX", True)
+    assert (module.in_cpp(*problem) is None) == (dtype == torch.bfloat16)
+
+
+@needs_cpp
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(RuntimeError, match=r"use_instruction_set: must be baseline, avx2, .* Got 'sse9'"):
+        torch.ops.cpc_kernels_cpu.use_instruction_set("sse9")
 
 
 @pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
@@ -150,6 +186,24 @@ def test_infinite_and_nan_scores():
     loss = info_nce(anchors, k, positives)
     loss.backward()
     assert loss.isfinite()
+    assert k.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("n", [6, 8])
+def test_an_excluded_candidate_may_hold_anything(n, ignored, dtype, bad, reduction):
+    """Also where the last tile of anchors has rows to spare."""
+    anchors, candidates, _, _ = make(n, 9, 5, dtype=dtype)
+    candidates[4] = bad
+    k, positives = candidates.requires_grad_(), torch.arange(n) % 4
+    positives[2] = -1 if ignored else 0
+    tags = {"anchor_ids": torch.zeros(n, dtype=torch.long), "candidate_ids": (torch.arange(9) != 4).long()}
+    loss = info_nce(anchors, k, positives, reduction=reduction, impl="chunked", **tags)
+    loss.sum().backward()
+    assert loss.isfinite().all()
     assert k.grad.isfinite().all()
 
 
@@ -350,6 +404,7 @@ def test_fast_bf16_path_is_the_same_function(monkeypatch):
     """What an AMX machine runs, run here (slowly): float32 products with internal bf16 lose nothing of bf16 inputs."""
     fast = Capability("bf16", True, "for the test")
     monkeypatch.setattr(module, "FAST_BF16", fast)
+    monkeypatch.setattr(module, "AMX", True)
     before = torch.backends.mkldnn.matmul.fp32_precision
     judge(several(dtype=torch.bfloat16), dtype=torch.bfloat16)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
