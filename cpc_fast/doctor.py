@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from cpc_kernels.capabilities import capabilities, device_name
+from cpc_kernels.info_nce import DENSE
 from cpc_kernels.info_nce import choose as choose_info_nce
 from cpc_kernels.sampled_info_nce import choose as choose_sampled_info_nce
 
@@ -17,7 +18,8 @@ from .train import autocast
 from .version import __version__
 
 WHY = {
-    "chunked": "one chunk of rows at a time; in C++ on a CPU where it is built",
+    "chunked": "one chunk of rows at a time, in torch",
+    "chunked in C++": "one chunk of rows at a time, in C++",
     "cpp": "C++, negatives scored while they are in cache",
     "gather": "torch, because the C++ kernels are not built",
     "triton": "fused GPU kernel",
@@ -46,7 +48,7 @@ def examine() -> Diagnosis:
     for device in devices:
         for op, choose in (("info_nce", choose_info_nce), ("sampled_info_nce", choose_sampled_info_nce)):
             impl = choose("auto", device)
-            why = WHY[impl]
+            why = WHY["chunked in C++" if impl == "chunked" and device.type == "cpu" and DENSE else impl]
             if impl == "triton" and not triton.available:
                 impl, why = "none", triton.reason
             ops.append((op, str(device), impl, why))
@@ -57,7 +59,7 @@ def examine() -> Diagnosis:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
-    advice = [f"{c.name}: {c.reason}. Without it: {c.cost}." for c in found if not c.available]
+    advice = [f"{c.name}: {c.reason}. What that costs: {c.cost}." for c in found if c.cost]
     if threads < cores:
         advice.append(f"torch uses {threads} of {cores} cores; unset OMP_NUM_THREADS, or raise it, for the others.")
     if len(devices) == 1:

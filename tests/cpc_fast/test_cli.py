@@ -15,6 +15,7 @@ from PIL import Image
 from samples import SET_TINY, make_set, save, texture
 
 from cpc_fast import cli, datasets
+from cpc_fast.doctor import examine
 from cpc_fast.images import read_image
 from cpc_fast.version import __version__
 
@@ -304,6 +305,16 @@ def test_doctor_says_which_implementation_runs(capsys):
     out = capsys.readouterr().out
     for word in ("torch", "triton", "cpu", "info_nce", "sampled_info_nce", "chunked", "C++ CPU kernels"):
         assert word in out
+
+
+def test_doctor_says_what_runs_here_and_what_lacks(monkeypatch):
+    capabilities = sys.modules["cpc_kernels.capabilities"]
+    built = capabilities.CPP.available
+    (dense,) = [row for row in examine().ops if row[:2] == ("info_nce", "cpu")]
+    assert dense[3].endswith("in C++" if built else "in torch")
+    one = capabilities.Capability("C++ CPU kernels", True, "built without OpenMP", "one core")
+    monkeypatch.setattr(capabilities, "CPP", one)
+    assert "C++ CPU kernels: built without OpenMP. What that costs: one core." in examine().advice
 
 
 def test_a_reader_that_leaves_is_no_failure():

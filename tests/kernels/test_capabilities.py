@@ -1,11 +1,11 @@
-"""The name under which results of a device are filed."""
+"""What is here, what is missing, and the name under which results of a device are filed."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from cpc_kernels.capabilities import device_name
+from cpc_kernels.capabilities import CPP, device_name, load_library
 
 CPU = torch.device("cpu")
 
@@ -26,3 +26,12 @@ def test_a_cpu_is_named_with_its_instructions_and_threads(monkeypatch):
     threads = torch.get_num_threads()
     assert "AVX-512" in device_name(CPU)
     assert device_name(CPU).endswith(f", {threads} thread" + "s" * (threads > 1))
+
+
+@pytest.mark.skipif(not CPP.available, reason="the C++ library is not built")
+def test_a_library_on_one_thread_runs_and_has_its_cost(monkeypatch):
+    monkeypatch.setattr(torch.ops.cpc_kernels_cpu, "threaded", lambda: False)
+    found = load_library()
+    assert found.available
+    assert "built without OpenMP" in found.reason
+    assert "one core" in found.cost
