@@ -20,9 +20,9 @@ def launched() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def restarted() -> bool:
-    """Whether torchrun starts this process again, after one of its processes failed: it goes on with what is there."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+def may_restart() -> bool:
+    """Whether torchrun runs this very command again after a failure (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 def own_gpu(device: torch.device) -> torch.device:

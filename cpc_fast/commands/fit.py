@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import CpcFastError, Stopped, UsageError
-from ..torchrun import launched, restarted, together
+from ..torchrun import launched, may_restart, together
 from .console import say, stopped, terminable
 from .options import Device, Settings, by_preset, check_device, choose_config, choose_device
 
@@ -58,7 +58,8 @@ def fit(
     from ..runs import CHECKPOINT, need_checkpoint, refuse_run
 
     images = find_train(data)
-    resume = resume or (restarted() and (out / CHECKPOINT).exists())
+    if may_restart() and not (out / CHECKPOINT).exists():  # the command that goes on is the one that begins
+        resume = False
     need_checkpoint(out) if resume else refuse_run(out)
     options = {"epochs": epochs, "seed": seed, "image_size": image_size, "across_ranks": across_ranks}
     config = choose_config(preset, options, settings, resume=out if resume else None)

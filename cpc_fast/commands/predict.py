@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import Stopped
-from ..torchrun import launched, own_gpu, restarted
+from ..torchrun import launched, own_gpu
 from .console import complain, note_colour, note_size, say, stopped, terminable
 from .options import Device, check_device, choose_device
 
@@ -39,7 +39,6 @@ def predict(
 
     refuse_swapped(run, images, "predict RUN IMAGES --out DIR")
     rank, world = launched()
-    resume = resume or restarted()
     part = Shard.parse(shard) if shard else Shard(rank + 1, world)
     need_detector(run)
     if not (resume and (out / "progress" / "inputs.jsonl").exists()):

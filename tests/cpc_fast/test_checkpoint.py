@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from samples import SET_TINY, TINY_CONFIG, make_set, texture
 from torch import nn
 
-from cpc_fast import checkpoint, saving, train
+from cpc_fast import checkpoint, cli, saving, train
 from cpc_fast.checkpoint import checkpoint_config
 from cpc_fast.detector import Detector
 from cpc_fast.errors import CpcFastError, Stopped, UsageError
@@ -192,6 +192,27 @@ def test_a_hostile_config_takes_no_memory(tmp_path):
 
 
 # One process at a time
+
+
+def test_what_torchrun_starts_again_goes_on_only_when_told_to(tmp_path, capsys, monkeypatch):
+    old, new = (make_set(tmp_path / name, train=6) for name in ("old", "new"))
+    fit = ["fit", "--out", str(tmp_path / "run"), "--device", "cpu", *SET_TINY]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert cli.run([*fit, str(old), "--resume"]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert cli.run([*fit, str(old), "--resume", "--epochs", "1"]) == 0  # nothing there: it begins
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    for count in ("0", "1", "2"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert cli.run([*fit, str(new)]) == 2
+        assert "holds a run already" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == kept
+    assert cli.run([*fit, str(old), "--resume", "--epochs", "1"]) == 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in kept}
+
 
 HOLD = """
 import sys, time

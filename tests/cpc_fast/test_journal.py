@@ -303,8 +303,9 @@ def test_the_command_killed_terminated_and_sharded_by_torchrun(tmp_path, capsys,
     command = ["predict", str(run), images, "--out", str(tmp_path / "ranks"), "--scores-only"]
     assert cli.run(command) == 2
     assert "Shard 2 of 2" in capsys.readouterr().err
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # one of them failed, so torchrun starts all again
-    assert cli.run(command) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # what is refused stays so when torchrun tries again
+    assert cli.run(command) == 2
+    assert cli.run([*command, "--resume"]) == 0
 
 
 def test_a_damaged_list_of_inputs(detector, folder, tmp_path):
