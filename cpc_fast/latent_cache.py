@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .model import CPC
-from .patches import grid_shape
+from .patches import grid_shape, window_start
 from .shifts import shift
 from .stages import stage
 
@@ -43,7 +43,7 @@ class LatentCache:
             copies = whole.new_empty(0, *self.cells, whole.shape[-1])
             if config.shifts:
                 generator = torch.Generator().manual_seed(config.seed * 1_000_003 + i)
-                top, left = (int(torch.randint(n - self.side + 1, (), generator=generator)) for n in pixels.shape[2:])
+                top, left = (window_start(n, self.side, config.patch_size, generator) for n in pixels.shape[2:])
                 window = pixels[..., top : top + self.side, left : left + self.side]
                 window = window.repeat(config.shift_copies, 1, 1, 1)
                 copies = self.model.latents(shift(window, config.shifts, generator, config.unit)).float()
@@ -57,11 +57,11 @@ class LatentCache:
     def batch(self, chosen: Sequence[int], generator: torch.Generator) -> tuple[Tensor, int]:
         """Latents (b + b * copies, *cells, d) of windows, then of shifted copies; and b."""
         windows, shifted = [], []
+        margin = self.model.config.patch_size // self.model.config.patch_stride
         for i in chosen:
             whole, copies = self.latents(i)
             top, left = (
-                int(torch.randint(have - want + 1, (), generator=generator))
-                for have, want in zip(whole.shape[:2], self.cells, strict=True)
+                window_start(*sides, margin, generator) for sides in zip(whole.shape[:2], self.cells, strict=True)
             )
             windows.append(whole[top : top + self.cells[0], left : left + self.cells[1]])
             shifted.append(copies)

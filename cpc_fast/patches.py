@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 
 from .errors import CpcFastError
@@ -21,6 +22,17 @@ def grid_shape(height: int, width: int, size: int, stride: int) -> tuple[int, in
             "use one at the scale of the images that are fitted on. (A fit with image_size enlarges small ones.)"
         )
     return -(-(height - size) // stride) + 1, -(-(width - size) // stride) + 1
+
+
+def window_start(length: int, side: int, margin: int, generator: torch.Generator) -> int:
+    """Where a random window of `side` of `length` pixels begins; one that would begin up to `margin` pixels outside is
+    moved to the edge. So edges, which every image has and a test image shows whole, are seen often enough to be known.
+
+    >>> window_start(96, 96, 32, torch.Generator())
+    0
+    """
+    start = int(torch.randint(-margin, length - side + margin + 1, (), generator=generator))
+    return min(max(start, 0), length - side)
 
 
 @stage("patches")

@@ -27,6 +27,7 @@ from .config import Config
 from .errors import CpcFastError, Stopped
 from .latent_cache import LatentCache
 from .model import CPC
+from .patches import window_start
 from .shapes import Images
 from .shifts import shift
 from .stages import stage
@@ -77,17 +78,6 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str = "cosine") 
     if schedule == "constant":
         return peak
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def window_start(length: int, side: int, margin: int, generator: torch.Generator) -> int:
-    """Where a random window of `side` of `length` pixels begins; one that would begin up to `margin` pixels outside is
-    moved to the edge. So edges, which every image has and a test image shows whole, are seen often enough to be known.
-
-    >>> window_start(96, 96, 32, torch.Generator())
-    0
-    """
-    start = int(torch.randint(-margin, length - side + margin + 1, (), generator=generator))
-    return min(max(start, 0), length - side)
 
 
 @stage("batch")

@@ -78,6 +78,15 @@ def test_windows_lie_on_the_grid_and_copies_come_last():
     assert torch.equal(latents[2:4], cache.latents(0)[1])
 
 
+def test_windows_reach_the_edges_more_often_than_by_chance():
+    model = CPC(SHIFTED, frozen()).train()
+    cache = LatentCache(model, [texture(0, 48, 64)], side=32)
+    whole, generator = cache.latents(0)[0], torch.Generator().manual_seed(0)
+    drawn = [cache.batch([0], generator)[0][0] for _ in range(300)]
+    left = sum(any(torch.equal(window, whole[y : y + 3, :3]) for y in range(3)) for window in drawn)
+    assert 0.25 < left / 300 < 0.42  # 3 of 9; 1 of 5 by chance
+
+
 def test_what_does_not_fit_is_encoded_again_to_the_same():
     encoder = frozen()
     model = CPC(SHIFTED, encoder).train()

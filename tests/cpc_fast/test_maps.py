@@ -6,10 +6,11 @@ import torch
 
 from cpc_fast.anomaly_map import anomaly_map
 from cpc_fast.bank import reservoir
+from cpc_fast.config import SHIFTS
+from cpc_fast.patches import window_start
 from cpc_fast.scoring import at_places, patch_means
 from cpc_fast.segments import find_segments
-from cpc_fast.shifts import FAMILIES, shift
-from cpc_fast.train import window_start
+from cpc_fast.shifts import FAMILIES, WHOLE, shift
 
 
 def test_a_reservoir_does_not_depend_on_the_blocks():
@@ -72,6 +73,22 @@ def test_shifts_change_the_images_and_repeat_with_the_seed(family, channels):
     assert all((a != b).any() for a, b in zip(first, images, strict=True))
 
 
+def test_every_shift_that_a_config_takes_is_there():
+    assert set(SHIFTS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", sorted(WHOLE))
+def test_a_local_shift_leaves_half_of_the_image(family):
+    images = torch.randn(8, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def kept(name: str) -> float:
+        change = shift(images, (name,), torch.Generator().manual_seed(0)) - images
+        return (change.abs() < 0.05).float().mean().item()
+
+    assert kept(family) < 0.15
+    assert 0.5 < kept(f"local-{family}") < 0.8
+
+
 def test_sizes_of_shifts_grow_with_the_patch():
     fine, coarse = (
         (shift(torch.zeros(8, 1, 128, 128), ("curves",), torch.Generator().manual_seed(0), unit) != 0).float().mean()
@@ -94,7 +111,7 @@ def test_images_of_several_sizes_share_the_places_at_their_edges():
     assert (large[3:9, 3:6] == table[3, 3]).all()
 
 
-def test_windows_meet_the_edges_as_often_as_other_places():
+def test_each_edge_is_in_a_quarter_of_these_windows():
     generator = torch.Generator().manual_seed(0)
     starts = torch.tensor([window_start(200, 100, 50, generator) for _ in range(2000)])
     for edge in (starts.min(), starts.max()):
