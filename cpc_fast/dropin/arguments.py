@@ -1,12 +1,15 @@
 """What every drop-in asks of its arguments, in the words of the package that it stands in for."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from cpc_kernels.info_nce import need_tensors
 
-def check_tensors(loss: str, **given: object) -> None:
+
+def check_tensors(loss: str, **given: Tensor) -> None:
     """Raises TypeError or ValueError unless these are floating-point tensors of one device and, where autocast does not
     unite them, of one dtype.
 
@@ -14,15 +17,11 @@ def check_tensors(loss: str, **given: object) -> None:
     Traceback (most recent call last):
     TypeError: ClipLoss: text_features must have the dtype of image_features. Got torch.float16 and torch.float32.
     """
-    first: Tensor | None = None
+    need_tensors(loss, **given)
+    lead, first = next(iter(given.items()))
     for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{loss}: {name} must be a torch.Tensor. Got {type(value).__name__}.")
         if not value.is_floating_point():
             raise TypeError(f"{loss}: {name} must be floating point. Got {value.dtype}.")
-        if first is None:
-            first = value
-        lead = next(iter(given))
         if value.device != first.device:
             raise ValueError(f"{loss}: {name} must be on the device of {lead}. Got {value.device} and {first.device}.")
         united = value.device.type != "meta" and torch.is_autocast_enabled(value.device.type)
@@ -43,11 +42,11 @@ def one_number(loss: str, name: str, value: object) -> float | Tensor:
                 f"{loss}: {name} must be a number or a tensor of one element. Got shape {tuple(value.shape)}."
             )
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's scalars are
         raise TypeError(f"{loss}: {name} must be a number or a tensor of one element. Got {value!r}.")
     if not math.isfinite(value):
         raise ValueError(f"{loss}: {name} must be finite. Got {value}.")
-    return value
+    return float(value)
 
 
 def inverse(loss: str, temperature: object) -> float | Tensor:

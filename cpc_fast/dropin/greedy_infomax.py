@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cpc_kernels import sampled_info_nce
+from cpc_kernels.info_nce import check_indices
 
 from .arguments import check_tensors
 
@@ -90,13 +91,10 @@ class GreedyInfoMaxLoss(nn.Module):
                         f"GreedyInfoMaxLoss: step {step + 1} needs {len(targets)} x {self.negative_samples} negatives. "
                         f"Got {tuple(drawn.shape)}."
                     )
-                if drawn.device.type == "cpu" and not 0 <= int(drawn.min()) <= int(drawn.max()) < len(targets):
-                    raise IndexError(
-                        f"GreedyInfoMaxLoss: negatives of step {step + 1} must lie between 0 and {len(targets) - 1}, "
-                        f"its targets. Got values from {int(drawn.min())} to {int(drawn.max())}."
-                    )
+                check_indices("GreedyInfoMaxLoss", f"negatives of step {step + 1}", drawn, len(targets), 0, "pool")
             own = torch.arange(len(targets), device=z.device)
-            loss = sampled_info_nce(anchors, targets, own, drawn.view(len(targets), -1), reduction="none")
+            drawn = drawn.view(len(targets), self.negative_samples)
+            loss = sampled_info_nce(anchors, targets, own, drawn, reduction="none")
             total = total + (loss if self.eps == 0 else -torch.log(torch.exp(-loss) + self.eps)).mean()
         return total / self.k_predictions
 

@@ -73,15 +73,14 @@ class NTXentLoss(nn.Module):
         self, temperature: float = 0.5, memory_bank_size: int | Sequence[int] = 0, gather_distributed: bool = False
     ) -> None:
         super().__init__()
-        one_number("NTXentLoss", "temperature", temperature)
-        if abs(temperature) < 1e-8:
+        self.temperature = one_number("NTXentLoss", "temperature", temperature)
+        if abs(self.temperature) < 1e-8:
             raise ValueError(f"NTXentLoss: abs(temperature) must be at least 1e-8; it divides. Got {temperature}.")
         if gather_distributed and not dist.is_available():
             raise ValueError(
                 "NTXentLoss: gather_distributed needs a torch with torch.distributed, and this one has none. "
                 "Set gather_distributed=False."
             )
-        self.temperature = temperature
         self.gather_distributed = gather_distributed
         self.memory_bank = MemoryBank(memory_bank_size, gather_distributed)
 

@@ -195,6 +195,7 @@ def test_temperatures_and_scales_are_one_number():
             call(0)
         with pytest.raises(ValueError, match=rf"{loss}: temperature must be finite. Got nan"):
             call(float("nan"))
+        assert call(np.float32(0.5)) == call(np.int64(2) / 4) == call(0.5)
     with pytest.raises(ValueError, match=r"ClipLoss: logit_scale must be .* Got shape \(3,\)"):
         dropin.ClipLoss()(x, x, three)
 
@@ -352,8 +353,10 @@ def test_greedy_infomax_refusals():
         loss(z, z)
     with pytest.raises(ValueError, match=r"in_channels=4, out_channels=4, .* Got z \(2, 5, 6, 6\), c \(2, 4, 6, 6\)"):
         loss(torch.zeros(2, 5, 6, 6), z)
-    with pytest.raises(IndexError, match=r"negatives of step 1 must lie between 0 and 47, its targets. Got .* to 48"):
+    with pytest.raises(IndexError, match=r"negatives of step 1 must lie between 0 and 47 .* 48 rows\). Got .* to 48"):
         dropin.GreedyInfoMaxLoss(gim_options(1, 1), 4, 4)(z, z, negatives=[torch.arange(1, 49)])
+    empty, none = torch.zeros(0, 4, 6, 6), torch.zeros(0, dtype=torch.long)
+    assert dropin.GreedyInfoMaxLoss(gim_options(1, 1), 4, 4)(empty, empty, negatives=[none]).isnan()  # as torch's mean
     with pytest.raises(ValueError, match=r"Got z \(2, 4, 6, 6\), c \(2, 4, 6, 5\)"):
         loss(z, z[..., :5])
     with pytest.raises(ValueError, match=r"one tensor for each of the 5 steps. Got 1"):
