@@ -48,7 +48,7 @@ class Config:
     patch_size: int = 32
     patch_stride: int = 16
     crop: int | None = None  # side of the square window seen in training, at most (None: just) the smallest image's
-    made_for: int | None = None  # fit doubles or halves the lengths above, and stem, for images of another size
+    made_for: int | None = None  # fit doubles the lengths above, and stem, for larger images: fitted_to
     # patches -> latents
     width: int = 32  # channels of the first residual stage; latents have 4 * width features
     stem: int = 4  # stride of the first convolution
@@ -75,9 +75,8 @@ class Config:
     flips: bool = False  # random mirror images in training
     seed: int = 0
     # training and scoring
-    precision: str = (
-        "auto"  # bfloat16 where the device is fast at it; "float32": the same numbers everywhere, to rounding
-    )
+    # "auto": bfloat16 where the device is fast at it; "float32": the same numbers everywhere, to rounding
+    precision: str = "auto"
     # scoring
     finer: int = 1  # grid cells of scoring in one of training, each way: 2 also looks at the patches halfway between
     bank_size: int = 1024  # normal latents that test patches are compared with

@@ -146,7 +146,7 @@ class Detector:
         self.model, self.config, self.bank = model.eval(), model.config, bank
         self.calibration, self.threshold, self.trained_on = calibration, threshold, trained_on
         self.train_images_per_s = train_images_per_s
-        self.sides = sides  # pixels: the least and the most that a shorter side had in training
+        self.sides = sides  # pixels: the least and the most that a shorter side had in training; None: unknown
         self.scorer = Scorer(model, bank, calibration)
 
     # ------------------------------------------------------------------------------------------------ fit
@@ -296,9 +296,12 @@ class Detector:
             threshold = Threshold(**about["threshold"])
             trained_on = {str(name): str(value) for name, value in about["trained_on"].items()}
             pace = about.get("train_images_per_s")
-            low, high = about.get("sides") or (1, 1 << 16)  # older runs do not say
-            if not (type(low) is type(high) is int and 0 < low <= high):
-                raise ValueError("sides that are none")
+            sides = about.get("sides")  # older runs do not say
+            if sides is not None:
+                low, high = sides
+                if not (type(low) is type(high) is int and 0 < low <= high):
+                    raise ValueError("sides that are none")
+                sides = (low, high)
             numbers = [threshold.value, threshold.target_fpr, threshold.guaranteed_fpr, threshold.count, pace or 0.0]
             if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
                 raise ValueError("a number that is none")
@@ -314,7 +317,7 @@ class Detector:
         )
         streamed = StreamedBank.open(Path(run) / DETECTOR, device=device) if stream_bank else None
         bank = place_bank(tensors["bank"], device) if streamed is None else streamed
-        return cls(model, bank, calibration, threshold, trained_on, pace, (low, high))
+        return cls(model, bank, calibration, threshold, trained_on, pace, sides)
 
     # ------------------------------------------------------------------------------------------------ use
 

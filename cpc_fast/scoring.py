@@ -156,9 +156,8 @@ def calibrate(scorer: Scorer, images: Sequence[np.ndarray]) -> Calibration:
     middle, variance = everything.mean(), everything.var().clamp_min(1e-12)
     if len(grids) < 2:
         return Calibration(mean, spread, middle[None, None], variance.sqrt()[None, None])
-    edge = (
-        2 * max(scorer.config.offsets) * scorer.config.finer + 1
-    )  # as far as the number of predictions about a patch depends on the edge
+    # as far as the number of predictions about a patch depends on the edge
+    edge = 2 * max(scorer.config.offsets) * scorer.config.finer + 1
     size = grids[0].shape if len({grid.shape for grid in grids}) == 1 else torch.Size((edge, edge))
     sums = torch.zeros(3, *size, dtype=torch.float64, device=middle.device)  # of 1, x and x^2
     for grid in grids:

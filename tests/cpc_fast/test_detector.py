@@ -78,6 +78,16 @@ def test_saved_and_loaded_it_says_the_same(tmp_path, image_size):
     assert loaded.inspect(image).map.tobytes() == detector.inspect(image).map.tobytes()
 
 
+def test_sizes_that_an_older_run_does_not_say_stay_unknown(detector, tmp_path):
+    assert detector.other_size((480, 480))
+    Detector(detector.model, detector.bank, detector.calibration, detector.threshold, {}).save(tmp_path / "older")
+    older = Detector.load(tmp_path / "older")
+    older.save(tmp_path / "again")
+    for run in (older, Detector.load(tmp_path / "again")):
+        assert run.sides is None
+        assert not run.other_size((480, 480))
+
+
 def test_a_calibration_of_two_shapes_or_none_is_refused(detector, tmp_path):
     for shapes in (((2, 2), (1, 1)), ((0, 1), (0, 1))):
         tensors = [torch.ones(shape) for shape in shapes]
