@@ -64,7 +64,9 @@ def assert_same(ours, theirs, *tensors, weights=None):
     else:
         truth, rounding = expected, DTYPES[dtype]
     for name, mine, other, true in zip(("value", *range(len(grads))), got, expected, truth, strict=True):
-        size = float(true.abs().max()) + 1e-3
+        size = (
+            float(true.abs().max()) + 1e-2
+        )  # normalised, one feature has gradient 0: parts of size 1 cancel, to rounding
         error, allowed = (float((t.double() - true.double()).abs().max()) / size for t in (mine, other))
         assert error <= 2 * (allowed + rounding), f"{name}: off by {error:.2e}; the original is off by {allowed:.2e}"
 

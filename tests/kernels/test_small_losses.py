@@ -16,8 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpr
 
 # how far the positive stands out, and the loss that this makes
 TABLE = [(0.0, 3.4), (11.5, 1.3e-3), (23.0, 9e-8), (41.0, 7e-14)]
-# the largest relative error of dq: float32 all through; one rounding of P to bf16 for the matrix units
-LIMITS = {"chunked": 1e-5, "triton": 1e-3}
+LIMIT = 1e-3  # of the relative error of dq: one rounding of P to bf16 for the matrix units, or for bf16 pairs on a CPU
 
 
 def problem(margin):
@@ -55,7 +54,7 @@ def test_gradients_of_small_losses(impl, margin, size):
     loss, _, _, _, o = forward_block(impl, q, k, p, scale, None, None, True)
     dq = (-torch.expm1(-loss) * scale)[:, None] * (o - k[p].float())
     assert wrong(loss, true_loss) < 2e-5
-    assert wrong(dq, true) < LIMITS[impl]
+    assert wrong(dq, true) < LIMIT
 
 
 def test_what_others_compute_is_noise_by_then():
