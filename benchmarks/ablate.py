@@ -45,7 +45,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Row:
-    """A line of ablations.toml: one of changes, shifts_without, read and merge."""
+    """A line of ablations.toml: one of changes, shifts_without, read, merge and merge_seeds."""
 
     factor: str
     name: str
@@ -54,10 +54,16 @@ class Row:
     shifts_without: tuple[str, ...] = ()
     read: dict[str, Any] = field(default_factory=dict)
     merge: tuple[str, ...] = ()
+    merge_seeds: int = 0
 
     @property
     def slug(self) -> str:
         return slug(f"{self.factor}-{self.name}")
+
+    @property
+    def reads(self) -> bool:
+        """Whether it looks at fits of other rows, and needs none of its own."""
+        return bool(self.read or self.merge or self.merge_seeds)
 
     def config(self, base: Config) -> Config:
         changes = {name: tuple(value) if isinstance(value, list) else value for name, value in self.changes.items()}
@@ -81,14 +87,14 @@ class Ablations:
         path = path or TABLE
         told = tomllib.loads(path.read_text(encoding="utf-8"))
         rows = [Row(**row) for row in told["row"]]
-        names = [row.name for row in rows if not row.read and not row.merge]
+        names = [row.name for row in rows if not row.reads]
         base = preset(told["preset"]).replace(**told["changes"])
         for row in rows:
-            asked = sum(map(bool, (row.changes, row.shifts_without, row.read, row.merge)))
+            asked = sum(map(bool, (row.changes, row.shifts_without, row.read, row.merge, row.merge_seeds)))
             if asked != 1:
                 raise UsageError(
                     f"{path.name}: row {row.name!r} asks for {asked} things; give it one of changes, shifts_without, "
-                    "read and merge."
+                    "read, merge and merge_seeds."
                 )
             if missing := set(row.merge) - set(names):
                 raise UsageError(f"{path.name}: row {row.name!r} merges {sorted(missing)}, which no row fits.")
@@ -115,7 +121,7 @@ class Ablations:
 
     def asks_nothing(self, row: Row, bed: Bed | None = None) -> bool:
         """Whether the base is what the row asks for."""
-        return not row.read and not row.merge and self.config(row, bed) == self.config(None, bed)
+        return not row.reads and self.config(row, bed) == self.config(None, bed)
 
     def jobs(self, beds: Sequence[tuple[Bed, Path]], rows: Sequence[Row], seeds: int, part: str) -> list[Job]:
         """The base first, then each row that asks for something."""
@@ -131,7 +137,11 @@ class Ablations:
         config = self.config(row, bed).replace(seed=seed)
         fits: tuple[Job, ...] = ()
         reading: Reading | None = None
-        if row is not None and (row.read or row.merge):
+        if row is not None and row.merge_seeds:
+            seeds = range(seed, seed + row.merge_seeds)
+            fits = tuple(self._job(None, bed, data, other, part) for other in seeds)
+            reading = Merge(tuple(f"seed {other}" for other in seeds))
+        elif row is not None and row.reads:
             members = [None, *(other for name in row.merge for other in self.rows if other.name == name)]
             fits = tuple(self._job(member, bed, data, seed, part) for member in members)
             reading = Merge(("base", *row.merge)) if row.merge else Other(**row.read)

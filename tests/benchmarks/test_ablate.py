@@ -47,6 +47,11 @@ factor = "scales"
 name = "merged"
 merge = ["layer"]
 why = "two are better"
+[[row]]
+factor = "fits"
+name = "two seeds"
+merge_seeds = 2
+why = "they err otherwise"
 """
 
 
@@ -113,7 +118,7 @@ def test_rows_are_carried_out_and_told(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "DOCUMENT", page)
     assert ablate.main([]) == 0
     said = capsys.readouterr().out
-    assert "0 of 10 results are there" in said
+    assert "0 of 12 results are there" in said
     text = page.read_text()
     for cell in (
         "| **the preset** |",
@@ -121,6 +126,7 @@ def test_rows_are_carried_out_and_told(data, tmp_path, monkeypatch, capsys):
         "| shifts | without noise | ",
         "| score | rank | ",
         "merged",
+        "| fits | two seeds | ",
     ):
         assert cell in text
     assert "(+0." in text or "(-0." in text
@@ -128,9 +134,9 @@ def test_rows_are_carried_out_and_told(data, tmp_path, monkeypatch, capsys):
     kept = tmp_path / "store" / "small" / "magnetic-tiles" / "cpc-0-validation.json"
     assert kept.exists()  # the base is the preset's own, on the other half
     runs = sorted(path.parent.name for path in (tmp_path / "runs").rglob("*/*/model.safetensors"))
-    assert len(runs) == 6  # readings and merges fit nothing
+    assert len(runs) == 8  # readings and merges fit nothing, but for the second seed of the base
     assert ablate.main([]) == 0
-    assert "10 of 10 results are there. To do: 0." in capsys.readouterr().out
+    assert "12 of 12 results are there. To do: 0." in capsys.readouterr().out
 
 
 def test_the_plain_reading_is_the_detector(detector, data):
