@@ -142,7 +142,7 @@ class Reread(Baseline):
             form.config = model.config.replace(finer=how.finer)
         self.scorer = (MedianScorer if how.about == "median" else Scorer)(form, bank)
         normal = [images[i] for i in held_out]
-        found = calibrate(self.scorer, normal)
+        found = calibrate(self.scorer, [self.scorer.losses(image) for image in normal])
         zero, one = found.step_mean.new_zeros(1, 1), found.step_mean.new_ones(1, 1)
         if how.calibration == "step":
             found = Calibration(found.step_mean, found.step_spread, zero, one)

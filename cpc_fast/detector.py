@@ -31,7 +31,7 @@ from .layouts import find_train
 from .model import CPC
 from .runs import DETECTOR
 from .saving import load_run, locked, save_run
-from .scoring import Calibration, Scorer, Surprise, calibrate
+from .scoring import Calibration, Scorer, Surprise, held_out_scores
 from .segments import Segment, find_segments
 from .train import Position, Progress, autocast, make_optimizer, train
 
@@ -231,9 +231,7 @@ class Detector:
                     yield images[i]
 
             scorer = Scorer(model, place_bank(_make_bank(model, read(training), config), device))
-            scorer.calibration = calibrate(scorer, list(read(held_out)))
-            scores = [scorer.map(image, image.shape[:2]).max().item() for image in read(held_out)]
-            threshold = Threshold.from_scores(scores, config.target_fpr)
+            threshold = Threshold.from_scores(held_out_scores(scorer, read(held_out)), config.target_fpr)
             shapes = {image.shape[:2] for image in (images[i] for i in range(len(images)))}
             trained_on = {
                 "data": source,

@@ -8,7 +8,7 @@ loss of each prediction -> minus its normal mean, over its normal spread     (fo
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,11 @@ from .shapes import AnomalyMap
 from .stages import stage
 from .train import autocast
 
+FOLDS = 5  # in which held-out images are calibrated by each other
 SHRINK = 8.0  # how many images' worth of trust the overall statistics get against those of one grid position
+
+
+Found = tuple[Tensor, Tensor, Tensor, list[int], tuple[int, int]]  # losses, sources, targets, counts; the grid
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class Scorer(nn.Module):
             self.bank = bank
         self.calibration = calibration
 
-    def losses(self, image: np.ndarray) -> tuple[Tensor, Tensor, Tensor, list[int], tuple[int, int]]:
+    def losses(self, image: np.ndarray) -> Found:
+        """What the model finds in an image, uint8 (h, w, c), resized already."""
         device = self.bank.device
         pixels = self.model.standardise(image)
         gy, gx = grid_shape(pixels.shape[1], pixels.shape[2], self.config.patch_size, self.config.scoring_stride)
@@ -74,7 +79,11 @@ class Scorer(nn.Module):
     @stage("surprise")
     def surprise(self, image: np.ndarray) -> Surprise:
         """uint8 (h, w, c), resized already."""
-        losses, sources, targets, counts, (gy, gx) = self.losses(image)
+        return self.judge(self.losses(image))
+
+    def judge(self, found: Found) -> Surprise:
+        """The losses of an image, calibrated."""
+        losses, sources, targets, counts, (gy, gx) = found
         if self.calibration is not None:
             step = torch.repeat_interleave(
                 torch.arange(len(counts), device=losses.device), torch.tensor(counts, device=losses.device)
@@ -92,9 +101,12 @@ class Scorer(nn.Module):
 
     def look(self, image: np.ndarray, original: tuple[int, int]) -> tuple[Surprise, AnomalyMap]:
         """Surprise and anomaly map of a resized image, the map at the original (h, w)."""
-        config, surprise = self.config, self.surprise(image)
-        size = (image.shape[0], image.shape[1])
-        return surprise, anomaly_map(surprise.grid, config.patch_size, config.scoring_stride, size, original)
+        surprise = self.surprise(image)
+        return surprise, self.spread(surprise, (image.shape[0], image.shape[1]), original)
+
+    def spread(self, surprise: Surprise, size: tuple[int, int], original: tuple[int, int]) -> AnomalyMap:
+        """The surprise of an image of that size (h, w), over the pixels of the original."""
+        return anomaly_map(surprise.grid, self.config.patch_size, self.config.scoring_stride, size, original)
 
     def map(self, image: np.ndarray, original: tuple[int, int]) -> AnomalyMap:
         return self.look(image, original)[1]
@@ -133,14 +145,13 @@ def at_places(table: Tensor, gy: int, gx: int) -> Tensor:
     return table[places(gy, table.shape[0])][:, places(gx, table.shape[1])]
 
 
-def calibrate(scorer: Scorer, images: Sequence[np.ndarray]) -> Calibration:
-    """Means and spreads of the losses on held-out normal images.
+def calibrate(scorer: Scorer, found: Sequence[Found]) -> Calibration:
+    """Means and spreads of the losses of held-out normal images.
 
     First for each direction and step over all places, then for each place of the grid over the images, drawn towards
     the overall figures as if SHRINK more losses had shown those. Images of several sizes share the places by their
     distance from the edges: a patch at the edge is predicted from fewer sides, and often shows the edge of a part.
     """
-    found = [scorer.losses(image) for image in images]
     steps = [
         torch.cat(parts) for parts in zip(*(losses.split(counts) for losses, _, _, counts, _ in found), strict=True)
     ]
@@ -151,7 +162,7 @@ def calibrate(scorer: Scorer, images: Sequence[np.ndarray]) -> Calibration:
     neutral = (mean.new_zeros(1, 1), mean.new_ones(1, 1))
     partly = copy.copy(scorer)
     partly.calibration = Calibration(mean, spread, *neutral)
-    grids = [partly.surprise(image).grid for image in images]
+    grids = [partly.judge(one).grid for one in found]
     everything = torch.cat([grid.flatten() for grid in grids])
     middle, variance = everything.mean(), everything.var().clamp_min(1e-12)
     if len(grids) < 2:
@@ -171,3 +182,20 @@ def calibrate(scorer: Scorer, images: Sequence[np.ndarray]) -> Calibration:
     trust = count / (count + SHRINK)
     variances = trust * variances + (1 - trust) * variance
     return Calibration(mean, spread, (middle + trust * means).float(), variances.sqrt().float())
+
+
+def held_out_scores(scorer: Scorer, images: Iterable[np.ndarray]) -> list[float]:
+    """Image scores of held-out normal images for a threshold, each calibrated by the others, a fold at a time.
+
+    By means and spreads that they are part of, images score lower than new ones do, the more so the fewer they are.
+    Leaves the scorer calibrated by all of them.
+    """
+    found, sizes = zip(*((scorer.losses(image), image.shape[:2]) for image in images), strict=True)
+    scores, folds = [0.0] * len(found), min(FOLDS, len(found))
+    for fold in range(folds):
+        others = [one for i, one in enumerate(found) if i % folds != fold]
+        scorer.calibration = calibrate(scorer, others or found)
+        for i in range(fold, len(found), folds):
+            scores[i] = scorer.spread(scorer.judge(found[i]), sizes[i], sizes[i]).max().item()
+    scorer.calibration = calibrate(scorer, found)
+    return scores

@@ -32,7 +32,9 @@ def fit(
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
     preset: Annotated[
         str | None,
-        typer.Option(help="cpu-demo, quality, or paper (unverified); cpu-demo unless told, or what --resume finds."),
+        typer.Option(
+            help="cpu-demo, quality, texture, fast or paper (unverified); cpu-demo unless told, or what --resume finds."
+        ),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(help=f"Passes over the training images [{by_preset('epochs')}].")

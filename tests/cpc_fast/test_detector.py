@@ -15,6 +15,7 @@ from cpc_fast.config import Config
 from cpc_fast.detector import Detector, Threshold
 from cpc_fast.errors import CpcFastError, UsageError
 from cpc_fast.patches import extract_patches
+from cpc_fast.scoring import Scorer, calibrate, held_out_scores
 from cpc_fast.train import Progress
 
 IMAGES = [texture(i) for i in range(10)]
@@ -259,3 +260,16 @@ def test_images_of_several_sizes_are_calibrated_from_their_edges():
 def test_a_crop_smaller_than_a_patch_is_no_config():
     with pytest.raises(UsageError, match="crop is 8; it must be at least patch_size"):
         Config(crop=8)
+
+
+def test_the_threshold_rests_on_images_calibrated_by_the_others(detector):
+    images = [texture(i) for i in range(60, 65)]
+    scorer = Scorer(detector.model, detector.bank)
+    scores = held_out_scores(scorer, images)
+    for i, score in enumerate(scores):
+        alone = Scorer(detector.model, detector.bank)
+        alone.calibration = calibrate(alone, [alone.losses(image) for image in images[:i] + images[i + 1 :]])
+        assert score == alone.map(images[i], images[i].shape[:2]).max().item()
+    by_all = [scorer.map(image, image.shape[:2]).max().item() for image in images]
+    assert np.mean(scores) > np.mean(by_all)
+    assert held_out_scores(scorer, images[:1]) == [scorer.map(images[0], images[0].shape[:2]).max().item()]
