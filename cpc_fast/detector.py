@@ -231,7 +231,8 @@ class Detector:
                     yield images[i]
 
             scorer = Scorer(model, place_bank(_make_bank(model, read(training), config), device))
-            threshold = Threshold.from_scores(held_out_scores(scorer, read(held_out)), config.target_fpr)
+            scores, calibration = held_out_scores(scorer, read(held_out))
+            threshold = Threshold.from_scores(scores, config.target_fpr)
             shapes = {image.shape[:2] for image in (images[i] for i in range(len(images)))}
             trained_on = {
                 "data": source,
@@ -242,7 +243,7 @@ class Detector:
                 "epochs": str(config.epochs),
             }
             spread = (min(sides), max(sides))
-            detector = cls(model, scorer.bank, scorer.calibration, threshold, trained_on, pace, spread)
+            detector = cls(model, scorer.bank, calibration, threshold, trained_on, pace, spread)
             if out is not None and rank == 0:
                 detector._write(Path(out))
             return detector

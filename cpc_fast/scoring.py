@@ -184,11 +184,11 @@ def calibrate(scorer: Scorer, found: Sequence[Found]) -> Calibration:
     return Calibration(mean, spread, (middle + trust * means).float(), variances.sqrt().float())
 
 
-def held_out_scores(scorer: Scorer, images: Iterable[np.ndarray]) -> list[float]:
-    """Image scores of held-out normal images for a threshold, each calibrated by the others, a fold at a time.
+def held_out_scores(scorer: Scorer, images: Iterable[np.ndarray]) -> tuple[list[float], Calibration]:
+    """Scores of held-out normal images for a threshold, each calibrated by the others, a fold at a time; and the
+    calibration by all of them, which the scorer is left with.
 
     By means and spreads that they are part of, images score lower than new ones do, the more so the fewer they are.
-    Leaves the scorer calibrated by all of them.
     """
     found, sizes = zip(*((scorer.losses(image), image.shape[:2]) for image in images), strict=True)
     scores, folds = [0.0] * len(found), min(FOLDS, len(found))
@@ -197,5 +197,5 @@ def held_out_scores(scorer: Scorer, images: Iterable[np.ndarray]) -> list[float]
         scorer.calibration = calibrate(scorer, others or found)
         for i in range(fold, len(found), folds):
             scores[i] = scorer.spread(scorer.judge(found[i]), sizes[i], sizes[i]).max().item()
-    scorer.calibration = calibrate(scorer, found)
-    return scores
+    scorer.calibration = calibration = calibrate(scorer, found)
+    return scores, calibration
