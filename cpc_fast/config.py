@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import UsageError
+from .errors import CpcFastError, UsageError
 
 NORMS = ("group", "layer", "none")
 CONTEXTS = ("none", "masked-conv")
@@ -156,12 +156,15 @@ class Config:
             changes.setdefault("made_for", None)  # a length set by hand stays
         return dataclasses.replace(self, **changes)
 
-    def fitted_to(self, sides: Sequence[int]) -> Config:
+    def fitted_to(self, sides: Sequence[int], names: Sequence[str] = ()) -> Config:
         """The config for images with these shorter sides (pixels, after image_size), its lengths final.
 
         patch_size, patch_stride, crop and stem are doubled as long as the typical (median) image keeps 7/8 of the size
         they were made for in units of a patch, and the smallest holds four patches side by side; they are halved only
         until it does. So in larger images a patch keeps its share, and scoring costs the same at any resolution.
+
+        Raises CpcFastError, with the name of the first, where a few images (a tenth, or one) of less than half the
+        typical side would make the patches of all the others smaller.
 
         >>> fitted = preset("cpu-demo").fitted_to([256, 256, 300])
         >>> fitted.patch_size, fitted.patch_stride, fitted.stem
@@ -169,8 +172,24 @@ class Config:
         """
         if self.made_for is None:
             return self
+        typical = statistics.median(sides)
+        strays = [i for i, side in enumerate(sides) if side < typical / 2]
+        fitted = self._doubled(typical, min(sides))
+        if 0 < len(strays) <= max(1, len(sides) // 10):
+            rest = self._doubled(typical, min(side for side in sides if side >= typical / 2))
+            if rest.patch_size > fitted.patch_size:
+                i, others = strays[0], f" (and {len(strays) - 1} more like it)" if len(strays) > 1 else ""
+                raise CpcFastError(
+                    f"{names[i] if names else f'Image {i}'} has a shorter side of {sides[i]} pixels{others}, where "
+                    f"{typical:g} is typical: patches would shrink from {rest.patch_size} to {fitted.patch_size} "
+                    "pixels for it. Remove it, or scale all images alike with image_size."
+                )
+        return fitted
+
+    def _doubled(self, typical: float, smallest: int) -> Config:
+        assert self.made_for is not None
         four = self.patch_size + 3 * self.patch_stride
-        factor = min(max(statistics.median(sides) / (0.875 * self.made_for), 1.0), min(sides) / four)
+        factor = min(max(typical / (0.875 * self.made_for), 1.0), smallest / four)
         power = math.floor(math.log2(max(factor, 1e-9)))
         power = min(max(power, -int(math.log2(self.stem))), int(math.log2(8 // self.stem)))
 

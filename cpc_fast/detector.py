@@ -196,7 +196,7 @@ class Detector:
             names = [f"Image {i}" for i in range(len(images))]
         made_for = config.made_for
         sides = [min(image.shape[:2]) for image in images]
-        config = config.fitted_to(sides)
+        config = config.fitted_to(sides, names)
         _check_sizes(images, names, config)
         training, held_out = split(len(images), config)
         rank, world = rank_and_world()

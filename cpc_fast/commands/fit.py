@@ -148,12 +148,13 @@ def fit_or_go_on(name: str, data: Path, run: Path, config: Config, device: torch
     """Fitted, taken up where it was left, or loaded where it was fitted before."""
     from ..checkpoint import checkpoint_config
     from ..detector import Detector
-    from ..images import shorter_sides
+    from ..images import quoted, shorter_sides
     from ..layouts import find_train
     from ..runs import CHECKPOINT, DETECTOR
     from ..saving import clear_run
 
-    config = config.fitted_to(shorter_sides(find_train(data), config.image_size))
+    paths = find_train(data)
+    config = config.fitted_to(shorter_sides(paths, config.image_size), [quoted(path) for path in paths])
     if fresh:
         clear_run(run)
     elif (run / DETECTOR).exists():

@@ -91,6 +91,13 @@ def test_a_bad_training_image_is_named(tmp_path, capsys, kind):
     assert any(word in said for word in ("remove it", "Remove it", "remove it.", "convert"))
 
 
+def test_a_small_image_among_large_ones_is_named(tmp_path, capsys):
+    for i in range(11):
+        save(tmp_path / "data" / f"{i}.png", texture(i, *((40, 44) if i == 3 else (160, 170))))
+    fit = ["fit", tmp_path / "data", "--out", tmp_path / "run"]
+    fails(capsys, fit, 1, "3.png' has a shorter side of 40 pixels, where 160 is typical", "Remove it", "image_size")
+
+
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_test_image_is_named(fitted, tmp_path, capsys, kind):
     data = make_set(tmp_path / "data", train=0)

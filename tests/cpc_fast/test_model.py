@@ -194,7 +194,7 @@ def test_a_config_survives_json():
 
 @pytest.mark.parametrize(
     ("sides", "patch", "stem"),
-    [([128], 32, 2), ([160], 32, 2), ([256], 64, 4), ([256, 300, 105], 32, 2), ([512], 128, 8), ([4096], 128, 8),
+    [([128], 32, 2), ([160], 32, 2), ([256], 64, 4), ([256, 300, 140], 32, 2), ([512], 128, 8), ([4096], 128, 8),
      ([100], 32, 2), ([64], 16, 1), ([40], 16, 1)],
 )  # fmt: skip
 def test_patches_grow_with_the_images(sides, patch, stem):
@@ -202,6 +202,18 @@ def test_patches_grow_with_the_images(sides, patch, stem):
     assert (fitted.patch_size, fitted.patch_stride, fitted.stem, fitted.crop) == (patch, patch // 2, stem, 3 * patch)
     assert fitted.fitted_to([1024]) == fitted  # once fitted, lengths are final
     assert preset("cpu-demo").replace(patch_size=16).fitted_to([512]).patch_size == 16  # and so are those set by hand
+
+
+def test_one_small_image_does_not_shrink_the_patches_of_all():
+    config, names = preset("cpu-demo"), [f"{i}.png" for i in range(20)]
+    says = r"^7.png has a shorter side of 40 pixels, where 256 is typical: patches would shrink from 64 to 16 pixels"
+    with pytest.raises(CpcFastError, match=says):
+        config.fitted_to([256] * 7 + [40] + [256] * 12, names)
+    with pytest.raises(CpcFastError, match=r"^Image 0 has .* 40 pixels \(and 1 more like it\), where"):
+        config.fitted_to([40, 40] + [256] * 18)
+    assert config.fitted_to([40] * 3 + [256] * 17).patch_size == 16  # so many are no mistake
+    assert config.fitted_to([150] + [256] * 19).patch_size == 32  # of the others' kind
+    assert config.fitted_to([90] + [200] * 19).patch_size == 32  # costs nothing
 
 
 @pytest.mark.parametrize("context", ["none", "masked-conv"])
