@@ -26,7 +26,7 @@ from .bank import Bank, StreamedBank, host_rows, place_bank, reservoir
 from .checkpoint import Checkpoint
 from .config import Config, preset
 from .errors import CpcFastError, Stopped, UsageError
-from .images import ImageCache, quoted, read_image, resize, to_channels
+from .images import ImageCache, check_pixels, described, is_one_image, quoted, read_image, resize, to_channels
 from .layouts import find_train
 from .model import CPC
 from .runs import DETECTOR
@@ -343,7 +343,15 @@ class Detector:
         return not 0.8 * self.sides[0] <= min(shape[:2]) <= 1.25 * self.sides[1]
 
     def predict(self, images: Sequence[str | os.PathLike | np.ndarray]) -> Predictions:
-        """Score several images, paths or uint8 arrays: scores, maps and masks at the original resolution."""
+        """Score several images, paths or uint8 arrays: scores, maps and masks at the original resolution.
+
+        Raises UsageError for one image that is not in a list, and for what is no image, CpcFastError for a file that
+        cannot be used.
+        """
+        if is_one_image(images):
+            raise UsageError(
+                f"predict takes a list of images. Got {described(images)}; for one, write predict([image])."
+            )
         answers = [self.inspect(image) for image in load_images(images)]
         return Predictions([a.score for a in answers], [a.map for a in answers], [a.mask for a in answers])
 
@@ -380,7 +388,7 @@ class Detector:
 def load_images(images: Sequence[str | os.PathLike | np.ndarray]) -> Iterator[np.ndarray]:
     """Paths or arrays, one after another as uint8 (h, w, c)."""
     for image in images:
-        yield image if isinstance(image, np.ndarray) else read_image(image)
+        yield read_image(image) if isinstance(image, (str, os.PathLike)) else image
 
 
 def split(count: int, config: Config) -> tuple[list[int], list[int]]:
@@ -405,10 +413,7 @@ def _check_sizes(images: Sequence[np.ndarray], names: Sequence[str], config: Con
 
 def prepare(image: np.ndarray, config: Config) -> np.ndarray:
     """An image of any kind as the model expects it: (h, w, c) with its channels and size."""
-    if image.dtype != np.uint8 or image.ndim not in (2, 3):
-        raise UsageError(
-            f"An image must be a uint8 array of shape (h, w) or (h, w, c). Got {image.dtype} {image.shape}."
-        )
+    check_pixels(image)
     image = to_channels(image[..., None] if image.ndim == 2 else image, config.channels)
     return image if config.image_size is None else resize(image, config.image_size)
 

@@ -57,6 +57,47 @@ def quoted(path: str | os.PathLike) -> str:
     return repr(os.fspath(path))
 
 
+def described(value: object) -> str:
+    """What somebody gave for an image, in few words.
+
+    >>> described("one.png"), described(np.zeros((2, 3)))
+    ("'one.png'", 'an array of float64 (2, 3)')
+    """
+    if isinstance(value, (str, os.PathLike)):
+        return quoted(value)
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    if dtype is None or shape is None:
+        return type(value).__name__
+    return f"{'an array' if isinstance(value, np.ndarray) else 'a tensor'} of {dtype} {tuple(shape)}"
+
+
+def is_one_image(value: object) -> bool:
+    """Whether this is no list of images: a path, a tensor, or an array that is one image.
+
+    >>> is_one_image("one.png"), is_one_image(np.zeros((32, 32, 1))), is_one_image(np.zeros((5, 32, 32, 1)))
+    (True, True, False)
+    """
+    if isinstance(value, np.ndarray):
+        return value.ndim < 3 or (value.ndim == 3 and value.shape[2] in (1, 3))
+    return isinstance(value, (str, os.PathLike)) or hasattr(value, "dtype")
+
+
+def check_pixels(image: object) -> None:
+    """Raises UsageError for anything but uint8 (h, w), (h, w, 1) or (h, w, 3), saying how it becomes that."""
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint8 and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))):
+            return
+        advice = ' Of values in 0 to 1: (255 * image).round().astype("uint8").' if image.dtype.kind == "f" else ""
+    elif isinstance(image, (str, os.PathLike)):
+        advice = " Read it first: cpc_fast.images.read_image(path)."
+    else:  # most likely torch's, (c, h, w)
+        advice = " Of a tensor (c, h, w) in 0 to 1: (255 * image).round().byte().permute(1, 2, 0).cpu().numpy()."
+    raise UsageError(
+        "An image must be a NumPy array of uint8 (0 to 255), its shape (h, w), (h, w, 1) or (h, w, 3). "
+        f"Got {described(image)}.{advice}"
+    )
+
+
 def read_image(path: str | os.PathLike, data: bytes | None = None) -> np.ndarray:
     """Read an image as uint8 (H, W, C), C = 1 for grey and 3 for colour.
 

@@ -1,6 +1,8 @@
 """The detector: the same score in any company, the same after a save, the same after an interruption."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,8 +64,36 @@ def test_arrays_paths_colours_and_two_axes_are_all_images(detector, tmp_path):
     path, array = root / "train" / "good" / "000.png", texture(0)
     scores = detector.predict([path, str(path), array, array[..., 0], array.repeat(3, axis=2)]).scores
     assert len(set(scores)) == 1
-    with pytest.raises(UsageError, match=r"uint8 array .* Got float64 \(4, 4\)"):
+    with pytest.raises(UsageError, match=r"array of uint8 .* Got an array of float64 \(4, 4\)"):
         detector.inspect(np.zeros((4, 4)))
+
+
+def test_what_is_no_list_and_no_image_is_told_how_to_become_one(detector):
+    ones = {
+        "'one.png'": "one.png",
+        "'a/b.png'": Path("a") / "b.png",
+        "an array of uint8 (48, 48, 1)": texture(1),
+        "an array of uint8 (48, 48)": texture(1)[..., 0],
+        "a tensor of torch.float32 (3, 48, 48)": torch.zeros(3, 48, 48),
+    }
+    for got, one in ones.items():
+        says = f"predict takes a list of images. Got {got}; for one, write predict([image])."
+        with pytest.raises(UsageError, match=f"^{re.escape(says)}$"):
+            detector.predict(one)
+    none = {
+        "a tensor of torch.float32 (1, 8, 8). Of a tensor (c, h, w) in 0 to 1: (255 *": torch.zeros(1, 8, 8),
+        "an array of float64 (8, 8, 1). Of values in 0 to 1: (255 * image).round().as": np.zeros((8, 8, 1)),
+        "an array of uint8 (48, 48, 4).": texture(1).repeat(4, 2),
+        "int.": 7,
+    }
+    for got, no_image in none.items():
+        with pytest.raises(UsageError, match=f"array of uint8 .* Got {re.escape(got)}"):
+            detector.predict([no_image])
+    with pytest.raises(UsageError, match=r"Got 'one.png'. Read it first: cpc_fast.images.read_image"):
+        detector.inspect("one.png")
+    with pytest.raises(UsageError, match="Got an array of float64"):
+        Detector.fit([np.zeros((48, 48, 1))] * 4, TINY_CONFIG)
+    assert len(detector.predict(np.stack([texture(1), texture(2)])).scores) == 2
 
 
 @pytest.mark.parametrize("image_size", [None, 32])
