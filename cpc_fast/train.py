@@ -27,7 +27,7 @@ from .config import Config
 from .errors import CpcFastError, Stopped
 from .latent_cache import LatentCache
 from .model import CPC
-from .patches import window_start
+from .patches import grid_shape, window_start
 from .shapes import Images
 from .shifts import shift
 from .stages import stage
@@ -61,6 +61,7 @@ class Progress:
     accuracy: float  # share of predictions that rank their own patch first, 0..1
     images_per_s: float
     seconds_left: float
+    guessing: float  # the loss of a model that knows nothing: the log of how many candidates a prediction has
     skipped: int = 0  # steps so far that changed nothing, because the loss or its gradient was not finite
 
 
@@ -135,6 +136,21 @@ def share(rows: list[int], rank: int, world: int) -> list[int]:
     return rows[first : first + size + (rank < more)]
 
 
+def guessing(config: Config, images: int, side: int) -> float:
+    """The loss of a model that knows nothing: the log of how many candidates each prediction has.
+
+    images: in a batch, each a window of `side` pixels.
+
+    >>> round(math.exp(guessing(Config(patch_size=32, patch_stride=16), images=8, side=96)))
+    200
+    """
+    if config.negatives == "sampled":
+        return math.log(1 + config.negatives_count)
+    gy, gx = grid_shape(side, side, config.patch_size, config.patch_stride)
+    whole = images * (1 + config.shift_copies) if config.shifts else images
+    return math.log((whole - 1) * gy * gx + 1 if config.negatives == "other-images" else whole * gy * gx)
+
+
 def train(
     model: CPC,
     images: Sequence[np.ndarray],
@@ -171,6 +187,8 @@ def train(
     total = per_epoch * config.epochs
     smallest = min(min(image.shape[:2]) for image in images)
     side = min(config.crop or smallest, smallest)
+    together = size if config.across_ranks != "local" else len(share(list(range(size)), rank, world))
+    chance = guessing(config, together, side)
     at = position or Position()
     started, done, bad, saved = time.perf_counter(), 0, 0, time.monotonic()
     if at.epoch == at.step == 0:
@@ -224,8 +242,11 @@ def train(
                 left = (total - step - 1) / pace
                 accuracy = float(result.accuracy)
                 on_step(
-                    Progress(epoch + 1, config.epochs, i + 1, per_epoch, loss, accuracy, pace * size, left, at.skipped)
-                )
+                    Progress(
+                        epoch + 1, config.epochs, i + 1, per_epoch, loss, accuracy, pace * size, left, chance,
+                        at.skipped,
+                    )
+                )  # fmt: skip
             asked = stop is not None and stop()
             if any(each[0] for each in everyones([int(asked)], device)):
                 if save:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shlex
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
 
     from ..config import Config
     from ..detector import Detector
+    from ..train import Progress
 
 LOOKED_AT = 16  # of the images, to say whether they are in colour
+LEARNT = 0.05  # how far below that of guessing the loss of the last epoch must be, or nothing was learnt
 
 
 def fit(
@@ -54,7 +58,7 @@ def fit(
 ) -> int:
     """Learn what is normal."""
     check_device(device)
-    from ..images import read_image
+    from ..images import read_image, shorter_sides
     from ..inputs import has_colour
     from ..layouts import find_test, find_train
     from ..runs import CHECKPOINT, need_checkpoint, refuse_run
@@ -71,11 +75,17 @@ def fit(
         looked_at = f"Of {len(some)} images looked at, " if len(some) < len(images) else f"Of {len(some)} images, "
         say(f"{looked_at}{coloured} are in colour; this fit sees grey values only. --set channels=3 sees colour.")
     torch_device = choose_device(device)
+    finished = resume and _finished(out, config.fitted_to(shorter_sides(images, config.image_size)))
     again = ["cpc-fast", "fit", str(data), "--out", str(out)]
     more = ["--device", device] if device != "auto" else []
     try:
         with together(torch_device) as own_device:
-            detector = fit_run("fit", data, out, config, own_device, resume, tensorboard)
+            if finished:
+                from ..detector import Detector
+
+                detector = Detector.load(out, own_device)
+            else:
+                detector = fit_run("fit", data, out, config, own_device, resume, tensorboard)
     except Stopped as why:
         if launched()[0]:
             return 0
@@ -93,7 +103,8 @@ def fit(
         return stopped(f"Stopped; {done} of {config.epochs} epochs are saved in {out}. Go on with: {command}")
     if launched()[0]:  # the first process speaks for all
         return 0
-    say(f"Fitted on {detector.trained_on['normal images']} normal images.")
+    on = f"on {detector.trained_on['normal images']} normal images."
+    say(f"{out} was finished already: {config.epochs} epochs {on}" if finished else f"Fitted {on}")
     say(f"Patches of {detector.trained_on['patches']}.")
     say(f"Scores above {detector.threshold.value:.4g} are anomalous.")
     if detector.threshold.note:
@@ -109,14 +120,43 @@ def fit(
     return 0
 
 
+def _finished(run: Path, config: Config) -> bool:
+    """Whether there is nothing left to do for a fit with this config."""
+    from ..checkpoint import checkpoint_config
+    from ..runs import DETECTOR
+
+    if not (run / DETECTOR).is_file():
+        return False
+    begun, position = checkpoint_config(run)
+    return begun == config and position.epoch == config.epochs
+
+
+def learnt_nothing(epoch: Sequence[Progress]) -> str:
+    """A sentence where the steps of the last epoch guessed, else an empty string.
+
+    Their loss decides. Accuracy cannot: it is at chance level where a model has learnt to tell shifted copies only, as
+    on the demo's grass, and 100% where all scores are equal.
+    """
+    losses = [step.loss for step in epoch if math.isfinite(step.loss)]
+    mean, guessing = sum(losses) / max(1, len(losses)), epoch[0].guessing if epoch else 0.0
+    if not losses or mean < guessing - LEARNT:
+        return ""
+    return (
+        f"nothing was learnt: the loss of the last epoch, {mean:.2f}, is that of guessing among "
+        f"{math.exp(guessing):.0f} patches, {guessing:.2f}. Try another learning_rate (--set) or more --epochs, and "
+        "look at the images."
+    )
+
+
 def fit_run(
     name: str, data: Path, run: Path, config: Config, device: torch.device, resume: bool, tensorboard: bool = False
 ) -> Detector:
-    """Fit with a line of progress that begins with `name`."""
+    """Fit with a line of progress that begins with `name`, and say so where nothing was learnt."""
     from ..detector import Detector
     from ..progress import training
 
     writer = None
+    epoch: list[Progress] = []  # the steps of the last one
     if tensorboard:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
@@ -126,11 +166,14 @@ def fit_run(
         first = launched()[0] == 0
         with terminable() as stop, training(name) if first else nullcontext() as show:
 
-            def on_step(step: Any) -> None:
+            def on_step(step: Progress) -> None:
                 nonlocal writer
                 if show is None:
                     return
                 show(step)
+                if step.step == 1:
+                    epoch.clear()
+                epoch.append(step)
                 if tensorboard:
                     writer = writer or SummaryWriter(str(run / "tensorboard"))
                     at = (step.epoch - 1) * step.steps + step.step
@@ -138,7 +181,10 @@ def fit_run(
                     writer.add_scalar("accuracy", step.accuracy, at)
                     writer.add_scalar("images per second", step.images_per_s, at)
 
-            return Detector.fit(data, config, out=run, resume=resume, device=device, on_step=on_step, stop=stop)
+            detector = Detector.fit(data, config, out=run, resume=resume, device=device, on_step=on_step, stop=stop)
+        if lack := learnt_nothing(epoch):
+            say(f"{name}: {lack}")
+        return detector
     finally:
         if writer is not None:
             writer.close()

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,31 @@ def test_fit_shows_progress_and_says_what_is_next(data, tmp_path, capsys):
     assert (config["config"]["epochs"], config["config"]["seed"], config["config"]["image_size"]) == (3, 4, 40)
     assert {"cpc_fast", "torch", "python"} <= set(config["versions"])
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.endswith(".tmp")]
+
+
+def test_a_fit_that_only_guesses_says_so(data, tmp_path, capsys):
+    fit = ["fit", str(data), *SET_TINY, "--epochs", "6", "--out"]
+    assert cli.run([*fit, str(tmp_path / "a"), "--set", "learning_rate=1e-9"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^fit: nothing was learnt: the loss of the last epoch, 4\.\d\d, is that of guessing", said)
+    assert " among 100 patches, 4.61. Try another learning_rate (--set) or more --epochs" in said
+    assert cli.run([*fit, str(tmp_path / "b"), "--set", "learning_rate=0.01"]) == 0
+    assert "nothing was learnt" not in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_fitted_again(fitted, data, tmp_path, capsys):
+    run = Path(shutil.copytree(fitted, tmp_path / "run"))
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    for options in ([], SET_TINY):
+        assert cli.run(["fit", str(data), "--out", str(run), "--resume", *options]) == 0
+        said = capsys.readouterr()
+        assert f"{run} was finished already: 2 epochs on 10 (8 to learn from, 2 for the threshold)" in said.out
+        assert "Fitted" not in said.out
+        assert "Next: cpc-fast evaluate" in said.out
+    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+    (run / "model.safetensors").unlink()  # stopped between the last epoch and the end
+    assert cli.run(["fit", str(data), "--out", str(run), "--resume"]) == 0
+    assert "Fitted on 10 (" in capsys.readouterr().out
 
 
 def test_a_flat_folder_is_not_sent_to_evaluate(data, tmp_path, capsys):

@@ -12,6 +12,7 @@ from cpc_fast.model import CPC
 from cpc_fast.patches import extract_patches, grid_shape
 from cpc_fast.predictions import Predictions, Predictor, geometry
 from cpc_fast.scoring import patch_means
+from cpc_fast.train import guessing
 from cpc_kernels import Negatives, draw_negatives, reference
 
 SMALL = Config(width=8, stem=4, patch_size=16, patch_stride=8, steps=2)
@@ -214,6 +215,18 @@ def test_one_small_image_does_not_shrink_the_patches_of_all():
     assert config.fitted_to([40] * 3 + [256] * 17).patch_size == 16  # so many are no mistake
     assert config.fitted_to([150] + [256] * 19).patch_size == 32  # of the others' kind
     assert config.fitted_to([90] + [200] * 19).patch_size == 32  # costs nothing
+
+
+@pytest.mark.parametrize("negatives", ["batch", "other-images", "sampled"])
+@pytest.mark.parametrize("shifts", [(), ("noise",)])
+def test_a_model_that_knows_nothing_has_the_loss_of_guessing(negatives, shifts):
+    config = Config(width=4, negatives=negatives, negatives_count=5, shifts=shifts, shift_copies=2)
+    model = CPC(config)
+    with torch.no_grad():
+        model.predictor.weight.zero_()  # all scores are equal
+    images = torch.randn(3, 1, 96, 96)
+    loss = model(images, torch.randn(6, 1, 96, 96) if shifts else None).loss
+    assert loss.item() == pytest.approx(guessing(config, images=3, side=96), rel=1e-5)
 
 
 @pytest.mark.parametrize("context", ["none", "masked-conv"])
