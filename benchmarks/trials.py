@@ -106,7 +106,19 @@ class Job:
         if not self.path.exists():
             return None
         record = json.loads(self.path.read_text())
-        return record if record["identity"] == self.identity() else None
+        told = record["identity"]
+        return record if told | {"settings": completed(told["settings"])} == self.identity() else None
+
+
+def completed(settings: Record) -> Record:
+    """Stored settings with the fields that a Config has got since, at their defaults, which change nothing.
+
+    >>> completed({"image_size": 128, "channels": 1, "seed": 0}), completed({"patch_size": 32})["directions"]
+    ({'image_size': 128, 'channels': 1, 'seed': 0}, 4)
+    """
+    if "of" in settings:
+        return settings | {"of": [completed(one) for one in settings["of"]]}
+    return json.loads(json.dumps(Config().to_json())) | settings if "patch_size" in settings else settings
 
 
 def detector_of(job: Job, device: torch.device, on_step: OnStep = None) -> tuple[Detector, float | None]:

@@ -12,6 +12,7 @@ from typing import Any
 from .errors import CpcFastError, UsageError
 
 NORMS = ("group", "layer", "none")
+DIRECTION_NAMES = ("down", "up", "right", "left")
 CONTEXTS = ("none", "masked-conv")
 NEGATIVES = ("batch", "other-images", "sampled")
 ACROSS_RANKS = ("auto", "local", "gathered", "ring")
@@ -58,6 +59,7 @@ class Config:
     steps: int = 3  # K: how many patches ahead
     skip: int = 1  # nearest patches left out, because overlapping neighbours share pixels
     directions: int = 4  # 1: down; 2: down, up; 4: down, up, right, left
+    place: bool = False  # also predict each patch from where in its image it lies, for aligned parts
     # predictions -> loss
     negatives: str = "batch"
     negatives_count: int = 16  # per anchor; for "sampled" only
@@ -130,6 +132,16 @@ class Config:
     def offsets(self) -> tuple[int, ...]:
         """How many grid cells ahead each of the K steps looks."""
         return tuple(self.skip + k for k in range(1, self.steps + 1))
+
+    @property
+    def predicts(self) -> tuple[str, ...]:
+        """What a patch is predicted from, a name for each W_k: direction and offset, and "place".
+
+        >>> Config(directions=1, place=True).predicts
+        ('down 2', 'down 3', 'down 4', 'place')
+        """
+        ahead = (f"{way} {offset}" for way in DIRECTION_NAMES[: self.directions] for offset in self.offsets)
+        return (*ahead, "place") if self.place else tuple(ahead)
 
     @property
     def scoring_stride(self) -> int:

@@ -2,15 +2,19 @@
 
 With `none` a patch's context is its own latent. With `masked-conv` it also sees the patches behind it (a small
 PixelCNN, one for each direction of prediction): for "down", everything above and, in its own row, to the left.
+
+A place is a context too, without a latent: what belongs there, whatever its neighbours look like.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .shapes import Contexts, Latents
+from .shapes import Contexts, Latents, Places
 from .stages import stage
 
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1))  # (dy, dx): down, up, right, left
@@ -65,3 +69,24 @@ class ContextNet(nn.Module):
             seen = turned + second(relu(first(turned.permute(0, 3, 1, 2), apart)), apart).permute(0, 2, 3, 1)
             contexts.append(turn_back(seen, direction))
         return torch.stack(contexts)
+
+
+class PlaceNet(nn.Module):
+    """Contexts from places alone: (b, gy, gx, 2) -> (b, gy, gx, d).
+
+    Sines and cosines of OCTAVES wavelengths, the longest two images long, through a layer between.
+
+    >>> PlaceNet(features=8)(torch.rand(1, 4, 4, 2)).shape
+    torch.Size([1, 4, 4, 8])
+    """
+
+    OCTAVES = 4
+
+    def __init__(self, features: int, hidden: int = 64) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4 * self.OCTAVES, hidden), nn.ReLU(), nn.Linear(hidden, features))
+
+    @stage("contexts")
+    def forward(self, places: Places) -> Latents:
+        waves = torch.cat([math.pi * 2.0**octave * places for octave in range(self.OCTAVES)], -1)
+        return self.layers(torch.cat([waves.sin(), waves.cos()], -1))

@@ -35,8 +35,6 @@ from .scoring import Calibration, Scorer, Surprise, held_out_scores
 from .segments import Segment, find_segments
 from .train import Position, Progress, autocast, make_optimizer, train
 
-DIRECTION_NAMES = ("down", "up", "right", "left")
-
 
 @dataclass(frozen=True)
 class Threshold:
@@ -363,13 +361,12 @@ class Detector:
     def _explanation(self, surprise: Surprise, original: Sequence[int], prepared: Sequence[int]) -> Explanation:
         """original and prepared: shapes of the image before and after it was resized."""
         config, values, about_which = self.config, surprise.values.cpu(), surprise.targets.cpu()
-        names = [f"{d} {k}" for d in DIRECTION_NAMES[: config.directions] for k in config.offsets]
         losses, targets = values.split(surprise.counts), about_which.split(surprise.counts)
         worst = int(surprise.grid.argmax())
         row, column = divmod(worst, surprise.grid.shape[1])
         about = {
             name: float(loss[target == worst].max())
-            for name, loss, target in zip(names, losses, targets, strict=True)
+            for name, loss, target in zip(config.predicts, losses, targets, strict=True)
             if (target == worst).any()
         }
         zoom = original[0] / prepared[0]
@@ -378,7 +375,7 @@ class Detector:
         limits = (*original[:2], *original[:2])
         top, left, bottom, right = (min(round(edge * zoom), limit) for edge, limit in zip(box, limits, strict=True))
         return Explanation(
-            losses={name: float(loss.mean()) for name, loss in zip(names, losses, strict=True) if len(loss)},
+            losses={name: float(loss.mean()) for name, loss in zip(config.predicts, losses, strict=True) if len(loss)},
             patch=(row, column),
             box=(top, left, bottom, right),
             worst=max(about, key=lambda name: about[name]) if about else "never predicted",

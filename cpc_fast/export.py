@@ -51,6 +51,7 @@ class Program(nn.Module):
     place_mean: Tensor
     place_spread: Tensor
     window: Tensor
+    placed: Tensor | None
 
     def __init__(self, detector: Detector, size: tuple[int, int]) -> None:
         super().__init__()
@@ -67,6 +68,11 @@ class Program(nn.Module):
             "window": _window(config.patch_size, torch.device("cpu"))[None, None],
         }.items():
             self.register_buffer(name, value.detach().float().cpu().clone())
+        frames = torch.tensor([[0.0, 0.0, *size]])
+        with torch.no_grad():
+            placed = self.model.placed(frames, (self.gy, self.gx), config.scoring_stride)
+            placed = None if placed is None else F.linear(placed, self.model.predictor.weight[-1])
+        self.register_buffer("placed", placed)  # what belongs where, (1, gy, gx, d)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         config, model = self.config, self.model
@@ -91,7 +97,7 @@ class Program(nn.Module):
         gy, gx, offsets = self.gy, self.gx, self.config.offsets
         about, made = torch.zeros_like(latents[..., 0]), torch.zeros_like(latents[..., 0])
         abouts, mades = torch.zeros(gy, gx), torch.zeros(gy, gx)
-        for i, weight in enumerate(self.model.predictor.weight.unbind()):
+        for i in range(self.config.directions * len(offsets)):
             direction, step = divmod(i, len(offsets))
             y, x = (offsets[step] * self.config.finer * towards for towards in DIRECTIONS[direction])
             if abs(y) >= gy or abs(x) >= gx:
@@ -99,15 +105,19 @@ class Program(nn.Module):
             top, left, bottom, right = max(0, -y), max(0, -x), gy - max(0, y), gx - max(0, x)
             source = contexts[direction if len(contexts) > 1 else 0][:, top:bottom, left:right]
             target = latents[:, top + y : bottom + y, left + x : right + x]
-            predicted = F.linear(source, weight)  # (b, h', w', d)
-            others = torch.logsumexp(predicted @ self.bank.T, -1)
-            loss = F.softplus(others - (predicted * target).sum(-1))
-            loss = (loss - self.step_mean[i]) / self.step_spread[i]
+            loss = self._loss(F.linear(source, self.model.predictor.weight[i]), target, i)  # (b, h', w')
             here = (left, gx - right, top, gy - bottom)
             there = (left + x, gx - right - x, top + y, gy - bottom - y)
             about, abouts = about + F.pad(loss, there), abouts + F.pad(torch.ones(bottom - top, right - left), there)
             made, mades = made + F.pad(loss, here), mades + F.pad(torch.ones(bottom - top, right - left), here)
-        return torch.where(abouts > 0, about / abouts.clamp_min(1), made / mades.clamp_min(1))
+        grid = torch.where(abouts > 0, about / abouts.clamp_min(1), made / mades.clamp_min(1))
+        return grid if self.placed is None else (grid + self._loss(self.placed, latents, -1)) / 2
+
+    def _loss(self, predicted: Tensor, target: Tensor, i: int) -> Tensor:
+        """The calibrated losses of step i, (..., d) -> (...)."""
+        others = torch.logsumexp(predicted @ self.bank.T, -1)
+        loss = F.softplus(others - (predicted * target).sum(-1))
+        return (loss - self.step_mean[i]) / self.step_spread[i]
 
     def _spread(self, grid: Tensor) -> Tensor:
         return F.conv_transpose2d(grid, self.window, stride=self.config.scoring_stride)

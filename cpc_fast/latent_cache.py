@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .model import CPC
 from .patches import grid_shape, window_start
+from .shapes import Frames
 from .shifts import shift
 from .stages import stage
 
@@ -54,10 +55,11 @@ class LatentCache:
         return whole, copies
 
     @stage("batch")
-    def batch(self, chosen: Sequence[int], generator: torch.Generator) -> tuple[Tensor, int]:
-        """Latents (b + b * copies, *cells, d) of windows, then of shifted copies; and b."""
-        windows, shifted = [], []
-        margin = self.model.config.patch_size // self.model.config.patch_stride
+    def batch(self, chosen: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Frames]:
+        """Latents (b + b * copies, *cells, d) of windows, then of shifted copies; and the frames of the windows."""
+        windows, shifted, frames = [], [], []
+        stride = self.model.config.patch_stride
+        margin = self.model.config.patch_size // stride
         for i in chosen:
             whole, copies = self.latents(i)
             top, left = (
@@ -65,4 +67,6 @@ class LatentCache:
             )
             windows.append(whole[top : top + self.cells[0], left : left + self.cells[1]])
             shifted.append(copies)
-        return torch.cat([torch.stack(windows), *shifted]), len(chosen)
+            frames.append([top * stride, left * stride, *self.images[i].shape[:2]])
+        latents = torch.cat([torch.stack(windows), *shifted])
+        return latents, torch.tensor(frames, dtype=torch.float32, device=latents.device)

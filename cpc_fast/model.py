@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from .bank import Bank, bank_losses
 from .config import Config
-from .contexts import ContextNet
+from .contexts import ContextNet, PlaceNet
 from .latents import PatchEncoder, encode
 from .loss import accuracy, cpc_loss
-from .patches import extract_patches
+from .patches import extract_patches, patch_places
 from .predictions import Predictions, Predictor
-from .shapes import Images, Latents, Losses, Shifted
+from .shapes import Frames, Images, Latents, Losses, Shifted
 
 # Mean and spread of each channel that pretrained backbones were trained with; grey takes the mean of the three.
 IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))}
@@ -62,7 +62,8 @@ class CPC(nn.Module):
             encoder.train(training)
         self.encoder = encoder
         self.context = ContextNet(config.context, features, config.directions)
-        self.predictor = Predictor(features, config.offsets, config.directions)
+        self.predictor = Predictor(features, config.offsets, config.directions, config.place)
+        self.place = PlaceNet(features) if config.place else None
 
         self.register_buffer("pixel_mean", torch.tensor(127.5))
         self.register_buffer("pixel_spread", torch.tensor(64.0))
@@ -103,29 +104,39 @@ class CPC(nn.Module):
         """(b, c, h, w) -> (b, gy, gx, d), on the grid of training unless another stride is given."""
         return encode(self.encoder, extract_patches(images, self.config.patch_size, stride or self.config.patch_stride))
 
-    def forward(self, images: Images, shifted: Shifted | None = None, seed: int = 0) -> StepResult:
-        """The loss of a batch; `shifted` are transformed images whose patches are further wrong answers."""
-        return self.compare(
-            self.latents(images if shifted is None else torch.cat([images, shifted])), len(images), seed
-        )
+    def forward(
+        self, images: Images, shifted: Shifted | None = None, seed: int = 0, frames: Frames | None = None
+    ) -> StepResult:
+        """The loss of a batch; `shifted` are transformed images whose patches are further wrong answers. frames: where
+        each image was cut from; they are whole by default."""
+        if frames is None:
+            frames = whole_frames(images)
+        everything = images if shifted is None else torch.cat([images, shifted])
+        return self.compare(self.latents(everything), frames, seed)
 
-    def compare(self, latents: Latents, images: int, seed: int = 0) -> StepResult:
-        """The loss of a batch from its latents; those after the first `images` are of shifted images."""
+    def compare(self, latents: Latents, frames: Frames, seed: int = 0) -> StepResult:
+        """The loss of a batch from its latents; those without a frame, the last, are of shifted images."""
+        images, config = len(frames), self.config
         own = latents[:images]
-        predictions = self.predictor(self.context(own))
-        config = self.config
+        placed = self.placed(frames, own.shape[1:3], config.patch_stride)
+        predictions = self.predictor(self.context(own), placed=placed)
         loss = cpc_loss(
             predictions, latents, negatives=config.negatives, count=config.negatives_count, seed=seed,
             shifted=len(latents) - images, across_ranks=config.across_ranks,
         )  # fmt: skip
         return StepResult(loss, accuracy(predictions, own))
 
+    def placed(self, frames: Frames, grid: Sequence[int], stride: int) -> Latents | None:
+        """The contexts from places, (b, gy, gx, d), of patches on a grid (gy, gx); None for a model without."""
+        return None if self.place is None else self.place(patch_places(frames, grid, self.config.patch_size, stride))
+
     def examine(self, image: Tensor) -> tuple[Latents, Predictions]:
         """Latents of one image (c, h, w) on the grid of scoring, and the predictions about them: those of each of the
         training's grids that it holds, shifted against each other."""
         finer = self.config.finer
         latents = self.latents(image[None], self.config.scoring_stride)
-        return latents, self.predictor(self.context(latents, finer), finer)
+        placed = self.placed(whole_frames(image[None]), latents.shape[1:3], self.config.scoring_stride)
+        return latents, self.predictor(self.context(latents, finer), finer, placed)
 
     @torch.no_grad()
     def surprise(self, image: Tensor, bank: Bank) -> tuple[Losses, Tensor, Tensor, list[int]]:
@@ -138,3 +149,8 @@ class CPC(nn.Module):
         patches = latents.shape[1] * latents.shape[2]
         losses = bank_losses(predictions, latents, bank)
         return losses, predictions.sources % patches, predictions.targets, predictions.counts
+
+
+def whole_frames(images: Images) -> Frames:
+    """The frames of images that are whole: (b, 4)."""
+    return images.new_tensor([0.0, 0.0, *images.shape[2:]]).expand(len(images), 4)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 from .errors import CpcFastError
-from .shapes import Images, Patches
+from .shapes import Frames, Images, Patches, Places
 from .stages import stage
 
 
@@ -48,3 +50,16 @@ def extract_patches(images: Images, size: int, stride: int) -> Patches:
     if below or right:
         images = F.pad(images, (0, right, 0, below), mode="reflect")
     return images.unfold(2, size, stride).unfold(3, size, stride).permute(0, 2, 3, 1, 4, 5)
+
+
+def patch_places(frames: Frames, grid: Sequence[int], size: int, stride: int) -> Places:
+    """Where in its image each patch of a window's grid lies, (b, 4) -> (b, gy, gx, 2).
+
+    >>> patch_places(torch.tensor([[64.0, 0.0, 128.0, 256.0]]), (3, 3), size=32, stride=16)[0, 2, 1]
+    tensor([0.8750, 0.1250])
+    """
+    ys, xs = (torch.arange(cells, device=frames.device) * stride + size / 2 for cells in grid)
+    y = (frames[:, 0, None] + ys) / frames[:, 2, None]
+    x = (frames[:, 1, None] + xs) / frames[:, 3, None]
+    shape = (len(frames), *grid)
+    return torch.stack([y[:, :, None].expand(shape), x[:, None].expand(shape)], -1)

@@ -1,8 +1,8 @@
-"""contexts -> predictions: for each direction and step, a linear map W_k of the context.
+"""contexts -> predictions: for each direction and step, and for the place, a linear map W_k of the context.
 
 The geometry is arithmetic: looking `offset` cells in a direction from every patch whose target lies in the grid.
-Predictions come in the order (direction, step, image, row, column). They are named here and computed inside the loss,
-which needs no copy of a context.
+Predictions come in the order (direction, step, image, row, column), those from places last. They are named here and
+computed inside the loss, which needs no copy of a context.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .contexts import DIRECTIONS
-from .shapes import Contexts, Sources, Targets
+from .shapes import Contexts, Latents, Sources, Targets
 from .stages import stage
 
 
@@ -23,7 +23,7 @@ class Predictions(NamedTuple):
     """Row i says W_k contexts[sources[i]] about latent targets[i]; counts[k] rows in turn belong to step k."""
 
     contexts: Tensor  # (m, d)
-    weight: Tensor  # (directions * K, d, d)
+    weight: Tensor  # (directions * K, d, d), one more with places
     sources: Sources
     targets: Targets
     counts: list[int]
@@ -38,13 +38,19 @@ class Predictions(NamedTuple):
 
 @lru_cache(maxsize=64)
 def geometry(
-    shape: tuple[int, int, int], offsets: tuple[int, ...], directions: int, device: torch.device, apart: bool = False
+    shape: tuple[int, int, int],
+    offsets: tuple[int, ...],
+    directions: int,
+    device: torch.device,
+    apart: bool = False,
+    place: bool = False,
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Which context speaks about which target, for a grid of (b, gy, gx) patches.
 
     Returns sources (n,) and targets (n,), flat indices into (b, gy, gx), and how many predictions each
     (direction, step) makes, in the order of the predictions. apart: the directions have contexts of their own, and
-    sources are indices into (directions, b, gy, gx).
+    sources are indices into (directions, b, gy, gx). place: one more context of each patch, behind all others, speaks
+    about that patch itself.
 
     >>> sources, targets, counts = geometry((1, 7, 7), (2, 3), 1, torch.device("cpu"))
     >>> counts, (targets - sources).unique()
@@ -62,27 +68,35 @@ def geometry(
             sources.append(source + i * cells.numel() if apart else source)
             targets.append(source + y * gx + x)
             counts.append(source.numel())
+    if place:
+        sources.append(cells.flatten() + (directions if apart else 1) * cells.numel())
+        targets.append(cells.flatten())
+        counts.append(cells.numel())
     return torch.cat(sources), torch.cat(targets), counts
 
 
 class Predictor(nn.Module):
-    """W of all directions and steps, bias-free as in CPC: weight (directions * K, D, D).
+    """W of all directions and steps, bias-free as in CPC: weight (directions * K, D, D); the last is of places.
 
     >>> Predictor(features=8, offsets=(2, 3), directions=1)(torch.zeros(1, 1, 7, 7, 8)).counts
     [35, 28]
     """
 
-    def __init__(self, features: int, offsets: tuple[int, ...], directions: int) -> None:
+    def __init__(self, features: int, offsets: tuple[int, ...], directions: int, place: bool = False) -> None:
         super().__init__()
         self.offsets, self.directions = offsets, directions
-        self.weight = nn.Parameter(torch.empty(directions * len(offsets), features, features))
+        self.weight = nn.Parameter(torch.empty(directions * len(offsets) + place, features, features))
         for weight in self.weight:
             nn.init.orthogonal_(weight.data)
 
     @stage("predictions")
-    def forward(self, contexts: Contexts, apart: int = 1) -> Predictions:
-        """apart: how many rows or columns lie between neighbours, for a grid that is finer than that of training."""
+    def forward(self, contexts: Contexts, apart: int = 1, placed: Latents | None = None) -> Predictions:
+        """apart: how many rows or columns lie between neighbours, for a grid that is finer than that of training.
+        placed: contexts from places, (b, gy, gx, d)."""
         a, b, gy, gx, _ = contexts.shape
         offsets = tuple(apart * offset for offset in self.offsets)
-        where = geometry((b, gy, gx), offsets, self.directions, contexts.device, a > 1)
-        return Predictions(contexts.flatten(0, 3), self.weight, *where)
+        where = geometry((b, gy, gx), offsets, self.directions, contexts.device, a > 1, placed is not None)
+        rows = contexts.flatten(0, 3)
+        if placed is not None:
+            rows = torch.cat([rows, placed.flatten(0, 2).to(rows.dtype)])
+        return Predictions(rows, self.weight, *where)

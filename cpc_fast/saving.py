@@ -186,7 +186,7 @@ def load_run(
     def expect(about: dict[str, Any]) -> dict[str, Spec]:
         config = read_config(run, about)
         specs = model_specs(config, encoder)
-        features, steps = specs["model.predictor.weight"][1][-1], config.directions * len(config.offsets)
+        features, steps = specs["model.predictor.weight"][1][-1], len(config.predicts)
         specs["bank"] = (torch.float32, (-1, features))
         for name in ("mean", "spread"):
             specs[f"calibration.step_{name}"] = (torch.float32, (steps,))

@@ -2,6 +2,7 @@
 
 loss of each prediction -> minus its normal mean, over its normal spread     (for each direction and step)
 -> mean over the predictions about a patch -> the same again                 (for each place of the grid)
+   (what neighbours say and what the place says count alike, where the model knows of places)
 -> anomaly map
 """
 
@@ -34,8 +35,8 @@ Found = tuple[Tensor, Tensor, Tensor, list[int], tuple[int, int]]  # losses, sou
 class Calibration:
     """What is normal: means and spreads of the losses of held-out normal images."""
 
-    step_mean: Tensor  # (directions * K,)
-    step_spread: Tensor  # (directions * K,)
+    step_mean: Tensor  # (directions * K,), one more with places
+    step_spread: Tensor  # the same
     place_mean: Tensor  # (gy, gx), or odd (n, n) of places by their distance from the edges, where grids differ
     place_spread: Tensor
 
@@ -89,14 +90,17 @@ class Scorer(nn.Module):
                 torch.arange(len(counts), device=losses.device), torch.tensor(counts, device=losses.device)
             )
             losses = (losses - self.calibration.step_mean[step]) / self.calibration.step_spread[step]
-        grid = self.about_patches(losses, sources, targets, (gy, gx))
+        ahead = len(losses) - gy * gx * self.config.place  # the predictions from places are the last
+        grid = self.about_patches(losses[:ahead], sources[:ahead], targets[:ahead], (gy, gx))
+        if self.config.place:
+            grid = (grid + losses[ahead:].view(gy, gx)) / 2
         if self.calibration is not None:
             mean, spread = (at_places(t, gy, gx) for t in (self.calibration.place_mean, self.calibration.place_spread))
             grid = (grid - mean) / spread
         return Surprise(losses, targets, counts, grid)
 
     def about_patches(self, losses: Tensor, sources: Tensor, targets: Tensor, shape: tuple[int, int]) -> Tensor:
-        """One number for each patch, (gy, gx), from the calibrated losses of the predictions about it."""
+        """One number for each patch, (gy, gx), from the calibrated losses of what its neighbours predict."""
         return patch_means(losses, sources, targets, shape)
 
     def look(self, image: np.ndarray, original: tuple[int, int]) -> tuple[Surprise, AnomalyMap]:

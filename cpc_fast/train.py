@@ -28,7 +28,7 @@ from .errors import CpcFastError, Stopped
 from .latent_cache import LatentCache
 from .model import CPC
 from .patches import grid_shape, window_start
-from .shapes import Images
+from .shapes import Frames, Images
 from .shifts import shift
 from .stages import stage
 
@@ -82,22 +82,28 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str = "cosine") 
 
 
 @stage("batch")
-def make_batch(model: CPC, images: Sequence[np.ndarray], side: int, generator: torch.Generator) -> Images:
-    """Random square windows of `side` pixels, standardised, with random brightness and contrast."""
+def make_batch(
+    model: CPC, images: Sequence[np.ndarray], side: int, generator: torch.Generator
+) -> tuple[Images, Frames]:
+    """Random square windows of `side` pixels, standardised, with random brightness and contrast; and their frames, in
+    their images as they are shown: of a mirrored window, in the mirrored image."""
     config = model.config
     if not images:
-        return model.pixel_mean.new_empty(0, config.channels, side, side)
-    windows = []
+        return model.pixel_mean.new_empty(0, config.channels, side, side), model.pixel_mean.new_empty(0, 4)
+    windows, frames = [], []
     for image in images:
-        top, left = (window_start(length, side, config.patch_size, generator) for length in image.shape[:2])
-        window = model.standardise(image)[:, top : top + side, left : left + side]
+        start = [window_start(length, side, config.patch_size, generator) for length in image.shape[:2]]
+        window = model.standardise(image)[:, start[0] : start[0] + side, start[1] : start[1] + side]
         if config.flips:
             axes = [axis for axis in (1, 2) if torch.rand((), generator=generator) < 0.5]
             window = window.flip(axes)
+            for axis in axes:
+                start[axis - 1] = image.shape[axis - 1] - side - start[axis - 1]
         windows.append(window)
+        frames.append([*start, *image.shape[:2]])
     batch = torch.stack(windows)
     gain, offset = (torch.randn(2, len(batch), 1, 1, 1, generator=generator) * config.jitter).to(batch.device)
-    return batch * (1 + gain) + offset
+    return batch * (1 + gain) + offset, torch.tensor(frames, dtype=torch.float32, device=batch.device)
 
 
 def make_optimizer(model: CPC, config: Config) -> torch.optim.AdamW:
@@ -210,11 +216,11 @@ def train(
                 with autocast(device, config.precision):
                     result = model.compare(*cache.batch(own, draws), seed=step)
             else:
-                batch = make_batch(model, [images[j] for j in own], side, draws)
+                batch, frames = make_batch(model, [images[j] for j in own], side, draws)
                 copies = batch.repeat(config.shift_copies, 1, 1, 1)
                 shifted = shift(copies, config.shifts, draws, config.unit) if config.shifts else None
                 with autocast(device, config.precision):
-                    result = forward(batch, shifted, seed=step)
+                    result = forward(batch, shifted, seed=step, frames=frames)
             optimizer.zero_grad(set_to_none=True)
             stage("backward")(result.loss.backward)()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -19,12 +19,12 @@ from cpc_fast.torchrun import own_gpu, together
 from tests import processes
 
 CASES = [
-    {"negatives": negatives, "across_ranks": exchange, "context": context}
-    for negatives, exchange, context in [
-        ("batch", "ring", "masked-conv"),
-        ("other-images", "ring", "none"),
-        ("batch", "gathered", "none"),
-        ("sampled", "auto", "none"),
+    {"negatives": negatives, "across_ranks": exchange, "context": context, "place": place}
+    for negatives, exchange, context, place in [
+        ("batch", "ring", "masked-conv", True),
+        ("other-images", "ring", "none", False),
+        ("batch", "gathered", "none", True),
+        ("sampled", "auto", "none", True),
     ]
 ]
 IMAGES = {  # how many of the four images each rank has, for each case

@@ -142,7 +142,9 @@ class Interruption(Exception):
     pass
 
 
-@pytest.mark.parametrize("changes", [{}, {"negatives": "sampled"}, {"shifts": ("noise",), "flips": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"negatives": "sampled"}, {"shifts": ("noise",), "flips": True, "place": True}]
+)
 def test_resumed_it_ends_where_it_would_have_ended(tmp_path, changes):
     config = TINY_CONFIG.replace(epochs=4, **changes)
     Detector.fit(IMAGES, config, out=tmp_path / "whole")
@@ -181,6 +183,28 @@ def test_an_explanation_points_at_the_patch(detector):
     assert (bottom - top, right - left) == (16, 16)
     answer = detector.inspect(image)
     assert answer.why == (found if answer.flagged else None)
+
+
+def parts(seed: int, ring: tuple[int, int] = (16, 16)) -> np.ndarray:
+    """A grainy plate with one dark square, where it belongs unless told otherwise."""
+    image = np.random.default_rng(seed).normal(160, 8, (64, 64, 1))
+    image[ring[0] : ring[0] + 16, ring[1] : ring[1] + 16] -= 90
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def test_what_lies_in_another_place_is_strange():
+    """A square where there should be none looks like any other square; and a place that lacks its own is found."""
+    config = TINY_CONFIG.replace(place=True, epochs=25, learning_rate=3e-3, directions=1, steps=1, precision="float32")
+    detector = Detector.fit([parts(i) for i in range(24)], config, crop=32)
+    image = parts(100, (32, 40))
+    found = detector.explain(image)
+    assert set(found.losses) == {"down 2", "place"}
+    surprise = detector.scorer.surprise(image)
+    told = dict(zip(config.predicts, surprise.values.split(surprise.counts), strict=True))
+    there = told["place"].view(7, 7)
+    assert there[4, 5] > there.median() + 3
+    assert there[2, 2] > there.median() + 3
+    assert detector.inspect(image).score > max(detector.inspect(parts(i)).score for i in range(101, 106))
 
 
 def test_a_threshold_is_the_conformal_quantile():

@@ -17,7 +17,7 @@ from cpc_fast.export import TOLERANCE, Program, export
 IMAGES = [texture(i) for i in range(8)]
 CHOICES = [
     {},
-    {"context": "masked-conv", "directions": 1, "standardise": "image", "finer": 2},
+    {"context": "masked-conv", "directions": 1, "standardise": "image", "finer": 2, "place": True},
     {
         "channels": 3,
         "standardise": "imagenet",

@@ -1,7 +1,9 @@
 """The flow from images to losses: shapes, geometry, and that nothing can be seen that should not be."""
 
+import numpy as np
 import pytest
 import torch
+from samples import TINY_CONFIG
 
 from cpc_fast.bank import bank_losses
 from cpc_fast.config import Config, preset
@@ -9,10 +11,10 @@ from cpc_fast.contexts import DIRECTIONS, ContextNet
 from cpc_fast.errors import CpcFastError, UsageError
 from cpc_fast.loss import accuracy, cpc_loss
 from cpc_fast.model import CPC
-from cpc_fast.patches import extract_patches, grid_shape
+from cpc_fast.patches import extract_patches, grid_shape, patch_places
 from cpc_fast.predictions import Predictions, Predictor, geometry
 from cpc_fast.scoring import patch_means
-from cpc_fast.train import guessing
+from cpc_fast.train import guessing, make_batch
 from cpc_kernels import Negatives, draw_negatives, reference
 
 SMALL = Config(width=8, stem=4, patch_size=16, patch_stride=8, steps=2)
@@ -121,11 +123,13 @@ def test_the_loss_is_the_reference_loss(negatives, shifted, kind):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("place", [False, True])
 @pytest.mark.parametrize("kind", ["none", "masked-conv"])
-def test_a_bank_takes_the_place_of_the_batch(kind):
+def test_a_bank_takes_the_place_of_the_batch(kind, place):
     torch.manual_seed(2)
     latents, bank = torch.randn(1, 4, 5, 8), torch.randn(30, 8)
-    predictions = Predictor(8, (1, 2), 4)(ContextNet(kind, 8, 4)(latents))
+    placed = torch.randn(1, 4, 5, 8) if place else None
+    predictions = Predictor(8, (1, 2), 4, place)(ContextNet(kind, 8, 4)(latents), placed=placed)
     own = (made(predictions) * latents.flatten(0, 2)[predictions.targets]).sum(1)
     expected = torch.nn.functional.softplus((made(predictions) @ bank.T).logsumexp(1) - own)
     torch.testing.assert_close(bank_losses(predictions, latents, bank), expected)
@@ -244,3 +248,34 @@ def test_a_finer_grid_holds_those_of_training_side_by_side(context):
             part = image[:, 8 * y : 8 * y + 16 * rows + 16, 8 * x : 8 * x + 16 * columns + 16]
             losses, sources, targets, _ = model.surprise(part, bank)
             torch.testing.assert_close(fine[y::2, x::2], patch_means(losses, sources, targets, (rows, columns)))
+
+
+@pytest.mark.parametrize("kind", ["none", "masked-conv"])
+def test_a_place_speaks_about_its_own_patch(kind):
+    torch.manual_seed(0)
+    latents, placed = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 8)
+    predictions = Predictor(8, (1,), 4, place=True)(ContextNet(kind, 8, 4)(latents), placed=placed)
+    assert predictions.counts[-1] == 24
+    torch.testing.assert_close(made(predictions)[-24:], placed.flatten(0, 2) @ predictions.weight[-1].T)
+    assert predictions.targets[-24:].tolist() == list(range(24))
+
+
+def test_windows_know_where_they_lie_in_the_image_as_it_is_shown():
+    """In an image whose brightness tells the place, that of a window of it is where its frame says, mirrored or not."""
+    model = CPC(TINY_CONFIG.replace(flips=True, jitter=0.0, place=True))
+    y, x = np.mgrid[:64, :80]
+    images = [(3 * y).astype(np.uint8)[..., None], (3 * x).astype(np.uint8)[..., None]]
+    mirrored = 0
+    for i in range(20):
+        batch, frames = make_batch(model, images, 32, torch.Generator().manual_seed(i))
+        pixels = batch * model.pixel_spread + model.pixel_mean
+        places = patch_places(frames, (3, 3), 16, 8)
+        for axis, (window, length) in enumerate(zip(pixels[:, 0], (64, 80), strict=True)):
+            window = window if axis == 0 else window.T
+            falls = bool(window[0, 0] > window[1, 0])
+            mirrored += falls
+            for cell in range(3):
+                shown = window[8 * cell : 8 * cell + 16].mean() / 3 + 0.5
+                centre = places[axis, cell, cell, axis] * length
+                assert float(length - centre if falls else centre) == pytest.approx(float(shown), abs=1e-3)
+    assert 5 < mirrored < 35
