@@ -1,10 +1,10 @@
-"""A few training steps and a few scored images under torch.profiler: where time and memory go, stage by stage."""
+"""A few training steps and a few scored images, warm, for a profiler to look at: torch's, stage by stage, or nsys."""
 
 from __future__ import annotations
 
 import bisect
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,27 +61,10 @@ def profile(detector: Detector, images: Sequence[np.ndarray], trace: Path, steps
 
     Raises CpcFastError where the trace cannot be written.
     """
-    device, config = detector.bank.device, detector.config.replace(epochs=2)
-    model = copy.deepcopy(detector.model)
-    optimizer = make_optimizer(model, config)
-    batches = [images[i % len(images)] for i in range(steps * config.batch_size)]
-    prepared = [prepare(image, config) for image in batches]
-    second = Position(epoch=1)  # the model has been told the mean and spread of the pixels
-
-    def learn(count: int) -> None:
-        train(model, prepared[: count * config.batch_size], config, optimizer=optimizer, position=second)
-
-    learn(1)
-    detector.inspect(images[0])
+    device, run = detector.bank.device, _warm(detector, images, steps)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with torch.profiler.profile(activities=activities, profile_memory=True) as watch:
-        with record_function(f"cpc_fast/{PHASES[0]}"):
-            learn(steps)
-        with record_function(f"cpc_fast/{PHASES[1]}"):
-            for image in batches[:steps]:
-                detector.inspect(image)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        run()
     write_whole(trace, lambda aside: watch.export_chrome_trace(str(aside)))
     events = watch.events() or []
     rows = _rows(events, _Memory(watch, device), steps)
@@ -93,6 +76,42 @@ def profile(detector: Detector, images: Sequence[np.ndarray], trace: Path, steps
         if not e.key.startswith("cpc_fast/")
     ]
     return Profile(rows, operators[:8])
+
+
+def bracket(detector: Detector, images: Sequence[np.ndarray], steps: int = 3) -> None:
+    """The same on a GPU for Nsight Systems, which records from cudaProfilerStart to Stop (benchmarks/nsys.sh): every
+    stage and operator is an NVTX range."""
+    run = _warm(detector, images, steps)
+    torch.cuda.profiler.start()
+    with torch.autograd.profiler.emit_nvtx():
+        run()
+    torch.cuda.profiler.stop()
+
+
+def _warm(detector: Detector, images: Sequence[np.ndarray], steps: int) -> Callable[[], None]:
+    """What runs `steps` training steps of a copy of the detector and scores as many images, after one of each."""
+    device, config = detector.bank.device, detector.config.replace(epochs=2)
+    model = copy.deepcopy(detector.model)
+    optimizer = make_optimizer(model, config)
+    batches = [images[i % len(images)] for i in range(steps * config.batch_size)]
+    prepared = [prepare(image, config) for image in batches]
+    second = Position(epoch=1)  # the model has been told the mean and spread of the pixels
+
+    def learn(count: int) -> None:
+        train(model, prepared[: count * config.batch_size], config, optimizer=optimizer, position=second)
+
+    def run() -> None:
+        with record_function(f"cpc_fast/{PHASES[0]}"):
+            learn(steps)
+        with record_function(f"cpc_fast/{PHASES[1]}"):
+            for image in batches[:steps]:
+                detector.inspect(image)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    learn(1)
+    detector.inspect(images[0])
+    return run
 
 
 class _Memory:

@@ -32,6 +32,10 @@ def profile(
     ] = None,
     out: Annotated[Path, typer.Option(help="The trace to write.")] = Path("trace.json"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps to watch, and images to score.")] = 3,
+    nsys: Annotated[
+        bool,
+        typer.Option("--nsys", help="On a GPU: neither table nor trace, but the steps for Nsight Systems to record."),
+    ] = False,
     device: Device = "auto",
 ) -> int:
     """Show where time and memory go, stage by stage; write a trace."""
@@ -47,12 +51,17 @@ def profile(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is loaded: its profiler warns about itself
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     torch_device = choose_device(device)
+    if nsys and torch_device.type != "cuda":
+        raise UsageError("--nsys needs a GPU; without it the command writes a trace on any device.")
     detector, images = _demo(torch_device) if run is None else _fitted(run, data, torch_device)
     from cpc_kernels.capabilities import device_name
 
-    from ..profiling import PHASES
+    from ..profiling import PHASES, bracket
     from ..profiling import profile as watch
 
+    if nsys:
+        bracket(detector, images, steps)
+        return 0
     found = watch(detector, images, out, steps)
     config = detector.config
     size = f"{images[0].shape[0]} x {images[0].shape[1]}"

@@ -1,5 +1,6 @@
 """`cpc-fast profile` and the names in its traces."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -8,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from samples import SET_TINY, make_set, texture
+from torch.profiler import record_function
 
 from cpc_fast import cli
 from cpc_fast.detector import Detector
-from cpc_fast.profiling import PHASES, profile
+from cpc_fast.profiling import PHASES, bracket, profile
 from cpc_fast.stages import stage
 
 TRAINING = {
@@ -76,6 +78,7 @@ def test_the_command_prints_the_stages_and_says_what_is_amiss(fitted, tmp_path, 
         (["profile"], "needs a RUN, or --demo"),
         (["profile", run, "--demo"], "and not both"),
         (["profile", run, "--out", str(tmp_path / "t.txt")], "ends in .json"),
+        (["profile", run, "--nsys", "--device", "cpu"], "--nsys needs a GPU"),
         (["profile", str(tmp_path)], "run fit first"),
     ):
         assert cli.run(arguments) in (1, 2)
@@ -84,6 +87,26 @@ def test_the_command_prints_the_stages_and_says_what_is_amiss(fitted, tmp_path, 
     assert cli.run(["profile", run, "--out", out]) == 2
     assert "Name others with --data" in capsys.readouterr().err
     assert cli.run(["profile", run, "--out", out, "--data", str(fitted / "moved"), "--steps", "1"]) == 0
+
+
+def test_for_nsys_the_warm_steps_lie_between_start_and_stop(fitted, monkeypatch):
+    """The calls that need a GPU are replaced: only their order shows here."""
+    said, taken = [], record_function
+
+    class Listening(contextlib.nullcontext):
+        def __enter__(self):
+            said.append("ranges")
+
+    def named(name):
+        said.append(name)
+        return taken(name)
+
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: said.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: said.append("stop"))
+    monkeypatch.setattr(torch.autograd.profiler, "emit_nvtx", Listening)
+    monkeypatch.setattr("cpc_fast.profiling.record_function", named)
+    bracket(Detector.load(fitted / "run"), [texture(0)], steps=1)
+    assert said == ["start", "ranges", *(f"cpc_fast/{phase}" for phase in PHASES), "stop"]
 
 
 def test_a_stage_costs_nothing_when_nobody_listens_and_breaks_no_graph():
