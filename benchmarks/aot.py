@@ -5,9 +5,9 @@
 For each entry of the tile table: registers, stack, shared and tensor memory, matrix instructions, blocks per
 multiprocessor, and the seconds of processor time that it took; then, for named cases, the time that each unit alone
 would need (a PREDICTION, no measurement).
-Exits 1 past a gate: stack 0, no spills, registers <= 255, shared and tensor memory within the chip's, matrix
-instructions of the chip's own kind, no float64 arithmetic. gfx942 must compile. A compiled entry is remembered until
-its source, its constants or Triton change.
+Exits 1 past a gate: stack 0, no spills, registers <= 255 (gfx942: 512), shared and tensor memory within the chip's,
+matrix instructions of the chip's own kind, no float64 arithmetic. On gfx942 stack is scratch memory, as the metadata of
+the code object says. A compiled entry is remembered until its source, its constants or Triton change.
 
 A kernel module takes part by offering `aot_entries(arch) -> Iterator[cpc_kernels.tiles.Entry]`.
 """
@@ -47,6 +47,7 @@ class Chip(NamedTuple):
     shared: int  # bytes a block may have
     shared_total: int  # bytes a multiprocessor has
     matrix: str  # the instruction that must be there, as a regular expression
+    registers: int = 255  # a thread may have
     units: int = 0  # multiprocessors
     ghz: float = 0.0
     tflops: float = 0.0  # dense bf16
@@ -55,11 +56,11 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "sm_80": Chip("cuda", 80, 32, 166_912, 167_936, r"HMMA", 108, 1.41, 312, 4.0, 1.9),
+    "sm_80": Chip("cuda", 80, 32, 166_912, 167_936, r"HMMA", 255, 108, 1.41, 312, 4.0, 1.9),
     "sm_86": Chip("cuda", 86, 32, 101_376, 102_400, r"HMMA"),
-    "sm_90": Chip("cuda", 90, 32, 232_448, 233_472, r"HGMMA", 132, 1.755, 989, 5.5, 3.35),
-    "sm_100": Chip("cuda", 100, 32, 232_448, 233_472, r"UTC\w*MMA", 148, 1.85, 2250, 9.0, 8.0),
-    "gfx942": Chip("hip", "gfx942", 64, 65_536, 65_536, r"v_mfma"),
+    "sm_90": Chip("cuda", 90, 32, 232_448, 233_472, r"HGMMA", 255, 132, 1.755, 989, 5.5, 3.35),
+    "sm_100": Chip("cuda", 100, 32, 232_448, 233_472, r"UTC\w*MMA", 255, 148, 1.85, 2250, 9.0, 8.0),
+    "gfx942": Chip("hip", "gfx942", 64, 65_536, 65_536, r"v_mfma", 512),
 }
 
 
@@ -79,8 +80,8 @@ class Report:
     needs_matrix: bool
     error: str = ""
     registers: int = 0
-    stack: int = 0
-    spills: int = 0  # loads and stores of local memory
+    stack: int = 0  # bytes of local memory (AMD: scratch) of a thread
+    spills: int = 0  # loads and stores of local memory; AMD: registers spilled
     shared: int = 0
     tensor_memory: int = 0
     matrix: dict[str, int] = field(default_factory=dict)
@@ -95,11 +96,11 @@ class Report:
         if self.error:
             return [f"does not compile: {self.error}"]
         found = []
-        if chip.backend == "cuda":
-            if self.stack or self.spills:
-                found.append(f"spills (stack {self.stack} bytes, {self.spills} local loads and stores)")
-            if self.registers > 255:
-                found.append(f"{self.registers} registers, 255 allowed")
+        if self.stack or self.spills:
+            kind = "local loads and stores" if chip.backend == "cuda" else "registers"
+            found.append(f"spills (stack {self.stack} bytes, {self.spills} {kind})")
+        if self.registers > chip.registers:
+            found.append(f"{self.registers} registers, {chip.registers} allowed")
         if self.shared > chip.shared:
             found.append(f"{self.shared} bytes of shared memory, {chip.shared} allowed")
         if self.tensor_memory > 512:
@@ -178,6 +179,7 @@ def _read_amdgcn(report: Report, text: str) -> None:
     report.stack = number("private_segment_fixed_size")
     report.spills = number("vgpr_spill_count")
     report.matrix = _count(re.findall(r"\b(v_mfma)_", text))
+    report.doubles = len(re.findall(r"\bv_\w+_f64\b", text))
 
 
 def _read_cubin(report: Report, cubin: bytes) -> None:

@@ -47,8 +47,9 @@ def segments(d: int, arch: str) -> Tile:
 
 def steps(op: str, d: int, arch: str) -> Tile:
     """16 steps, the rows of a matrix instruction (CPC has 3 to 12), by `columns` gathered pool rows."""
-    # backward's [columns, D] product is added to memory
-    columns = 16 if arch == "interpreter" or (d > 128 and op == "backward") else 32
+    # backward's [columns, D] product is added to memory; gfx942 would use scratch memory at D = 512
+    few = arch == "interpreter" or (d > 128 and op == "backward") or (d > 256 and arch == "gfx942")
+    columns = 16 if few else 32
     return Tile(16, columns, 8 if d > 256 else 4, 2, _features(d))
 
 

@@ -7,7 +7,7 @@ There is no autotuner: the table is read, and `benchmarks.aot` compiles and gate
     element   "16" (bf16, fp16), or how float32 multiplies: "tf32", "tf32x3", "ieee" (float64 too)
     arch      sm_80 (A100: 163 KB of shared memory), sm_86 (99 KB: sm_89, sm_120), sm_90, sm_100, gfx942, interpreter
 
-Those of sm_80, sm_90 and sm_100 hold the gates of `make aot`, those of gfx942 compile; all but that is an estimate.
+Those of sm_80, sm_90, sm_100 and gfx942 hold the gates of `make aot`; all but that is an estimate.
 
 This module imports neither torch nor triton, so that reading the table costs nothing.
 """
@@ -184,6 +184,11 @@ _SMALL = {  # 99 KB of shared memory; and AMD's 64 KB, with one stage
     "streamed": (            T(64, 64, 4, 2, features=64),),
     "projected": (           T(64, 32, 4, 2, features=64),),
 }
+_AMD = _SMALL | {  # what of that used scratch memory, with half the columns
+    "forward+ids": (         T(64, 64, 4, 2),   T(64, 32, 4, 2),   T(64, 16, 8, 2),   T(32, 16, 8, 2)),
+    "scores": (              T(64, 64, 4, 2),   T(64, 64, 4, 2),   T(64, 32, 8, 2),   T(32, 16, 8, 2)),
+    "backward": (            T(64, 32, 4, 2),   T(64, 32, 4, 2),   T(64, 16, 8, 2),   T(32, 16, 8, 2)),
+}
 _FP32 = {
     "forward": (             T(32, 32, 4, 2),),
     "scores": (              T(64, 32, 8, 2),),
@@ -223,7 +228,7 @@ _TABLE: dict[tuple[str, str, str, int], Tile] = {
         ("sm_86", "16", _SMALL), ("sm_86", "any", _SMALL_FP32),
         ("sm_90", "16", _HOPPER), ("sm_90", "any", _HOPPER_FP32),
         ("sm_100", "16", _BLACKWELL), ("sm_100", "any", _BLACKWELL_FP32),
-        ("gfx942", "16", _SMALL), ("gfx942", "any", _SMALL_FP32),
+        ("gfx942", "16", _AMD), ("gfx942", "any", _SMALL_FP32),
         ("interpreter", "any", _INTERPRETER), ("any", "any", _ANY),
     )
     for op, row in ops.items()

@@ -36,7 +36,7 @@ def modest(p_x, p_y, B: tl.constexpr):
 
 
 def aot_entries(arch):
-    for name, kernel, size in (("greedy", greedy, 16384), ("modest", modest, 128)):
+    for name, kernel, size in (("greedy", greedy, 65536 if arch == "gfx942" else 16384), ("modest", modest, 128)):
         signature = {"p_x": "*fp32", "p_y": "*fp32"}
         yield tiles.Entry(name, kernel, signature, {"B": size}, {"num_warps": 4}, tuple(signature), matrix=name == "x")
 """
@@ -64,19 +64,21 @@ def test_every_tile_holds_its_gates_on_every_target():
             assert re.search(rf"^{target} +{re.escape(kernel)} ", done.stdout, re.MULTILINE), (target, kernel)
 
 
-def test_a_tile_that_spills_is_refused(tmp_path):
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_a_tile_that_spills_is_refused(tmp_path, arch):
     (tmp_path / "planted.py").write_text(PLANTED)
-    options = ("--module", "planted", "--arch", "sm_90", "--no-cache", "--jobs", "1")
+    options = ("--module", "planted", "--arch", arch, "--no-cache", "--jobs", "1")
     done = run(*options, path=[tmp_path])
     assert done.returncode == 1
-    assert "aot: sm_90 greedy: spills" in done.stderr
+    assert re.search(rf"aot: {arch} greedy: spills \(stack [1-9]", done.stderr)
     assert "modest" not in done.stderr
     assert "2 entries compiled, 1 past a gate" in done.stdout
 
 
 def report(**changes):
     good = {"tile": (128, 64), "registers": 255, "shared": 232_448, "tensor_memory": 512, "matrix": {"HGMMA": 4}}
-    return aot.Report(arch="sm_90", name="forward", op="forward", warps=8, needs_matrix=True, **good | changes)
+    known = {"arch": "sm_90", "name": "forward", "op": "forward", "warps": 8, "needs_matrix": True}
+    return aot.Report(**known | good | changes)
 
 
 def test_gates():
@@ -94,6 +96,11 @@ def test_gates():
         ({"error": "no"}, "does not compile: no"),
     ):
         [failure] = report(**changes).failures()
+        assert words in failure
+    amd = {"arch": "gfx942", "shared": 65_536, "tensor_memory": 0, "matrix": {"v_mfma": 4}}
+    assert report(**amd, registers=512).failures() == []
+    for changes, words in (({"stack": 4}, "stack 4 bytes"), ({"registers": 513}, "512 allowed")):
+        [failure] = report(**amd | changes).failures()
         assert words in failure
 
 
