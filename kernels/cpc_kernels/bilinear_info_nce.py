@@ -260,6 +260,7 @@ def _run(
     check(op, contexts, weights, candidates, positives, negatives, sources, counts, side)
     if not stats:
         refuse_transforms(op, impl, contexts, weights, candidates, positives, scale)
+    scale = scale_tensor(op, scale, contexts)
     steps, d, c = weights.shape
     contexts = contexts.reshape(-1, c)
     n, m = contexts.shape[0], candidates.shape[0]
@@ -279,7 +280,7 @@ def _run(
 
     if impl == "fused":
         plain = side == "contexts" and not (listed or vectors or negatives is not None)
-        where = contexts, weights, candidates, positives, scale_tensor(op, scale, contexts), anchor_ids, candidate_ids
+        where = contexts, weights, candidates, positives, scale, anchor_ids, candidate_ids
         rows = fused(op, *where, plain)
         return rows if stats else reduce(rows.loss, positives, reduction)
 

@@ -606,12 +606,19 @@ def check_ids(
         raise ValueError(f"{op}: {name} must be ({size},) integers. Got {tuple(ids.shape)} {ids.dtype}.")
 
 
+def need_finite(op: str, scale: float | Tensor) -> None:
+    """Not of a tensor, as looking may wait for a GPU, nor under compile, where it may be any number."""
+    if isinstance(scale, float) and not torch.compiler.is_compiling() and not math.isfinite(scale):
+        raise ValueError(f"{op}: scale must be finite. Got {scale}.")
+
+
 def scale_tensor(op: str, scale: float | Tensor, anchors: Tensor) -> Tensor:
     """(1,) in the compute dtype, differentiable when scale is a tensor."""
     dtype = compute_dtype(anchors.dtype)
     if not isinstance(scale, Tensor):
         if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
             raise TypeError(f"{op}: scale must be a number or a tensor of one element. Got {scale!r}.")
+        need_finite(op, scale)
         return torch.full((1,), scale, dtype=dtype, device=anchors.device)
     if scale.numel() != 1:
         raise ValueError(f"{op}: scale must be a number or a tensor of one element. Got shape {tuple(scale.shape)}.")

@@ -28,6 +28,7 @@ from .info_nce import (
     check_types,
     compute_dtype,
     learns,
+    need_finite,
     need_tensors,
     once_differentiable,
     own_vectors,
@@ -408,6 +409,7 @@ def _run(op, anchors, pool, positives, negatives, scale, anchor_ids, pool_ids, i
         )
     anchors, pool, positives = autocast(anchors.device, anchors, pool, positives)
     check(op, anchors, pool, positives, negatives, anchor_ids, pool_ids, impl, reduction)
+    need_finite(op, scale)
     impl = choose(impl, anchors.device)
     if not stats:
         refuse_transforms(op, impl, anchors, pool, positives, scale)

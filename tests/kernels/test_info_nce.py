@@ -7,7 +7,15 @@ import pytest
 import torch
 from tolerance import assert_as_good_as_naive, error
 
-from cpc_kernels import capabilities, info_nce, info_nce_stats, reference, sampled_info_nce
+from cpc_kernels import (
+    Negatives,
+    bilinear_info_nce,
+    capabilities,
+    info_nce,
+    info_nce_stats,
+    reference,
+    sampled_info_nce,
+)
 from cpc_kernels import info_nce as door
 from cpc_kernels.capabilities import FAST_BF16, Capability, find_triton
 
@@ -500,12 +508,35 @@ def test_capabilities_give_reasons():
     assert find_triton().name == "Triton"
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_scale_that_is_not_finite_is_refused(bad):
+    q, k, p = torch.randn(6, 8), torch.randn(9, 8), torch.arange(6)
+    calls = {
+        "info_nce": lambda: info_nce(q, k, p, scale=bad),
+        "info_nce_stats": lambda: info_nce_stats(q, k, p, scale=bad),
+        "sampled_info_nce": lambda: sampled_info_nce(q, k, p, Negatives(3, seed=0), scale=bad),
+        "bilinear_info_nce": lambda: bilinear_info_nce(q, torch.eye(8)[None], k, p[:, None], scale=bad),
+    }
+    for op, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{op}: scale must be finite. Got {bad}.$"):
+            call()
+
+
+def test_a_scale_may_change_under_compile():
+    compiled = torch.compile(
+        lambda scale: info_nce(q, q, torch.arange(6), scale=scale), fullgraph=True, backend="aot_eager"
+    )
+    q = torch.randn(6, 8)
+    for scale in (1.0, 2.5, 4.0):
+        torch.testing.assert_close(compiled(scale), info_nce(q, q, torch.arange(6), scale=scale))
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_a_scale_of_nan_reaches_the_loss(reduction):
-    scale = float("nan")
+def test_a_tensor_of_nan_as_scale_reaches_the_loss(reduction):
+    """It is not looked at, as that might wait for a GPU."""
+    scale = torch.tensor(float("nan"))
     q, k = torch.randn(6, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
     assert info_nce(q, k, torch.arange(6), scale=scale, reduction=reduction).isnan().all()
-    assert info_nce(q, k, torch.arange(6), scale=torch.tensor(scale), reduction=reduction).isnan().all()
 
 
 def test_what_is_no_tensor_is_named():
