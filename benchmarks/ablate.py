@@ -5,8 +5,9 @@
     python -m benchmarks.ablate --split report          the images that are reported; only for what is chosen already
     python -m benchmarks.ablate --tables                only write docs/ablations.md anew
 
-Judged on the textures and on the validation half of the magnetic tiles, and kept as trials.py keeps them, under
-results/quality/ablations/<preset>/<row>. The base is the preset itself: its fits are those of benchmarks.quality.
+Judged on the textures and on the validation halves of the magnetic tiles and (with --sets "solar cells") the solar
+cells, and kept as trials.py keeps them, under results/quality/ablations/<preset>/<row>. The base is the preset itself:
+its fits are those of benchmarks.quality.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from .trials import CPC, Job, Reading, Record, carry_out_all, load
 TABLE, DOCUMENT = Path(__file__).with_name("ablations.toml"), ROOT / "docs" / "ablations.md"
 COLUMNS = [
     (group, name, path)
-    for group in ("textures", "magnetic tiles")
+    for group, columns in (("textures", 3), ("magnetic tiles", 3), ("solar cells", 1))
     for name, path in (
         ("image AUROC", ("image", "auroc")), ("pixel AUROC", ("pixel", "auroc")), ("AU-PRO", ("pixel", "au_pro_0.30"))
-    )
+    )[:columns]
 ]  # fmt: skip
 
 
@@ -149,8 +150,8 @@ class Ablations:
 
 
 def judged(ablations: Ablations, row: Row | None, part: str = "validation") -> list[Record]:
-    wanted = {"all", part}
-    return [record for record in load(ablations.variant_of(row)) if record["identity"]["part"] in wanted]
+    told = [(record["identity"], record) for record in load(ablations.variant_of(row))]
+    return [record for one, record in told if one["part"] == (part if BEDS[one["set"]].halved else "all")]
 
 
 def tables(ablations: Ablations, part: str = "validation") -> str:

@@ -77,7 +77,7 @@ def test_the_table_of_the_repository_asks_for_what_there_is():
     assert found.preset == "quality"
     factors = (
         "normalisation, skip, K, directions, patches, overlap, scales, negatives, shifted negatives, bank, "
-        "calibration, score, pooling, augmentation, width, context, schedule, epochs, averaging"
+        "calibration, score, pooling, augmentation, width, context, place, schedule, epochs, averaging"
     )
     assert set(factors.split(", ")) <= {row.factor for row in found.rows}
     left_out = {shift for row in found.rows for shift in row.shifts_without}
@@ -108,7 +108,8 @@ def test_rows_are_carried_out_and_told(data, tmp_path, monkeypatch, capsys):
     beds = {name: Bed(name, lambda _: data, halved=name != "brick") for name in ("brick", "magnetic tiles")}
     for module in (ablate, quality, sets):
         monkeypatch.setattr(module, "BEDS", beds)
-        monkeypatch.setattr(module, "GROUPS", {"textures": ("brick",), "magnetic tiles": ("magnetic tiles",)})
+        groups = {"textures": ("brick",), "magnetic tiles": ("magnetic tiles",), "solar cells": ()}
+        monkeypatch.setattr(module, "GROUPS", groups)
     page, rows = tmp_path / "ablations.md", tmp_path / "rows.toml"
     page.write_text("<!-- ablations:start -->\n<!-- ablations:end -->\n")
     rows.write_text(ROWS)
