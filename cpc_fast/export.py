@@ -123,10 +123,32 @@ class Program(nn.Module):
         return F.conv_transpose2d(grid, self.window, stride=self.config.scoring_stride)
 
 
+def size_for(detector: Detector, size: tuple[int, int] | None) -> tuple[int, int]:
+    """(h, w) of the images to export for: as asked, or that of the training images. Raises UsageError for none."""
+    least = detector.config.patch_size
+    works = max(least + 3 * detector.config.patch_stride, *(detector.sides or (0, 0)))  # four patches at least
+    if size is None:
+        match = re.fullmatch(r"(\d+) x (\d+)", detector.trained_on.get("image size", ""))
+        if match is None:
+            raise UsageError(
+                f"The training images had several sizes; name the one to export for, from {least} pixels (one patch) "
+                f"each way: --size {works}x{works}."
+            )
+        size = (int(match[1]), int(match[2]))
+    if not all(least <= side <= 8192 for side in size):
+        raise UsageError(
+            f"size is {size[0]} x {size[1]}; both sides must be from one patch ({least}) to 8192 pixels: "
+            f"--size {works}x{works}."
+        )
+    return size
+
+
 def export(
     detector: Detector, path: str | os.PathLike, format: str = "torch", size: tuple[int, int] | None = None
 ) -> float:
     """Write a detector as a program, and return how far its results on random images are from those of torch here.
+
+    Where predict computes in bfloat16, its scores differ from the program's: docs/reliability.md, "Serving".
 
     Args:
         path: the file to write, whole or not at all.
@@ -140,16 +162,7 @@ def export(
     """
     if format not in FORMATS:
         raise UsageError(f"There is no format {format!r}; there are {' and '.join(FORMATS)}.")
-    if size is None:
-        match = re.fullmatch(r"(\d+) x (\d+)", detector.trained_on.get("image size", ""))
-        if match is None:
-            raise UsageError("The training images had several sizes; name the one to export for: --size 128x128.")
-        size = (int(match[1]), int(match[2]))
-    config = detector.config
-    if not all(config.patch_size <= side <= 8192 for side in size):
-        raise UsageError(
-            f"size is {size[0]} x {size[1]}; both sides must be from one patch ({config.patch_size}) to 8192 pixels."
-        )
+    config, size = detector.config, size_for(detector, size)
     program = Program(detector, size)
     about = {
         "cpc_fast": __version__, "input": "uint8 images (batch, channels, height, width)", "channels": config.channels,

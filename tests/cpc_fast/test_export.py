@@ -13,6 +13,7 @@ from cpc_fast import cli
 from cpc_fast.detector import Detector
 from cpc_fast.errors import CpcFastError, UsageError
 from cpc_fast.export import TOLERANCE, Program, export
+from cpc_kernels.capabilities import Capability
 
 IMAGES = [texture(i) for i in range(8)]
 CHOICES = [
@@ -56,8 +57,15 @@ def test_the_torch_program_needs_torch_alone(tmp_path, capsys):
     run = tmp_path / "run"
     options = [*SET_TINY, "--set", "precision=float32", "--epochs", "1"]
     assert cli.run(["fit", str(make_set(tmp_path / "data")), "--out", str(run), *options]) == 0
+    capsys.readouterr()
     assert cli.run(["export", str(run)]) == 0
-    assert "detector.pt2; on random images it differs from torch here by " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "detector.pt2; on random images it differs from torch here by " in said
+    assert "images: uint8 (batch, 1, 48, 48)\n" in said
+    assert f"program = torch.export.load('{run / 'detector.pt2'}').module()\n" in said
+    assert "scores, maps = program(images)  # float32 (batch,), (batch, 48, 48)\n" in said
+    assert f"Scores above {Detector.load(run).threshold.value:.4g} are anomalous." in said
+    assert "bfloat16" not in said
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT, str(run / "detector.pt2")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -66,6 +74,18 @@ def test_the_torch_program_needs_torch_alone(tmp_path, capsys):
     assert json.loads(about)["threshold"] == detector.threshold.value
     expected = detector.inspect(np.full((48, 48, 1), 77, np.uint8)).score
     assert float(score) == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_export_says_where_predict_computes_in_another_precision(tmp_path, capsys, monkeypatch, fast):
+    Detector.fit(IMAGES, TINY_CONFIG, epochs=1, out=tmp_path)
+    monkeypatch.setattr(sys.modules["cpc_fast.export"], "export", lambda *_: 0.0)
+    monkeypatch.setattr(sys.modules["cpc_kernels.capabilities"], "FAST_BF16", Capability("bf16", fast, "as told", ""))
+    assert cli.run(["export", str(tmp_path), "--format", "onnx"]) == 0
+    said = capsys.readouterr().out
+    assert ("predict computes in bfloat16 here and this file in float32" in said) == fast
+    assert f"session = onnxruntime.InferenceSession('{tmp_path / 'detector.onnx'}')\n" in said
+    assert 'scores, maps = session.run(["scores", "maps"], {"images": images})  # float32' in said
 
 
 @pytest.mark.parametrize("changes", CHOICES[1:2], ids=str)
@@ -89,9 +109,11 @@ def test_onnxruntime_says_the_same(tmp_path, changes):
 
 def test_what_cannot_be_exported(tmp_path, monkeypatch, capsys):
     detector = Detector.fit([*IMAGES[:4], texture(9, 40, 40)], TINY_CONFIG, epochs=1)
-    with pytest.raises(UsageError, match="several sizes; name the one to export for: --size 128x128"):
+    with pytest.raises(UsageError, match=r"several sizes; .* from 16 pixels \(one patch\) .* --size 48x48\.$"):
         export(detector, tmp_path / "x.pt2")
-    with pytest.raises(UsageError, match=r"size is 8 x 48; both sides must be from one patch \(16\)"):
+    with pytest.raises(
+        UsageError, match=r"size is 8 x 48; both sides must be from one patch \(16\) to 8192 pixels: --size 48x48"
+    ):
         export(detector, tmp_path / "x.pt2", size=(8, 48))
     with pytest.raises(UsageError, match="no format 'tf'; there are torch and onnx"):
         export(detector, tmp_path / "x", "tf")
