@@ -119,7 +119,7 @@ def make_images(count: int, side: int, channels: int) -> list[np.ndarray]:
 def plain_latents(model: CPC, images: Tensor) -> Tensor:
     config = model.config
     patches = extract_patches(images, config.patch_size, config.patch_stride)
-    return model.encoder(patches.flatten(0, 2).contiguous()).unflatten(0, patches.shape[:3])
+    return model.members[0].encoder(patches.flatten(0, 2).contiguous()).unflatten(0, patches.shape[:3])
 
 
 def plain_predictions(predictions: Predictions) -> Tensor:
@@ -142,7 +142,7 @@ def plain_loss(model: CPC, images: Tensor, shifted: Tensor | None, seed: int) ->
     config, count = model.config, len(images)
     everything = plain_latents(model, images if shifted is None else torch.cat([images, shifted]))
     latents = everything[:count]
-    predictions = model.predictor(model.context(latents))
+    predictions = model.members[0].predictions(latents)
     targets, made = predictions.targets, plain_predictions(predictions)
     if config.negatives == "sampled":
         own = latents.flatten(0, 2)
@@ -160,7 +160,7 @@ class PlainScorer(Scorer):
         with torch.no_grad():
             pixels = self.model.standardise(image)
             latents = plain_latents(self.model, pixels[None])
-            predictions = self.model.predictor(self.model.context(latents))
+            predictions = self.model.members[0].predictions(latents)
             targets, made = predictions.targets, plain_predictions(predictions)
             own = (made * latents.flatten(0, 2)[targets]).sum(-1, keepdim=True)
             logits = torch.cat([own, made @ self.bank.T], 1)
@@ -224,7 +224,7 @@ def training(
 
     with torch.no_grad(), autocast(device):
         everything = model.latents(pixels if shifted is None else torch.cat([pixels, shifted]))
-        predictions = model.predictor(model.context(everything[:batch]))
+        predictions = model.members[0].predictions(everything[:batch])
     leaves = [t.detach().requires_grad_() for t in (predictions.contexts, predictions.weight, everything)]
 
     def our_loss() -> None:

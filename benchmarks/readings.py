@@ -26,7 +26,7 @@ from cpc_fast.bank import reservoir
 from cpc_fast.config import Config
 from cpc_fast.detector import Detector, split
 from cpc_fast.model import CPC
-from cpc_fast.scoring import Calibration, Scorer, calibrate, patch_means
+from cpc_fast.scoring import Calibration, Scorer, calibrate
 from cpc_fast.train import autocast
 from cpc_kernels import info_nce_stats
 
@@ -63,33 +63,38 @@ class Form(CPC):
 
     @torch.no_grad()
     def surprise(self, image: Tensor, bank: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        latents, (contexts, weight, sources, targets, counts) = self.examine(image)
-        predictions = torch.cat(
-            [F.linear(contexts[rows], matrix) for rows, matrix in zip(sources.split(counts), weight, strict=True)]
-        )
-        stats = info_nce_stats(predictions, bank, latents.flatten(0, 2)[targets])
-        if self.form == "margin":
-            nearest = torch.cat([(rows.float() @ bank.float().T).amax(1) for rows in predictions.split(4096)])
-            values = nearest - stats.positive
-        else:
-            values = {
-                "loss": stats.loss, "lse": stats.lse, "positive": -stats.positive, "rank": stats.rank.float()
-            }[self.form]  # fmt: skip
-        return values, sources % (latents.shape[1] * latents.shape[2]), targets, counts
+        found, examined = [], self.examine(image)
+        for (latents, told), rows in zip(examined, bank.chunk(len(examined), 1), strict=True):
+            pairs = zip(told.sources.split(told.counts), told.weight, strict=True)
+            predictions = torch.cat([F.linear(told.contexts[sources], matrix) for sources, matrix in pairs])
+            stats = info_nce_stats(predictions, rows, latents.flatten(0, 2)[told.targets])
+            if self.form == "margin":
+                nearest = torch.cat([(some.float() @ rows.float().T).amax(1) for some in predictions.split(4096)])
+                found.append(nearest - stats.positive)
+            else:
+                found.append(
+                    {"loss": stats.loss, "lse": stats.lse, "positive": -stats.positive, "rank": stats.rank.float()}[
+                        self.form
+                    ]
+                )
+        latents, told = examined[0]
+        members, patches = len(examined), latents.shape[1] * latents.shape[2]
+        sources, targets = (index.repeat(members) for index in (told.sources % patches, told.targets))
+        return torch.cat(found), sources, targets, told.counts * members
 
 
-class MedianScorer(Scorer):
-    """A patch is what most predictions about it say: a few from within a defect cannot make a normal one strange."""
+class MeanScorer(Scorer):
+    """A patch is the mean of what all predictions about it say."""
 
-    def about_patches(self, losses: Tensor, sources: Tensor, targets: Tensor, shape: tuple[int, int]) -> Tensor:
-        sorted_losses, order = losses.sort()
-        told, at = targets[order].sort(stable=True)  # patch by patch, and rising within each
-        rising = sorted_losses[at]
-        counts = torch.bincount(told, minlength=shape[0] * shape[1])
-        first = counts.cumsum(0) - counts
-        low, high = ((first + (counts - more) // 2).clamp(0, len(losses) - 1) for more in (1, 0))
-        found = (rising[low] + rising[high]) / 2
-        return found.view(shape).where(counts.view(shape) > 0, patch_means(losses, sources, targets, shape))
+    def about_patches(
+        self, losses: Tensor, sources: Tensor, targets: Tensor, counts: list[int], shape: tuple[int, int]
+    ) -> Tensor:
+        totals = losses.new_zeros(2, 2, shape[0] * shape[1])
+        for i, index in enumerate((targets, sources)):
+            totals[i, 0].index_add_(0, index, losses)
+            totals[i, 1].index_add_(0, index, torch.ones_like(losses))
+        means = totals[:, 0] / totals[:, 1].clamp_min(1)
+        return torch.where(totals[0, 1] > 0, means[0], means[1]).view(shape)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class Other:
     pool: str = "max"
     bank_size: int = 0  # 0: the detector's own bank
     finer: int = 0  # 0: the detector's own grid
-    about: str = "mean"
+    about: str = "median"
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -140,7 +145,7 @@ class Reread(Baseline):
         form = Form.of(model, how.form)
         if how.finer:
             form.config = model.config.replace(finer=how.finer)
-        self.scorer = (MedianScorer if how.about == "median" else Scorer)(form, bank)
+        self.scorer = (MeanScorer if how.about == "mean" else Scorer)(form, bank)
         normal = [images[i] for i in held_out]
         found = calibrate(self.scorer, [self.scorer.losses(image) for image in normal])
         zero, one = found.step_mean.new_zeros(1, 1), found.step_mean.new_ones(1, 1)

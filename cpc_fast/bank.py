@@ -6,7 +6,7 @@ on the device, in host memory, in a safetensors file, or on other ranks. So the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,23 +108,32 @@ def bank_blocks(bank: Bank) -> Iterable[Tensor]:
 
 
 @stage("loss")
-def bank_losses(predictions: Predictions, latents: Latents, bank: Bank) -> Losses:
-    """How surprising each patch is: its loss against a fixed bank of normal latents, (m, d) -> (n,).
+def bank_losses(examined: Sequence[tuple[Latents, Predictions]], bank: Bank) -> Losses:
+    """How surprising each patch is: its loss against a fixed bank of normal latents, (m, members * d) -> (n,).
 
     The positive is the patch itself, the negatives are the bank, so an image's losses do not depend on other images.
 
+    Args:
+        examined: of each member the latents, and its predictions about them.
+        bank: the latents of all members of a patch stand side by side in a row.
+
+    Returns the losses of the first member's predictions, then of the next.
+
     >>> from cpc_fast.predictions import Predictor
     >>> z = torch.randn(1, 3, 3, 8)
-    >>> bank_losses(Predictor(8, (2,), directions=2)(z[None]), z, torch.randn(50, 8)).shape
+    >>> bank_losses([(z, Predictor(8, (2,), directions=2)(z[None]))], torch.randn(50, 8)).shape
     torch.Size([6])
     """
-    contexts, weight, sources, targets, counts = predictions
-    own = latents.flatten(0, 2)[targets]
+    latents, predictions = examined[0]
     dtype = torch.float64 if latents.dtype == torch.float64 else torch.float32
-    parts = [torch.empty(0, 3, len(targets), dtype=dtype, device=latents.device)]
+    parts = [torch.empty(0, 3, len(examined) * len(predictions.targets), dtype=dtype, device=latents.device)]
+    own = [latents.flatten(0, 2)[predictions.targets] for latents, predictions in examined]
     for block in bank_blocks(bank):
-        found = bilinear_info_nce_stats(contexts, weight, block, own, sources=sources, counts=counts)
-        parts.append(torch.stack([found.loss, found.lse, found.positive])[None])
+        found = [
+            bilinear_info_nce_stats(p.contexts, p.weight, rows, patches, sources=p.sources, counts=p.counts)
+            for (_, p), patches, rows in zip(examined, own, block.chunk(len(examined), 1), strict=True)
+        ]
+        parts.append(torch.cat([torch.stack([one.loss, one.lse, one.positive]) for one in found], 1)[None])
     all_parts = torch.cat(parts)  # (blocks, 3, n)
     if isinstance(bank, StreamedBank) and bank.across_ranks:
         all_parts = gather_rows(all_parts, shares(len(all_parts), all_parts.device))

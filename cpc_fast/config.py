@@ -27,7 +27,7 @@ KINDS = {
 # Far beyond use; a config that somebody else wrote can ask for no more memory than this.
 LIMITS = {
     "image_size": 1 << 16, "patch_size": 4096, "patch_stride": 4096, "crop": 1 << 16, "made_for": 1 << 16,
-    "width": 4096, "steps": 64, "negatives_count": 1 << 24, "shift_copies": 64, "epochs": 10**6,
+    "width": 4096, "members": 64, "steps": 64, "negatives_count": 1 << 24, "shift_copies": 64, "epochs": 10**6,
     "batch_size": 1 << 20, "finer": 64, "bank_size": 1 << 24,
 }  # fmt: skip
 
@@ -53,6 +53,7 @@ class Config:
     # patches -> latents
     width: int = 32  # channels of the first residual stage; latents have 4 * width features
     stem: int = 4  # stride of the first convolution
+    members: int = 1  # networks that learn side by side and are averaged in scoring; 1 with an encoder of one's own
     norm: str = "group"
     # latents -> contexts -> predictions
     context: str = "none"

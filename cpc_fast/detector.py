@@ -175,7 +175,8 @@ class Detector:
             out: a run folder: a checkpoint after every epoch, and at the end the detector. One process at a time.
             resume: go on from the checkpoint in `out`, to the same weights as without the interruption.
             device: where to compute, "cpu" or "cuda".
-            encoder: a module that maps patches (n, c, p, p) to vectors (n, d), in place of the built-in ResNet.
+            encoder: a module that maps patches (n, c, p, p) to vectors (n, d), in place of the built-in ResNet; the
+                detector then has one member.
             on_step: called with a Progress after each training step.
             stop: asked after each step and each image whether to stop there.
 
@@ -184,6 +185,8 @@ class Detector:
         said so, with everything saved in `out`.
         """
         config = (preset(config) if isinstance(config, str) else config).replace(**changes)
+        if encoder is not None:
+            config = config.replace(members=1)
         device = torch.device(device)
         if isinstance(data, (str, os.PathLike)):
             source, paths = str(data), find_train(data)
@@ -360,8 +363,10 @@ class Detector:
 
     def _explanation(self, surprise: Surprise, original: Sequence[int], prepared: Sequence[int]) -> Explanation:
         """original and prepared: shapes of the image before and after it was resized."""
-        config, values, about_which = self.config, surprise.values.cpu(), surprise.targets.cpu()
-        losses, targets = values.split(surprise.counts), about_which.split(surprise.counts)
+        config, members = self.config, self.config.members
+        counts = surprise.counts[: len(config.predicts)]
+        values = surprise.values.unflatten(0, (members, -1)).mean(0).cpu()
+        losses, targets = values.split(counts), surprise.targets[: len(values)].cpu().split(counts)
         worst = int(surprise.grid.argmax())
         row, column = divmod(worst, surprise.grid.shape[1])
         about = {

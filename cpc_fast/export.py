@@ -30,11 +30,12 @@ from .detector import Detector
 from .errors import CpcFastError, UsageError
 from .images import quoted
 from .model import IMAGENET
-from .patches import grid_shape
+from .patches import grid_shape, patch_places
 from .saving import write_whole
 from .scoring import at_places
 from .version import __version__
 
+NEVER = 1e30  # above any calibrated loss
 TOLERANCE = 1e-4  # of scores and maps, relative where they exceed 1
 FORMATS = {"torch": "detector.pt2", "onnx": "detector.onnx"}
 
@@ -51,7 +52,7 @@ class Program(nn.Module):
     place_mean: Tensor
     place_spread: Tensor
     window: Tensor
-    placed: Tensor | None
+    places: Tensor
 
     def __init__(self, detector: Detector, size: tuple[int, int]) -> None:
         super().__init__()
@@ -65,14 +66,12 @@ class Program(nn.Module):
             "step_spread": found.step_spread,
             "place_mean": at_places(found.place_mean, self.gy, self.gx),
             "place_spread": at_places(found.place_spread, self.gy, self.gx),
+            "places": patch_places(
+                torch.tensor([[0.0, 0.0, *size]]), (self.gy, self.gx), config.patch_size, config.scoring_stride
+            ),
             "window": _window(config.patch_size, torch.device("cpu"))[None, None],
         }.items():
             self.register_buffer(name, value.detach().float().cpu().clone())
-        frames = torch.tensor([[0.0, 0.0, *size]])
-        with torch.no_grad():
-            placed = self.model.placed(frames, (self.gy, self.gx), config.scoring_stride)
-            placed = None if placed is None else F.linear(placed, self.model.predictor.weight[-1])
-        self.register_buffer("placed", placed)  # what belongs where, (1, gy, gx, d)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         config, model = self.config, self.model
@@ -85,39 +84,46 @@ class Program(nn.Module):
         else:
             centred = pixels - pixels.mean((1, 2, 3), keepdim=True)
             pixels = centred / centred.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1.0)
-        latents = model.latents(pixels, config.scoring_stride)  # (b, gy, gx, d)
-        grid = self._grid(latents, model.context(latents, config.finer))
-        grid = (grid - self.place_mean) / self.place_spread
+        latents = model.latents(pixels, config.scoring_stride)  # (b, gy, gx, members * d)
+        grid = (self._grid(latents) - self.place_mean) / self.place_spread
         maps = self._spread(grid[:, None]) / self._spread(torch.ones_like(grid[:1, None]))
         maps = maps[:, 0, : self.size[0], : self.size[1]]
         return maps.amax((1, 2)), maps
 
-    def _grid(self, latents: Tensor, contexts: Tensor) -> Tensor:
-        """Mean calibrated loss of the predictions about each patch, or from it where there are none: (b, gy, gx)."""
-        gy, gx, offsets = self.gy, self.gx, self.config.offsets
-        about, made = torch.zeros_like(latents[..., 0]), torch.zeros_like(latents[..., 0])
-        abouts, mades = torch.zeros(gy, gx), torch.zeros(gy, gx)
-        for i in range(self.config.directions * len(offsets)):
-            direction, step = divmod(i, len(offsets))
-            y, x = (offsets[step] * self.config.finer * towards for towards in DIRECTIONS[direction])
-            if abs(y) >= gy or abs(x) >= gx:
-                continue
-            top, left, bottom, right = max(0, -y), max(0, -x), gy - max(0, y), gx - max(0, x)
-            source = contexts[direction if len(contexts) > 1 else 0][:, top:bottom, left:right]
-            target = latents[:, top + y : bottom + y, left + x : right + x]
-            loss = self._loss(F.linear(source, self.model.predictor.weight[i]), target, i)  # (b, h', w')
-            here = (left, gx - right, top, gy - bottom)
-            there = (left + x, gx - right - x, top + y, gy - bottom - y)
-            about, abouts = about + F.pad(loss, there), abouts + F.pad(torch.ones(bottom - top, right - left), there)
-            made, mades = made + F.pad(loss, here), mades + F.pad(torch.ones(bottom - top, right - left), here)
-        grid = torch.where(abouts > 0, about / abouts.clamp_min(1), made / mades.clamp_min(1))
-        return grid if self.placed is None else (grid + self._loss(self.placed, latents, -1)) / 2
+    def _grid(self, latents: Tensor) -> Tensor:
+        """What the neighbours say of each patch, and its place where the model knows of places: (b, gy, gx)."""
+        gy, gx, config = self.gy, self.gx, self.config
+        abouts, mades, placed = [], [], []
+        for (member, part), bank, means, spreads in zip(
+            self.model.by_member(latents),
+            *(t.chunk(config.members, -1) for t in (self.bank, self.step_mean, self.step_spread)),
+            strict=True,
+        ):
 
-    def _loss(self, predicted: Tensor, target: Tensor, i: int) -> Tensor:
-        """The calibrated losses of step i, (..., d) -> (...)."""
-        others = torch.logsumexp(predicted @ self.bank.T, -1)
-        loss = F.softplus(others - (predicted * target).sum(-1))
-        return (loss - self.step_mean[i]) / self.step_spread[i]
+            def loss(predicted: Tensor, target: Tensor, i: int, bank=bank, means=means, spreads=spreads) -> Tensor:
+                """Calibrated, (..., d) -> (...)."""
+                others = torch.logsumexp(predicted @ bank.T, -1)
+                return (F.softplus(others - (predicted * target).sum(-1)) - means[i]) / spreads[i]
+
+            contexts, weight = member.context(part, config.finer), member.predictor.weight
+            for i in range(config.directions * config.steps):
+                direction, step = divmod(i, config.steps)
+                y, x = (config.offsets[step] * config.finer * towards for towards in DIRECTIONS[direction])
+                if abs(y) >= gy or abs(x) >= gx:
+                    continue
+                top, left, bottom, right = max(0, -y), max(0, -x), gy - max(0, y), gx - max(0, x)
+                source = contexts[direction if len(contexts) > 1 else 0][:, top:bottom, left:right]
+                target = part[:, top + y : bottom + y, left + x : right + x]
+                found = loss(F.linear(source, weight[i]), target, i)  # (b, h', w')
+                abouts.append((found, (left + x, gx - right - x, top + y, gy - bottom - y)))
+                mades.append((found, (left, gx - right, top, gy - bottom)))
+            if member.place is not None:
+                placed.append(loss(F.linear(member.place(self.places), weight[-1]), part, -1))
+        grid = torch.zeros_like(latents[..., 0])
+        if abouts:
+            about, made = _median(abouts), _median(mades)
+            grid = about.where(about < NEVER, made.where(made < NEVER, 0.0))
+        return (grid + sum(placed) / len(placed)) / 2 if placed else grid
 
     def _spread(self, grid: Tensor) -> Tensor:
         return F.conv_transpose2d(grid, self.window, stride=self.config.scoring_stride)
@@ -141,6 +147,19 @@ def size_for(detector: Detector, size: tuple[int, int] | None) -> tuple[int, int
             f"--size {works}x{works}."
         )
     return size
+
+
+def _median(parts: list[tuple[Tensor, tuple[int, int, int, int]]]) -> Tensor:
+    """At each place of the grid the median of the parts that are there, (b, gy, gx), NEVER where none is.
+
+    Args:
+        parts: values (b, h, w), and how far they are from the edges of the grid, as torch's pad counts.
+    """
+    rising = torch.stack([F.pad(values, edges, value=NEVER) for values, edges in parts]).sort(0).values
+    here = [F.pad(torch.ones_like(values[:1], dtype=torch.long), edges) for values, edges in parts]
+    count = torch.stack(here).sum(0)
+    middle = [((count - more).clamp_min(0) // 2)[None].expand(1, *rising.shape[1:]) for more in (1, 0)]
+    return (rising.gather(0, middle[0]) + rising.gather(0, middle[1]))[0] / 2
 
 
 def export(

@@ -1,4 +1,10 @@
-"""The whole CPC model: images in, losses out."""
+"""The whole CPC model: images in, losses out.
+
+images -> patches -> for each member: latents, contexts, predictions -> losses
+
+Members learn the same from the same batches and differ in the weights they began with. What one of them misses another
+may see, and their false alarms do not agree, so their losses are averaged in scoring.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +18,12 @@ from torch import Tensor, nn
 from .bank import Bank, bank_losses
 from .config import Config
 from .contexts import ContextNet, PlaceNet
+from .errors import UsageError
 from .latents import PatchEncoder, encode
 from .loss import accuracy, cpc_loss
 from .patches import extract_patches, patch_places
 from .predictions import Predictions, Predictor
-from .shapes import Frames, Images, Latents, Losses, Shifted
+from .shapes import Frames, Images, Latents, Losses, Places, Shifted
 
 # Mean and spread of each channel that pretrained backbones were trained with; grey takes the mean of the three.
 IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))}
@@ -30,27 +37,11 @@ class StepResult:
     accuracy: Tensor
 
 
-class CPC(nn.Module):
-    """Contrastive predictive coding on a grid of patches.
-
-    Args:
-        config: the choices of the run.
-        encoder: any module that maps patches (n, c, p, p) to vectors (n, d), in place of the built-in ResNet. With
-            nothing in it that requires a gradient it is frozen: always in eval mode, and in training run once for each
-            image.
-
-    >>> from cpc_fast.config import Config
-    >>> model = CPC(Config(width=8))
-    >>> model(torch.randn(2, 1, 128, 128)).loss.shape
-    torch.Size([])
-    """
-
-    pixel_mean: Tensor
-    pixel_spread: Tensor
+class Member(nn.Module):
+    """One network: a patch encoder, contexts, and the predictions made from them."""
 
     def __init__(self, config: Config, encoder: nn.Module | None = None) -> None:
         super().__init__()
-        self.config = config
         features = config.features
         if encoder is None:
             encoder = PatchEncoder(config.channels, config.width, config.stem, config.norm)
@@ -65,6 +56,39 @@ class CPC(nn.Module):
         self.predictor = Predictor(features, config.offsets, config.directions, config.place)
         self.place = PlaceNet(features) if config.place else None
 
+    def predictions(self, latents: Latents, places: Places, apart: int = 1) -> Predictions:
+        """apart: how many rows or columns lie between neighbours, for a grid that is finer than that of training."""
+        placed = None if self.place is None else self.place(places)
+        return self.predictor(self.context(latents, apart), apart, placed)
+
+
+class CPC(nn.Module):
+    """Contrastive predictive coding on a grid of patches.
+
+    Args:
+        config: the choices of the run.
+        encoder: any module that maps patches (n, c, p, p) to vectors (n, d), in place of the built-in ResNet; for one
+            member only. With nothing in it that requires a gradient it is frozen: always in eval mode, and in training
+            run once for each image.
+
+    The latents of all members stand side by side in the last dimension: d is their sum.
+
+    >>> from cpc_fast.config import Config
+    >>> model = CPC(Config(width=8))
+    >>> model(torch.randn(2, 1, 128, 128)).loss.shape
+    torch.Size([])
+    """
+
+    members: Sequence[Member]
+    pixel_mean: Tensor
+    pixel_spread: Tensor
+
+    def __init__(self, config: Config, encoder: nn.Module | None = None) -> None:
+        super().__init__()
+        if encoder is not None and config.members > 1:
+            raise UsageError(f"config: members is {config.members}; with an encoder of your own it must be 1.")
+        self.config = config
+        self.members = nn.ModuleList(Member(config, encoder) for _ in range(config.members))  # pyright: ignore[reportAttributeAccessIssue]
         self.register_buffer("pixel_mean", torch.tensor(127.5))
         self.register_buffer("pixel_spread", torch.tensor(64.0))
 
@@ -90,19 +114,25 @@ class CPC(nn.Module):
 
     @property
     def frozen(self) -> bool:
-        """Whether nothing in the encoder learns."""
-        return not any(weight.requires_grad for weight in self.encoder.parameters())
+        """Whether nothing in the encoders learns."""
+        return not any(weight.requires_grad for member in self.members for weight in member.encoder.parameters())
 
     def train(self, mode: bool = True) -> CPC:
         """As of any module; a frozen encoder stays in eval mode, or its batch norms would go on counting."""
         super().train(mode)
         if self.frozen:
-            self.encoder.eval()
+            for member in self.members:
+                member.encoder.eval()
         return self
 
     def latents(self, images: Images, stride: int | None = None) -> Latents:
         """(b, c, h, w) -> (b, gy, gx, d), on the grid of training unless another stride is given."""
-        return encode(self.encoder, extract_patches(images, self.config.patch_size, stride or self.config.patch_stride))
+        patches = extract_patches(images, self.config.patch_size, stride or self.config.patch_stride)
+        return torch.cat([encode(member.encoder, patches) for member in self.members], -1)
+
+    def by_member(self, latents: Tensor) -> list[tuple[Member, Tensor]]:
+        """Each member with its part of latents, (..., d)."""
+        return list(zip(self.members, latents.chunk(len(self.members), -1), strict=True))
 
     def forward(
         self, images: Images, shifted: Shifted | None = None, seed: int = 0, frames: Frames | None = None
@@ -115,40 +145,41 @@ class CPC(nn.Module):
         return self.compare(self.latents(everything), frames, seed)
 
     def compare(self, latents: Latents, frames: Frames, seed: int = 0) -> StepResult:
-        """The loss of a batch from its latents; those without a frame, the last, are of shifted images."""
-        images, config = len(frames), self.config
-        own = latents[:images]
-        placed = self.placed(frames, own.shape[1:3], config.patch_stride)
-        predictions = self.predictor(self.context(own), placed=placed)
-        loss = cpc_loss(
-            predictions, latents, negatives=config.negatives, count=config.negatives_count, seed=seed,
-            shifted=len(latents) - images, across_ranks=config.across_ranks,
-        )  # fmt: skip
-        return StepResult(loss, accuracy(predictions, own))
+        """The loss of a batch from its latents, the mean over the members; those without a frame, the last, are of
+        shifted images."""
+        config, images, losses, accuracies = self.config, len(frames), [], []
+        places = patch_places(frames, latents.shape[1:3], config.patch_size, config.patch_stride)
+        for member, part in self.by_member(latents):
+            predictions = member.predictions(part[:images], places)
+            losses.append(
+                cpc_loss(
+                    predictions, part, negatives=config.negatives, count=config.negatives_count, seed=seed,
+                    shifted=len(latents) - images, across_ranks=config.across_ranks,
+                )
+            )  # fmt: skip
+            accuracies.append(accuracy(predictions, part[:images]))
+        return StepResult(torch.stack(losses).mean(), torch.stack(accuracies).mean())
 
-    def placed(self, frames: Frames, grid: Sequence[int], stride: int) -> Latents | None:
-        """The contexts from places, (b, gy, gx, d), of patches on a grid (gy, gx); None for a model without."""
-        return None if self.place is None else self.place(patch_places(frames, grid, self.config.patch_size, stride))
-
-    def examine(self, image: Tensor) -> tuple[Latents, Predictions]:
-        """Latents of one image (c, h, w) on the grid of scoring, and the predictions about them: those of each of the
-        training's grids that it holds, shifted against each other."""
-        finer = self.config.finer
-        latents = self.latents(image[None], self.config.scoring_stride)
-        placed = self.placed(whole_frames(image[None]), latents.shape[1:3], self.config.scoring_stride)
-        return latents, self.predictor(self.context(latents, finer), finer, placed)
+    def examine(self, image: Tensor) -> list[tuple[Latents, Predictions]]:
+        """For each member the latents of one image (c, h, w) on the grid of scoring, and the predictions about them:
+        those of each of the training's grids that it holds, shifted against each other."""
+        config = self.config
+        latents = self.latents(image[None], config.scoring_stride)
+        places = patch_places(whole_frames(image[None]), latents.shape[1:3], config.patch_size, config.scoring_stride)
+        return [(part, member.predictions(part, places, config.finer)) for member, part in self.by_member(latents)]
 
     @torch.no_grad()
     def surprise(self, image: Tensor, bank: Bank) -> tuple[Losses, Tensor, Tensor, list[int]]:
         """The losses of one image (c, h, w) against a bank (m, d) of normal latents.
 
         Returns losses (n,), sources (n,) and targets (n,) as flat grid indices, and the number of predictions of each
-        (direction, step).
+        (member, direction, step).
         """
-        latents, predictions = self.examine(image)
-        patches = latents.shape[1] * latents.shape[2]
-        losses = bank_losses(predictions, latents, bank)
-        return losses, predictions.sources % patches, predictions.targets, predictions.counts
+        examined = self.examine(image)
+        latents, predictions = examined[0]
+        members, patches = len(examined), latents.shape[1] * latents.shape[2]
+        sources, targets = (index.repeat(members) for index in (predictions.sources % patches, predictions.targets))
+        return bank_losses(examined, bank), sources, targets, predictions.counts * members
 
 
 def whole_frames(images: Images) -> Frames:

@@ -30,7 +30,7 @@ from .model import CPC
 from .runs import BEST, CHECKPOINT, DETECTOR, need_file, need_run
 from .version import __version__
 
-FORMAT = 1  # of the run folder; raised when an older reader would misread it
+FORMAT = 2  # of the run folder; raised when an older reader would misread it
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 
@@ -186,7 +186,8 @@ def load_run(
     def expect(about: dict[str, Any]) -> dict[str, Spec]:
         config = read_config(run, about)
         specs = model_specs(config, encoder)
-        features, steps = specs["model.predictor.weight"][1][-1], len(config.predicts)
+        features = specs["model.members.0.predictor.weight"][1][-1] * config.members
+        steps = len(config.predicts) * config.members
         specs["bank"] = (torch.float32, (-1, features))
         for name in ("mean", "spread"):
             specs[f"calibration.step_{name}"] = (torch.float32, (steps,))

@@ -1,7 +1,7 @@
 """One image against a bank of normal latents: calibrated losses and the anomaly map.
 
-loss of each prediction -> minus its normal mean, over its normal spread     (for each direction and step)
--> mean over the predictions about a patch -> the same again                 (for each place of the grid)
+loss of each prediction -> minus its normal mean, over its normal spread     (for each member, direction and step)
+-> median over the predictions about a patch -> the same again               (for each place of the grid)
    (what neighbours say and what the place says count alike, where the model knows of places)
 -> anomaly map
 """
@@ -35,7 +35,7 @@ Found = tuple[Tensor, Tensor, Tensor, list[int], tuple[int, int]]  # losses, sou
 class Calibration:
     """What is normal: means and spreads of the losses of held-out normal images."""
 
-    step_mean: Tensor  # (directions * K,), one more with places
+    step_mean: Tensor  # (members * (directions * K + place),)
     step_spread: Tensor  # the same
     place_mean: Tensor  # (gy, gx), or odd (n, n) of places by their distance from the edges, where grids differ
     place_spread: Tensor
@@ -47,8 +47,8 @@ class Surprise:
 
     values: Tensor  # (n,) calibrated loss of each prediction
     targets: Tensor  # (n,) flat grid index
-    counts: list[int]  # predictions of each (direction, step)
-    grid: Tensor  # (gy, gx) mean over the predictions about a patch
+    counts: list[int]  # predictions of each (member, direction, step)
+    grid: Tensor  # (gy, gx) median over the predictions about a patch
 
 
 class Scorer(nn.Module):
@@ -86,22 +86,31 @@ class Scorer(nn.Module):
         """The losses of an image, calibrated."""
         losses, sources, targets, counts, (gy, gx) = found
         if self.calibration is not None:
-            step = torch.repeat_interleave(
-                torch.arange(len(counts), device=losses.device), torch.tensor(counts, device=losses.device)
-            )
-            losses = (losses - self.calibration.step_mean[step]) / self.calibration.step_spread[step]
-        ahead = len(losses) - gy * gx * self.config.place  # the predictions from places are the last
-        grid = self.about_patches(losses[:ahead], sources[:ahead], targets[:ahead], (gy, gx))
-        if self.config.place:
-            grid = (grid + losses[ahead:].view(gy, gx)) / 2
+            steps = steps_of(counts, losses.device)
+            losses = (losses - self.calibration.step_mean[steps]) / self.calibration.step_spread[steps]
+        grid = self._about_patches(losses, sources, targets, counts, (gy, gx))
         if self.calibration is not None:
             mean, spread = (at_places(t, gy, gx) for t in (self.calibration.place_mean, self.calibration.place_spread))
             grid = (grid - mean) / spread
         return Surprise(losses, targets, counts, grid)
 
-    def about_patches(self, losses: Tensor, sources: Tensor, targets: Tensor, shape: tuple[int, int]) -> Tensor:
+    def _about_patches(
+        self, losses: Tensor, sources: Tensor, targets: Tensor, counts: list[int], shape: tuple[int, int]
+    ) -> Tensor:
+        """One number for each patch, (gy, gx): what its neighbours say of it, and its place, which counts as much."""
+        if not self.config.place:
+            return self.about_patches(losses, sources, targets, counts, shape)
+        members, kinds = self.config.members, len(self.config.predicts)
+        cut = sum(counts[: kinds - 1])  # a member's predictions from places are its last
+        ahead = [column.view(members, -1)[:, :cut].flatten() for column in (losses, sources, targets)]
+        grid = self.about_patches(ahead[0], ahead[1], ahead[2], counts[: kinds - 1] * members, shape)
+        return (grid + losses.view(members, -1)[:, cut:].mean(0).view(shape)) / 2
+
+    def about_patches(
+        self, losses: Tensor, sources: Tensor, targets: Tensor, counts: list[int], shape: tuple[int, int]
+    ) -> Tensor:
         """One number for each patch, (gy, gx), from the calibrated losses of what its neighbours predict."""
-        return patch_means(losses, sources, targets, shape)
+        return patch_medians(losses, sources, targets, counts, shape)
 
     def look(self, image: np.ndarray, original: tuple[int, int]) -> tuple[Surprise, AnomalyMap]:
         """Surprise and anomaly map of a resized image, the map at the original (h, w)."""
@@ -116,19 +125,33 @@ class Scorer(nn.Module):
         return self.look(image, original)[1]
 
 
-def patch_means(losses: Tensor, sources: Tensor, targets: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Mean loss of the predictions about each patch, (gy, gx).
+def steps_of(counts: list[int], device: torch.device) -> Tensor:
+    """Which step each prediction belongs to.
 
-    A patch that is never predicted (with one direction, the first rows) takes the mean of the predictions made from
+    >>> steps_of([2, 0, 3], torch.device("cpu"))
+    tensor([0, 0, 2, 2, 2])
+    """
+    return torch.cat([torch.full((count,), i, device=device) for i, count in enumerate(counts)])
+
+
+def patch_medians(
+    losses: Tensor, sources: Tensor, targets: Tensor, counts: list[int], shape: tuple[int, int]
+) -> Tensor:
+    """Median loss of the predictions about each patch, (gy, gx): a few that are made from within a defect cannot make
+    a normal patch strange.
+
+    A patch that is never predicted (with one direction, the first rows) takes the median of the predictions made from
     it; one that does neither is neutral, 0.
     """
-    cells = shape[0] * shape[1]
-    totals = losses.new_zeros(2, 2, cells)
-    for i, index in enumerate((targets, sources)):
-        totals[i, 0].index_add_(0, index, losses)
-        totals[i, 1].index_add_(0, index, torch.ones_like(losses))
-    means = totals[:, 0] / totals[:, 1].clamp_min(1)
-    return torch.where(totals[0, 1] > 0, means[0], means[1]).view(shape)
+    found, steps = [], steps_of(counts, losses.device)
+    for index in (targets, sources):
+        table = losses.new_full((len(counts), shape[0] * shape[1]), torch.inf)
+        table[steps, index] = losses  # a step says one thing about a patch
+        rising = table.sort(0).values
+        count = (rising < torch.inf).sum(0)
+        middle = [rising.gather(0, ((count - more).clamp_min(0) // 2)[None])[0] for more in (1, 0)]
+        found.append((count > 0, sum(middle) / 2))
+    return torch.where(found[0][0], found[0][1], torch.where(found[1][0], found[1][1], 0.0)).view(shape)
 
 
 def places(length: int, size: int) -> list[int]:

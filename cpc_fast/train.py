@@ -222,9 +222,11 @@ def train(
                 with autocast(device, config.precision):
                     result = forward(batch, shifted, seed=step, frames=frames)
             optimizer.zero_grad(set_to_none=True)
-            stage("backward")(result.loss.backward)()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            loss, slope = torch.stack([result.loss.detach().float(), norm.float()]).tolist()  # one wait for the device
+            total_loss = result.loss * len(model.members)  # each member learns as if alone
+            stage("backward")(total_loss.backward)()
+            norms = [torch.nn.utils.clip_grad_norm_(member.parameters(), 1.0) for member in model.members]
+            norm = torch.stack(norms).sum().float()
+            loss, slope = torch.stack([result.loss.detach().float(), norm]).tolist()  # one wait for the device
             at = replace(at, epoch=epoch, step=i + 1, sampler=generator.get_state())
             if math.isfinite(loss) and math.isfinite(slope):
                 bad = 0

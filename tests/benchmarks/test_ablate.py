@@ -173,15 +173,6 @@ def test_margin_and_rank_are_what_they_say(detector, data):
     assert torch.allclose(found["loss"], torch.nn.functional.softplus(found["lse"] + found["positive"]), atol=1e-4)
 
 
-def test_a_median_is_one():
-    from benchmarks.readings import MedianScorer
-
-    losses, targets = torch.randn(60), torch.arange(60) % 7
-    found = MedianScorer.about_patches(None, losses, targets, targets, (2, 4))  # the last patch has no predictions
-    expected = [torch.quantile(losses[targets == i], 0.5) for i in range(7)]
-    torch.testing.assert_close(found.flatten(), torch.stack([*expected, torch.tensor(0.0)]))
-
-
 def test_a_merge_is_the_mean(detector, data):
     image = read_image(find_train(data)[0])
     merged = Merge(("a", "b")).make(SMALL, [detector, detector]).fit([image]).inspect(image)

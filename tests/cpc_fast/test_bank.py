@@ -19,27 +19,32 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(module, "BLOCK_ROWS", 64)
 
 
-def problem(rows):
+def problem(rows, members=2):
     torch.manual_seed(0)
-    latents = torch.randn(1, 5, 6, 24)
-    return Predictor(24, (1, 2), directions=4)(latents[None]), latents, torch.randn(rows, 24)
+    examined = []
+    for _ in range(members):
+        latents = torch.randn(1, 5, 6, 24)
+        examined.append((latents, Predictor(24, (1, 2), directions=4)(latents[None])))
+    return examined, torch.randn(rows, members * 24)
 
 
 @pytest.mark.parametrize("rows", [1, 64, 130, 500])
 def test_wherever_the_bank_is(rows, tmp_path, small_blocks):
-    predictions, latents, bank = problem(rows)
+    examined, bank = problem(rows)
     with torch.no_grad():
-        in_memory = bank_losses(predictions, latents, bank)
+        in_memory = bank_losses(examined, bank)
         save_file({"odd": torch.zeros(3, dtype=torch.uint8), "bank": bank}, tmp_path / "bank.safetensors")
         streamed = StreamedBank.open(tmp_path / "bank.safetensors")
         assert (len(streamed), len(streamed.blocks)) == (rows, -(-rows // 64))
-        assert torch.equal(bank_losses(predictions, latents, streamed), in_memory)
-        assert torch.equal(bank_losses(predictions, latents, StreamedBank(bank)), in_memory)
-        own = latents.flatten(0, 2)[predictions.targets]
-        rows_of = torch.arange(len(predictions.counts)).repeat_interleave(torch.tensor(predictions.counts))
-        made = torch.einsum("ndc,nc->nd", predictions.weight[rows_of], predictions.contexts[predictions.sources])
-        plain = torch.nn.functional.softplus((made @ bank.T).logsumexp(1) - (made * own).sum(1))
-    torch.testing.assert_close(in_memory, plain, rtol=1e-4, atol=1e-5)
+        assert torch.equal(bank_losses(examined, streamed), in_memory)
+        assert torch.equal(bank_losses(examined, StreamedBank(bank)), in_memory)
+        plain = []
+        for (latents, predictions), normal in zip(examined, bank.split(24, 1), strict=True):
+            own = latents.flatten(0, 2)[predictions.targets]
+            rows_of = torch.arange(len(predictions.counts)).repeat_interleave(torch.tensor(predictions.counts))
+            made = torch.einsum("ndc,nc->nd", predictions.weight[rows_of], predictions.contexts[predictions.sources])
+            plain.append(torch.nn.functional.softplus((made @ normal.T).logsumexp(1) - (made * own).sum(1)))
+    torch.testing.assert_close(in_memory, torch.cat(plain), rtol=1e-4, atol=1e-5)
 
 
 def test_a_bank_has_rows():
@@ -52,8 +57,8 @@ def shared(rank, world):
     found = []
     with torch.inference_mode():
         for rows in (130, 500, 20):  # some ranks have no block
-            predictions, latents, bank = problem(rows)
-            found.append(bank_losses(predictions, latents, StreamedBank(bank, across_ranks=True)))
+            examined, bank = problem(rows)
+            found.append(bank_losses(examined, StreamedBank(bank, across_ranks=True)))
     return [each.clone() for each in found]
 
 
@@ -82,7 +87,7 @@ def test_all_rows_whoever_scores_them(tmp_path, small_blocks, monkeypatch):
 
 def test_a_detector_that_leaves_its_bank_in_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_ROWS", 24)
-    detector = Detector.fit([texture(i) for i in range(6)], TINY_CONFIG, out=tmp_path / "run", epochs=1)
+    detector = Detector.fit([texture(i) for i in range(6)], TINY_CONFIG, out=tmp_path / "run", epochs=1, members=2)
     loaded, streamed = Detector.load(tmp_path / "run"), Detector.load(tmp_path / "run", stream_bank=True)
     assert isinstance(streamed.bank, StreamedBank)
     assert len(streamed.bank) == TINY_CONFIG.bank_size

@@ -142,9 +142,11 @@ def test_weights_that_are_not_finite_replace_nothing(tmp_path):
     detector = Detector.fit(IMAGES, CONFIG, epochs=1, out=tmp_path)
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
     optimizer = train.make_optimizer(detector.model, CONFIG)
-    detector.model.predictor.weight.data[0, 0, 0] = float("inf")
+    detector.model.members[0].predictor.weight.data[0, 0, 0] = float("inf")
     kept = checkpoint.Checkpoint(tmp_path, detector.model, optimizer, detector.config)
-    with pytest.raises(CpcFastError, match=r"no longer finite \(model\.predictor\.weight\), so they were not saved"):
+    with pytest.raises(
+        CpcFastError, match=r"no longer finite \(model\.members\.0\.predictor\.weight\), so they were not saved"
+    ):
         kept.save(train.Position(1))
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
 
@@ -160,7 +162,10 @@ def rewrite(path: Path, change) -> None:
 
 CHANGES = {
     "shape": (lambda t, a: t.update({"random.cpu": t["random.cpu"][None]}), "not uint8"),
-    "dtype": (lambda t, a: t.update({"model.predictor.weight": t["model.predictor.weight"].double()}), "is float64"),
+    "dtype": (
+        lambda t, a: t.update({"model.members.0.predictor.weight": t["model.members.0.predictor.weight"].double()}),
+        "is float64",
+    ),
     "missing": (lambda t, a: t.pop("model.pixel_mean"), "'model.pixel_mean' is missing"),
     "more": (lambda t, a: t.update(other=torch.zeros(1)), "'other' is not expected"),
     "slots": (lambda t, a: a.update(slots=["optimizer.99.step"]), "its slots"),

@@ -1,5 +1,6 @@
 """The detector: the same score in any company, the same after a save, the same after an interruption."""
 
+import copy
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from samples import TINY_CONFIG, holed, make_set, texture
 from torch import nn
 
 from cpc_fast.config import Config
-from cpc_fast.detector import Detector, Threshold
+from cpc_fast.detector import Detector, Threshold, prepare
 from cpc_fast.errors import CpcFastError, UsageError
+from cpc_fast.model import CPC
 from cpc_fast.patches import extract_patches
 from cpc_fast.scoring import Scorer, calibrate, held_out_scores
 from cpc_fast.train import Progress
@@ -96,9 +98,9 @@ def test_what_is_no_list_and_no_image_is_told_how_to_become_one(detector):
     assert len(detector.predict(np.stack([texture(1), texture(2)])).scores) == 2
 
 
-@pytest.mark.parametrize("image_size", [None, 32])
-def test_saved_and_loaded_it_says_the_same(tmp_path, image_size):
-    detector = Detector.fit(IMAGES, TINY_CONFIG.replace(image_size=image_size, epochs=1))
+@pytest.mark.parametrize("changes", [{}, {"image_size": 32}, {"members": 2}], ids=str)
+def test_saved_and_loaded_it_says_the_same(tmp_path, changes):
+    detector = Detector.fit(IMAGES, TINY_CONFIG, epochs=1, **changes)
     detector.save(tmp_path / "run")
     loaded = Detector.load(tmp_path / "run")
     assert loaded.config == detector.config
@@ -143,7 +145,7 @@ class Interruption(Exception):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"negatives": "sampled"}, {"shifts": ("noise",), "flips": True, "place": True}]
+    "changes", [{}, {"negatives": "sampled"}, {"shifts": ("noise",), "flips": True, "place": True, "members": 2}]
 )
 def test_resumed_it_ends_where_it_would_have_ended(tmp_path, changes):
     config = TINY_CONFIG.replace(epochs=4, **changes)
@@ -205,6 +207,39 @@ def test_what_lies_in_another_place_is_strange():
     assert there[4, 5] > there.median() + 3
     assert there[2, 2] > there.median() + 3
     assert detector.inspect(image).score > max(detector.inspect(parts(i)).score for i in range(101, 106))
+
+
+def test_members_learn_as_each_would_alone_and_are_averaged():
+    config = TINY_CONFIG.replace(epochs=1, members=2, precision="float32")
+    detector = Detector.fit(IMAGES, config)
+    first, second = detector.model.members
+    assert not torch.equal(first.predictor.weight, second.predictor.weight)
+    alone = Detector.fit(IMAGES, config, members=1).model.members[0]  # begins with the weights of the first
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(first.state_dict()[name], value, rtol=0, atol=2e-5)
+    image, config = texture(81), detector.config
+    losses, _, _, counts, _ = detector.scorer.losses(prepare(image, config))
+    assert len(counts) == 2 * config.directions * config.steps
+    for i, part in enumerate(losses.chunk(2)):
+        other = copy.deepcopy(detector)
+        other.model.members, other.model.config = detector.model.members[i : i + 1], config.replace(members=1)
+        other.scorer.bank = detector.bank.chunk(2, 1)[i]
+        torch.testing.assert_close(other.scorer.losses(prepare(image, config))[0], part)
+    found = detector.explain(image)
+    usual = detector.calibration
+    values = [
+        (part - mean) / spread
+        for part, mean, spread in zip(losses.split(counts), usual.step_mean, usual.step_spread, strict=True)
+    ]
+    told = torch.cat(values).unflatten(0, (2, -1)).mean(0).split(counts[: len(counts) // 2])
+    assert list(found.losses.values()) == pytest.approx([float(one.mean()) for one in told], rel=1e-5)
+
+
+def test_an_encoder_of_ones_own_is_one_member():
+    detector = Detector.fit(IMAGES, TINY_CONFIG, epochs=1, members=3, encoder=Flat())
+    assert detector.config.members == 1
+    with pytest.raises(UsageError, match="members is 2; with an encoder of your own it must be 1"):
+        CPC(TINY_CONFIG.replace(members=2), Flat())
 
 
 def test_a_threshold_is_the_conformal_quantile():
@@ -279,6 +314,7 @@ def test_a_frozen_encoder_stays_as_it_is():
         {"skip": 0, "steps": 1},
         {"stem": 1},
         {"finer": 2},
+        {"members": 3},
     ],
     ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()),
 )  # fmt: skip

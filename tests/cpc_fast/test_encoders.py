@@ -47,8 +47,8 @@ def test_it_stays_as_it_is_and_runs_once(config):
     detector = Detector.fit(IMAGES, config, encoder=encoder)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert not encoder.training
-    moved = detector.model.predictor.weight
-    assert not torch.equal(moved, CPC(config, frozen()).predictor.weight)
+    moved = detector.model.members[0].predictor.weight
+    assert not torch.equal(moved, CPC(config, frozen()).members[0].predictor.weight)
     patches, copies = 25, config.shift_copies if config.shifts else 0
     learnt, held_out = 8, 2
     # one zero patch for its length; to learn from; for the bank; for calibration and the threshold

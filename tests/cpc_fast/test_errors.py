@@ -203,8 +203,8 @@ def copy_of(fitted: Path, tmp_path: Path) -> Path:
 
 def test_weights_that_are_not_finite(fitted, tmp_path, capsys):
     run = copy_of(fitted, tmp_path)
-    rewrite(run, lambda tensors, about: tensors["model.predictor.weight"].view(-1)[7].fill_(float("nan")))
-    words = ("model.safetensors", "not finite", "model.predictor.weight", "fit again")
+    rewrite(run, lambda tensors, about: tensors["model.members.0.predictor.weight"].view(-1)[7].fill_(float("nan")))
+    words = ("model.safetensors", "not finite", "model.members.0.predictor.weight", "fit again")
     fails(capsys, ["evaluate", run, fitted / "data"], 1, *words)
     fails(capsys, ["predict", run, fitted / "data", "--out", tmp_path], 1, *words)
 
@@ -213,7 +213,7 @@ def test_a_checkpoint_that_is_not_finite(fitted, tmp_path, capsys):
     run = copy_of(fitted, tmp_path)
     path = run / "checkpoint.safetensors"
     tensors, about = saving.read_tensors(path, "checkpoint")
-    tensors["model.predictor.weight"][:] = float("inf")
+    tensors["model.members.0.predictor.weight"][:] = float("inf")
     save_file(tensors, path, {"about": json.dumps(about)})
     fails(capsys, ["fit", fitted / "data", "--out", run, "--resume"], 1, "checkpoint.safetensors", "not finite")
 

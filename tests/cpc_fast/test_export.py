@@ -18,7 +18,7 @@ from cpc_kernels.capabilities import Capability
 IMAGES = [texture(i) for i in range(8)]
 CHOICES = [
     {},
-    {"context": "masked-conv", "directions": 1, "standardise": "image", "finer": 2, "place": True},
+    {"context": "masked-conv", "directions": 1, "standardise": "image", "finer": 2, "place": True, "members": 2},
     {
         "channels": 3,
         "standardise": "imagenet",

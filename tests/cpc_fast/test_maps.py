@@ -8,7 +8,7 @@ from cpc_fast.anomaly_map import anomaly_map
 from cpc_fast.bank import reservoir
 from cpc_fast.config import SHIFTS
 from cpc_fast.patches import window_start
-from cpc_fast.scoring import at_places, patch_means
+from cpc_fast.scoring import at_places, patch_medians
 from cpc_fast.segments import find_segments
 from cpc_fast.shifts import FAMILIES, WHOLE, shift
 
@@ -30,11 +30,21 @@ def test_a_reservoir_is_uniform():
     assert (counts - 125).abs().max() < 45  # 4.6 standard deviations
 
 
-def test_patch_means_fall_back_on_the_predicting_patch():
-    losses = torch.tensor([1.0, 3.0, 5.0])
-    sources, targets = torch.tensor([0, 1, 0]), torch.tensor([2, 2, 3])
-    means = patch_means(losses, sources, targets, (1, 5))
-    assert means.tolist() == [[3.0, 3.0, 2.0, 5.0, 0.0]]
+def test_patch_medians_fall_back_on_the_predicting_patch():
+    losses = torch.tensor([1.0, 3.0, 9.0, 5.0, 8.0, 8.0])
+    sources, targets = torch.tensor([0, 1, 0, 1, 4, 4]), torch.tensor([2, 3, 2, 4, 2, 3])
+    medians = patch_medians(losses, sources, targets, [2, 2, 2], (1, 6))
+    assert medians.tolist() == [[5.0, 4.0, 8.0, 5.5, 5.0, 0.0]]
+    assert patch_medians(losses[:0], sources[:0], targets[:0], [0, 0], (1, 2)).tolist() == [[0.0, 0.0]]
+
+
+def test_patch_medians_are_medians():
+    counts = [4, 3, 4, 4, 2]
+    targets = torch.cat([torch.randperm(7)[:count] for count in counts])
+    losses = torch.randn(len(targets))
+    found = patch_medians(losses, targets, targets, counts, (1, 7))
+    expected = [losses[targets == i].quantile(0.5) if (targets == i).any() else torch.tensor(0.0) for i in range(7)]
+    torch.testing.assert_close(found[0], torch.stack(expected))
 
 
 def test_a_map_peaks_where_the_patch_is_and_keeps_constants():

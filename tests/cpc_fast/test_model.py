@@ -13,7 +13,7 @@ from cpc_fast.loss import accuracy, cpc_loss
 from cpc_fast.model import CPC
 from cpc_fast.patches import extract_patches, grid_shape, patch_places
 from cpc_fast.predictions import Predictions, Predictor, geometry
-from cpc_fast.scoring import patch_means
+from cpc_fast.scoring import patch_medians
 from cpc_fast.train import guessing, make_batch
 from cpc_kernels import Negatives, draw_negatives, reference
 
@@ -132,7 +132,7 @@ def test_a_bank_takes_the_place_of_the_batch(kind, place):
     predictions = Predictor(8, (1, 2), 4, place)(ContextNet(kind, 8, 4)(latents), placed=placed)
     own = (made(predictions) * latents.flatten(0, 2)[predictions.targets]).sum(1)
     expected = torch.nn.functional.softplus((made(predictions) @ bank.T).logsumexp(1) - own)
-    torch.testing.assert_close(bank_losses(predictions, latents, bank), expected)
+    torch.testing.assert_close(bank_losses([(latents, predictions)], bank), expected)
 
 
 def test_accuracy_counts_right_answers():
@@ -227,7 +227,7 @@ def test_a_model_that_knows_nothing_has_the_loss_of_guessing(negatives, shifts):
     config = Config(width=4, negatives=negatives, negatives_count=5, shifts=shifts, shift_copies=2)
     model = CPC(config)
     with torch.no_grad():
-        model.predictor.weight.zero_()  # all scores are equal
+        model.members[0].predictor.weight.zero_()  # all scores are equal
     images = torch.randn(3, 1, 96, 96)
     loss = model(images, torch.randn(6, 1, 96, 96) if shifts else None).loss
     assert loss.item() == pytest.approx(guessing(config, images=3, side=96), rel=1e-5)
@@ -239,15 +239,16 @@ def test_a_finer_grid_holds_those_of_training_side_by_side(context):
     model = CPC(config).eval()
     bank, image = torch.randn(20, 16), torch.randn(1, 32 + 16 * 8, 32 + 16 * 7)
     gy, gx = 17, 15
-    losses, sources, targets, _ = model.surprise(image, bank)
-    fine = patch_means(losses, sources, targets, (gy, gx))
+    losses, sources, targets, counts = model.surprise(image, bank)
+    fine = patch_medians(losses, sources, targets, counts, (gy, gx))
     model.config = config.replace(finer=1)
     for y in (0, 1):
         for x in (0, 1):
             rows, columns = len(range(y, gy, 2)), len(range(x, gx, 2))
             part = image[:, 8 * y : 8 * y + 16 * rows + 16, 8 * x : 8 * x + 16 * columns + 16]
-            losses, sources, targets, _ = model.surprise(part, bank)
-            torch.testing.assert_close(fine[y::2, x::2], patch_means(losses, sources, targets, (rows, columns)))
+            losses, sources, targets, counts = model.surprise(part, bank)
+            coarse = patch_medians(losses, sources, targets, counts, (rows, columns))
+            torch.testing.assert_close(fine[y::2, x::2], coarse)
 
 
 @pytest.mark.parametrize("kind", ["none", "masked-conv"])
