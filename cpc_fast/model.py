@@ -2,8 +2,8 @@
 
 images -> patches -> for each member: latents, contexts, predictions -> losses
 
-Members learn the same from the same batches and differ in the weights they began with. What one of them misses another
-may see, and their false alarms do not agree, so their losses are averaged in scoring.
+Members learn the same, from other weights at the start and other batches. What one of them misses another may see, and
+their false alarms do not agree, so their losses are averaged in scoring.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .latents import PatchEncoder, encode
 from .loss import accuracy, cpc_loss
 from .patches import extract_patches, patch_places
 from .predictions import Predictions, Predictor
-from .shapes import Frames, Images, Latents, Losses, Places, Shifted
+from .shapes import Frames, Images, Latents, Losses, Shifted
 
 # Mean and spread of each channel that pretrained backbones were trained with; grey takes the mean of the three.
 IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))}
@@ -42,7 +42,7 @@ class Member(nn.Module):
 
     def __init__(self, config: Config, encoder: nn.Module | None = None) -> None:
         super().__init__()
-        features = config.features
+        self.config, features = config, config.features
         if encoder is None:
             encoder = PatchEncoder(config.channels, config.width, config.stem, config.norm)
         else:
@@ -56,10 +56,29 @@ class Member(nn.Module):
         self.predictor = Predictor(features, config.offsets, config.directions, config.place)
         self.place = PlaceNet(features) if config.place else None
 
-    def predictions(self, latents: Latents, places: Places, apart: int = 1) -> Predictions:
-        """apart: how many rows or columns lie between neighbours, for a grid that is finer than that of training."""
-        placed = None if self.place is None else self.place(places)
+    def latents(self, images: Images, stride: int | None = None) -> Latents:
+        """(b, c, h, w) -> (b, gy, gx, d), on the grid of training unless another stride is given."""
+        return encode(self.encoder, extract_patches(images, self.config.patch_size, stride or self.config.patch_stride))
+
+    def predictions(self, latents: Latents, frames: Frames, stride: int | None = None) -> Predictions:
+        """From the latents of a grid. One that is finer than that of training holds several such, shifted against each
+        other, and the predictions are those of each."""
+        stride, placed = stride or self.config.patch_stride, None
+        apart = self.config.patch_stride // stride
+        if self.place is not None:
+            placed = self.place(patch_places(frames, latents.shape[1:3], self.config.patch_size, stride))
         return self.predictor(self.context(latents, apart), apart, placed)
+
+    def compare(self, latents: Latents, frames: Frames, seed: int = 0) -> StepResult:
+        """The loss of a batch from its latents; those without a frame, the last, are of shifted images."""
+        config, images = self.config, len(frames)
+        own = latents[:images]
+        predictions = self.predictions(own, frames)
+        loss = cpc_loss(
+            predictions, latents, negatives=config.negatives, count=config.negatives_count, seed=seed,
+            shifted=len(latents) - images, across_ranks=config.across_ranks,
+        )  # fmt: skip
+        return StepResult(loss, accuracy(predictions, own))
 
 
 class CPC(nn.Module):
@@ -127,8 +146,7 @@ class CPC(nn.Module):
 
     def latents(self, images: Images, stride: int | None = None) -> Latents:
         """(b, c, h, w) -> (b, gy, gx, d), on the grid of training unless another stride is given."""
-        patches = extract_patches(images, self.config.patch_size, stride or self.config.patch_stride)
-        return torch.cat([encode(member.encoder, patches) for member in self.members], -1)
+        return torch.cat([member.latents(images, stride) for member in self.members], -1)
 
     def by_member(self, latents: Tensor) -> list[tuple[Member, Tensor]]:
         """Each member with its part of latents, (..., d)."""
@@ -137,36 +155,31 @@ class CPC(nn.Module):
     def forward(
         self, images: Images, shifted: Shifted | None = None, seed: int = 0, frames: Frames | None = None
     ) -> StepResult:
-        """The loss of a batch; `shifted` are transformed images whose patches are further wrong answers. frames: where
-        each image was cut from; they are whole by default."""
-        if frames is None:
-            frames = whole_frames(images)
-        everything = images if shifted is None else torch.cat([images, shifted])
-        return self.compare(self.latents(everything), frames, seed)
+        """The loss of a batch, the mean over the members: each has an equal part of the images, in their order.
 
-    def compare(self, latents: Latents, frames: Frames, seed: int = 0) -> StepResult:
-        """The loss of a batch from its latents, the mean over the members; those without a frame, the last, are of
-        shifted images."""
-        config, images, losses, accuracies = self.config, len(frames), [], []
-        places = patch_places(frames, latents.shape[1:3], config.patch_size, config.patch_stride)
-        for member, part in self.by_member(latents):
-            predictions = member.predictions(part[:images], places)
-            losses.append(
-                cpc_loss(
-                    predictions, part, negatives=config.negatives, count=config.negatives_count, seed=seed,
-                    shifted=len(latents) - images, across_ranks=config.across_ranks,
-                )
-            )  # fmt: skip
-            accuracies.append(accuracy(predictions, part[:images]))
-        return StepResult(torch.stack(losses).mean(), torch.stack(accuracies).mean())
+        shifted: transformed images whose patches are further wrong answers, an equal part for each member too.
+        frames: where each image was cut from; they are whole by default.
+        """
+        members = len(self.members)
+        frames = whole_frames(images) if frames is None else frames
+        everything = [images.tensor_split(members)]
+        if shifted is not None:
+            everything.append(shifted.tensor_split(members))
+        results = [
+            member.compare(member.latents(torch.cat(own)), where, seed)
+            for member, where, *own in zip(self.members, frames.tensor_split(members), *everything, strict=True)
+        ]
+        mean = [torch.stack([getattr(result, name) for result in results]).mean() for name in ("loss", "accuracy")]
+        return StepResult(*mean)
 
     def examine(self, image: Tensor) -> list[tuple[Latents, Predictions]]:
-        """For each member the latents of one image (c, h, w) on the grid of scoring, and the predictions about them:
-        those of each of the training's grids that it holds, shifted against each other."""
-        config = self.config
-        latents = self.latents(image[None], config.scoring_stride)
-        places = patch_places(whole_frames(image[None]), latents.shape[1:3], config.patch_size, config.scoring_stride)
-        return [(part, member.predictions(part, places, config.finer)) for member, part in self.by_member(latents)]
+        """For each member the latents of one image (c, h, w) on the grid of scoring, and the predictions about them."""
+        stride, frames = self.config.scoring_stride, whole_frames(image[None])
+        found = []
+        for member in self.members:
+            latents = member.latents(image[None], stride)
+            found.append((latents, member.predictions(latents, frames, stride)))
+        return found
 
     @torch.no_grad()
     def surprise(self, image: Tensor, bank: Bank) -> tuple[Losses, Tensor, Tensor, list[int]]:

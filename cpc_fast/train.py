@@ -203,21 +203,22 @@ def train(
     cache = LatentCache(model, images, side) if model.frozen and world == 1 else None  # DDP listens to forward alone
     for epoch in range(at.epoch, config.epochs):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(images), generator=generator).tolist()
+        orders = [torch.randperm(len(images), generator=generator).tolist() for _ in model.members]
         if at.sampler is not None:
             generator.set_state(at.sampler)
         for i in range(at.step, per_epoch):
             step = epoch * per_epoch + i
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total, config.learning_rate, config.schedule)
-            own = share(order[i * size : (i + 1) * size], rank, world)
+            own = [j for order in orders for j in share(order[i * size : (i + 1) * size], rank, world)]
             draws = generator if rank == 0 else rank_generator(config.seed, step, rank)
             if cache is not None:
                 with autocast(device, config.precision):
-                    result = model.compare(*cache.batch(own, draws), seed=step)
+                    result = model.members[0].compare(*cache.batch(own, draws), seed=step)
             else:
                 batch, frames = make_batch(model, [images[j] for j in own], side, draws)
-                copies = batch.repeat(config.shift_copies, 1, 1, 1)
+                parts = batch.tensor_split(len(orders))
+                copies = torch.cat([part.repeat(config.shift_copies, 1, 1, 1) for part in parts])
                 shifted = shift(copies, config.shifts, draws, config.unit) if config.shifts else None
                 with autocast(device, config.precision):
                     result = forward(batch, shifted, seed=step, frames=frames)
