@@ -234,7 +234,7 @@ _TEXTURES = Config(
 )  # fmt: skip
 
 _QUALITY = _TEXTURES.replace(
-    made_for=256, epochs=16, learning_rate=4e-3, schedule="cosine", finer=2,
+    made_for=256, members=3, epochs=16, learning_rate=4e-3, schedule="cosine", finer=2,
     shifts=("spots", "curves", "warp", "shuffle"),
 )  # fmt: skip
 
@@ -245,13 +245,13 @@ PRESETS: dict[str, Config] = {
     "quality": _QUALITY,
     # Homogeneous surfaces, where patches are hard to tell apart: many more shifts, and longer.
     "texture": _QUALITY.replace(
-        epochs=40, jitter=0.08,
+        epochs=20, jitter=0.08,
         shifts=(
             "spots", "curves", "warp", "turn", "magnify", "noise", "shuffle", "intensity", "local-turn", "local-noise",
         ),
     ),
-    # A coarser first convolution, fewer epochs, and patches only where training has them.
-    "fast": _QUALITY.replace(stem=4, epochs=12, finer=1, made_for=256),
+    # One network with a coarser first convolution, fewer epochs, and patches only where training has them.
+    "fast": _QUALITY.replace(stem=4, members=1, epochs=12, finer=1, made_for=256),
     # Unverified: put together from the paper's abstract and the code of its second author, not from its text.
     "paper": Config(
         image_size=256, channels=1, patch_size=64, patch_stride=32, width=64, stem=2, norm="none", steps=5, skip=1,

@@ -161,7 +161,7 @@ def test_presets_make_models(name):
     config = preset(name).replace(width=8)
     model = CPC(config)
     side = config.image_size or 128
-    loss = model(torch.randn(2, config.channels, side, side)).loss
+    loss = model(torch.randn(3, config.channels, side, side)).loss
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad is not None for p in model.parameters())
