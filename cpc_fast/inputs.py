@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -41,12 +41,17 @@ def answer_kinds(tiff: bool, pictures: bool = True) -> dict[str, str]:
     return ({"overlays": ".png", "masks": ".png"} if pictures else {}) | ({"maps": ".tiff"} if tiff else {})
 
 
-def plan(images: Sequence[str | os.PathLike], out: Path, kinds: dict[str, str]) -> list[tuple[str, str]]:
-    """What to read, as (path, NAME).
+def plan(
+    images: Sequence[str | os.PathLike],
+    out: Path,
+    kinds: dict[str, str],
+    on_repeat: Callable[[str], None] | None = None,
+) -> list[tuple[str, str]]:
+    """What to read, as (path, NAME); on_repeat is called with each path that was given before.
 
     Raises UsageError where an answer would overwrite an image that was given, and as find_inputs does.
     """
-    inputs = find_inputs(images)
+    inputs = find_inputs(images, on_repeat)
     sources = sources_in(out, inputs)
     targets = (out / kind / f"{name}{suffix}" for _, name in inputs for kind, suffix in kinds.items())
     for target in (*targets, out / "scores.csv", out / "predictions.json") if sources else ():
@@ -63,8 +68,10 @@ def sources_in(out: Path, inputs: Sequence[tuple[str, str]]) -> set[str]:
     return {real for path, _ in inputs if (real := os.path.realpath(path)).startswith(inside)}
 
 
-def find_inputs(images: Sequence[str | os.PathLike]) -> list[tuple[str, str]]:
-    """Files and folders (searched to the bottom) as (path, NAME) in the order given, each NAME once.
+def find_inputs(
+    images: Sequence[str | os.PathLike], on_repeat: Callable[[str], None] | None = None
+) -> list[tuple[str, str]]:
+    """Files and folders (searched to the bottom) as (path, NAME) in the order given, each path and each NAME once.
 
     Raises UsageError for a folder without images.
     """
@@ -78,8 +85,14 @@ def find_inputs(images: Sequence[str | os.PathLike]) -> list[tuple[str, str]]:
             raise UsageError(f"{quoted(given)} holds no images ({' '.join(SUFFIXES)}); name images, or another folder.")
         found += [(path, path.relative_to(given)) for path in inside]
     taken: set[str] = set()
+    seen: set[str] = set()
     inputs = []
     for path, below in found:
+        if (place := os.path.abspath(path)) in seen:
+            if on_repeat:
+                on_repeat(os.fspath(path))
+            continue
+        seen.add(place)
         name = first = "/".join(_harmless(part) for part in below.with_suffix("").parts) or "image"
         count = 1
         while name.casefold() in taken:

@@ -74,6 +74,14 @@ def agree_on_inputs(out: Path, asked: dict[str, Any], find: Callable[[], Inputs]
         return inputs
 
 
+def answers_in(out: Path) -> int:
+    """How many images an earlier call was about; 0 where there was none, or nobody knows."""
+    try:
+        return len(_read_inputs(out / "progress" / "inputs.jsonl")[1])
+    except CpcFastError:
+        return 0
+
+
 def _remove_answers(out: Path, path: Path, spare: set[str]) -> None:
     """What an earlier call wrote to `out`: its lists, and its pictures, which this call need not write again."""
     try:

@@ -34,6 +34,7 @@ def predict(
 ) -> int:
     """Score and segment images whose truth nobody knows."""
     check_device(device)
+    from ..images import quoted
     from ..inputs import Shard, answer_kinds, plan
     from ..runs import need_detector, refuse_swapped
 
@@ -42,13 +43,20 @@ def predict(
     part = Shard.parse(shard) if shard else Shard(rank + 1, world)
     need_detector(run)
     if not (resume and (out / "progress" / "inputs.jsonl").exists()):
-        plan(images, out, answer_kinds(tiff, not scores_only))
+        repeats: list[str] = []
+        plan(images, out, answer_kinds(tiff, not scores_only), repeats.append)
+        if repeats and part.number == 1:
+            more = f" and {len(repeats) - 1} more" if len(repeats) > 1 else ""
+            say(f"Given more than once, answered once: {quoted(repeats[0])}{more}.")
     torch_device = own_gpu(choose_device(device))
     from .. import answers
     from ..detector import Detector
+    from ..journal import answers_in
     from ..progress import counting
 
     detector = Detector.load(run, torch_device)
+    if not resume and part.count == 1 and (earlier := answers_in(out)):
+        say(f"Replacing the answers that an earlier call left in {out} (images: {earlier}).")
     again = shlex.join([*again_as(run, images, out, tiff, min_area, scores_only, shard, device), "--resume"])
     try:
         with terminable() as stop, counting("predict") as on_image:

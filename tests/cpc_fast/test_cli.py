@@ -279,6 +279,25 @@ def test_images_of_the_same_name_get_answers_of_their_own(fitted, data, tmp_path
     assert names == ["000", "000_2"]
 
 
+def test_an_image_given_twice_is_answered_once(fitted, data, tmp_path, capsys):
+    folder = data / "test" / "good"
+    twice = [str(folder), str(folder / "001.png"), str(folder / ".." / "good" / "002.png")]
+    assert cli.run(["predict", str(fitted), *twice, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert f"Given more than once, answered once: '{folder / '001.png'}' and 1 more." in said
+    assert "of 3 images are flagged" in said
+    names = [entry["name"] for entry in json.loads((tmp_path / "predictions.json").read_text())["images"]]
+    assert names == ["000", "001", "002"]
+
+
+def test_predict_says_what_it_replaces(fitted, data, tmp_path, capsys):
+    command = ["predict", str(fitted), str(data / "test" / "good"), "--out", str(tmp_path), "--scores-only"]
+    replaces = f"Replacing the answers that an earlier call left in {tmp_path} (images: 3)."
+    for more, said in [([], False), ([], True), (["--resume"], False)]:
+        assert cli.run([*command, *more]) == 0
+        assert (replaces in capsys.readouterr().out) == said
+
+
 def test_predict_never_overwrites_an_image_it_was_given(fitted, tmp_path, capsys):
     path = save(tmp_path / "overlays" / "x.png", texture(1))
     before = path.read_bytes()
