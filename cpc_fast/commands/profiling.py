@@ -49,7 +49,9 @@ def profile(
 
         need_detector(run)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is loaded: its profiler warns about itself
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "6"
+    )  # above its errors (4) and USDT, two lines that each start and stop writes
     torch_device = choose_device(device)
     if nsys and torch_device.type != "cuda":
         raise UsageError("--nsys needs a GPU; without it the command writes a trace on any device.")

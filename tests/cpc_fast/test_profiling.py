@@ -89,6 +89,15 @@ def test_the_command_prints_the_stages_and_says_what_is_amiss(fitted, tmp_path, 
     assert cli.run(["profile", run, "--out", out, "--data", str(fitted / "moved"), "--steps", "1"]) == 0
 
 
+def test_torchs_profiler_says_nothing_of_itself(fitted, tmp_path):
+    command = [sys.executable, "-m", "cpc_fast.cli", "profile", str(fitted / "run"), "--steps", "1"]
+    data = next(path for path in (fitted / "data", fitted / "moved") if path.exists())
+    more = ["--out", str(tmp_path / "t.json"), "--data", str(data)]
+    done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "USDT" not in done.stdout
+
+
 def test_for_nsys_the_warm_steps_lie_between_start_and_stop(fitted, monkeypatch):
     """The calls that need a GPU are replaced: only their order shows here."""
     said, taken = [], record_function
