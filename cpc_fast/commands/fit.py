@@ -37,7 +37,8 @@ def fit(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="cpu-demo, quality, texture, fast or paper (unverified); cpu-demo unless told, or what --resume finds."
+            help="cpu-demo (quickest), quality (parts), texture (even surfaces), fast (quality at less cost) or paper "
+            "(unverified); cpu-demo unless told, or what --resume finds."
         ),
     ] = None,
     epochs: Annotated[
@@ -56,7 +57,7 @@ def fit(
         str | None, typer.Option(help="Started by torchrun: whose patches are negatives: auto, local, gathered, ring.")
     ] = None,
 ) -> int:
-    """Learn what is normal."""
+    """Learn what is normal, and from where on a score is anomalous."""
     check_device(device)
     from ..images import read_image, shorter_sides
     from ..inputs import has_colour

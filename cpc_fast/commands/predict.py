@@ -17,7 +17,12 @@ from .options import Device, check_device, choose_device
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that fit wrote.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Images, and folders of them.")],
-    out: Annotated[Path, typer.Option(help="Folder for scores.csv, predictions.json, overlays and masks.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for scores.csv, predictions.json, overlays and masks; earlier answers there are replaced."
+        ),
+    ],
     tiff: Annotated[bool, typer.Option("--tiff", help="Write the maps too, as float32 TIFF.")] = False,
     min_area: Annotated[
         int, typer.Option(min=1, help="Leave out regions of fewer pixels; 1 keeps all, as the threshold assumes.")

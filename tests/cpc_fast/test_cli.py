@@ -247,7 +247,11 @@ def test_every_line_of_help_is_whole(capsys, monkeypatch):
         assert cli.run([*command, "--help"]) == 0
         assert "..." not in capsys.readouterr().out.replace("[ARGS]...", "")
     assert cli.run(["fit", "--help"]) == 0
-    assert "[cpu-demo 8; quality" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "[cpu-demo 8; quality" in said
+    assert "quality (parts), texture (even surfaces)" in " ".join(said.split())
+    assert cli.run(["predict", "--help"]) == 0
+    assert "earlier answers there are replaced" in " ".join(capsys.readouterr().out.split())
 
 
 HOSTILE = ["a\nb.png", "$(touch pwned).png", "=1+1.png", "-rf.png", "[red]x.png", "\udcff.png", "ü" * 90 + ".png"]
