@@ -88,8 +88,8 @@ def _elpv(folder: Path) -> Path | str:
     return write_elpv(folder / "elpv")
 
 
-# Textures are homogeneous, and have a preset for that; cells are scaled; every other choice is the preset's. No image
-# here is so large that patches would grow.
+# Textures are homogeneous, cells lie alike, and have presets for that; cells are scaled; every other choice is the
+# preset's. No image here is so large that patches would grow.
 SAME_PATCHES = {"made_for": None}
 BEDS = {
     bed.name: bed
@@ -105,7 +105,13 @@ BEDS = {
             for name in TEXTURES
         ),
         Bed("magnetic tiles", _tiles, SAME_PATCHES, halved=True),
-        Bed("solar cells", _elpv, SAME_PATCHES | {"image_size": 128}, halved=True),
+        Bed(
+            "solar cells",
+            _elpv,
+            SAME_PATCHES | {"image_size": 128},
+            siblings={"quality": "aligned"},
+            halved=True,
+        ),
     )
 }
 GROUPS = {"textures": TEXTURES, "magnetic tiles": ("magnetic tiles",), "solar cells": ("solar cells",)}

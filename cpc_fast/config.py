@@ -250,6 +250,8 @@ PRESETS: dict[str, Config] = {
             "spots", "curves", "warp", "turn", "magnify", "noise", "shuffle", "intensity", "local-turn", "local-noise",
         ),
     ),
+    # Parts that lie alike in every image: what belongs at a place is known, its brightness too.
+    "aligned": _QUALITY.replace(place=True, shifts=(*_QUALITY.shifts, "intensity", "local-intensity")),
     # One network with a coarser first convolution, fewer epochs, and patches only where training has them.
     "fast": _QUALITY.replace(stem=4, members=1, epochs=12, finer=1, made_for=256),
     # Unverified: put together from the paper's abstract and the code of its second author, not from its text.
@@ -262,7 +264,7 @@ PRESETS: dict[str, Config] = {
 
 
 def preset(name: str) -> Config:
-    """The preset of that name: `cpu-demo`, `quality`, `texture`, `fast` or `paper` (unverified).
+    """The preset of that name: `cpu-demo`, `quality`, `texture`, `aligned`, `fast` or `paper` (unverified).
 
     >>> preset("cpu-demo").directions
     4

@@ -166,7 +166,7 @@ def test_predict_gives_advice_that_predict_can_take(fitted, tmp_path, capsys):
         (["--set", "epochs=many"], "epochs is 'many'; it must be a whole number"),
         (["--set", "colour=3"], "NAME=VALUE with one of these names"),
         (["--set", "image_size=4"], "image_size is 4; it must be at least patch_size"),
-        (["--preset", "fastest"], "There are: cpu-demo, quality, texture, fast, paper"),
+        (["--preset", "fastest"], "There are: cpu-demo, quality, texture, aligned, fast, paper"),
         (["--epochs", "0"], "epochs is 0; it must be at least 1"),
         (["--epochs", "x"], "--epochs"),
         (["--device", "abacus"], "no such device"),
