@@ -38,7 +38,8 @@ def fit(
         str | None,
         typer.Option(
             help="cpu-demo (quickest), quality (parts), texture (even surfaces), aligned (parts that lie alike "
-            "in every image), fast (quality at less cost) or paper (unverified); cpu-demo unless told, or what --resume finds."
+            "in every image), fast (quality at less cost) or paper (unverified); cpu-demo unless told, or what "
+            "--resume finds."
         ),
     ] = None,
     epochs: Annotated[
