@@ -7,76 +7,38 @@ constexpr int LANES = 4 * W;      // features that backward sums in registers at
 constexpr int64_t LONGEST = 512;  // features added in a row, before the sum joins a larger one: keeps long sums accurate
 constexpr int64_t CHAIN = 64;     // the same for the pairs of a candidate
 
-// out[0..7] = <q, k_c>: every product of the file runs through the same order of additions, so equal rows tie exactly.
-static INLINE void dots_8x1(const SCALAR* q, const SCALAR* const* k, int64_t d, SCALAR* out) {
-  const SCALAR *k0 = k[0], *k1 = k[1], *k2 = k[2], *k3 = k[3], *k4 = k[4], *k5 = k[5], *k6 = k[6], *k7 = k[7];
-  vec a0 = {}, a1 = {}, a2 = {}, a3 = {}, a4 = {}, a5 = {}, a6 = {}, a7 = {};
+// out[a * TILE + c] = <q + a step, k_c> for `anchors` times `candidates`, eight products at a time. Every product of the
+// file runs through the same order of additions, so equal rows tie exactly.
+static INLINE void dots(int anchors, int candidates, const SCALAR* q, int64_t step, const SCALAR* const* k, int64_t d,
+                        SCALAR* out) {
+  vec sum[8] = {};
   int64_t i = 0;
-  for (; i + W <= d; i += W) {
-    const vec x = load(q + i);
-    a0 += x * load(k0 + i);
-    a1 += x * load(k1 + i);
-    a2 += x * load(k2 + i);
-    a3 += x * load(k3 + i);
-    a4 += x * load(k4 + i);
-    a5 += x * load(k5 + i);
-    a6 += x * load(k6 + i);
-    a7 += x * load(k7 + i);
-  }
-  if (i < d) {
-    const vec x = tail(q + i, d - i);
-    a0 += x * tail(k0 + i, d - i);
-    a1 += x * tail(k1 + i, d - i);
-    a2 += x * tail(k2 + i, d - i);
-    a3 += x * tail(k3 + i, d - i);
-    a4 += x * tail(k4 + i, d - i);
-    a5 += x * tail(k5 + i, d - i);
-    a6 += x * tail(k6 + i, d - i);
-    a7 += x * tail(k7 + i, d - i);
-  }
-  sum_lanes(a0, a1, a2, a3, out);
-  sum_lanes(a4, a5, a6, a7, out + 4);
-}
-
-// Two anchors against four candidates: six loads for eight products.
-static INLINE void dots_4x2(const SCALAR* q, const SCALAR* r, const SCALAR* const* k, int64_t d, SCALAR* out_q,
-                            SCALAR* out_r) {
-  const SCALAR *k0 = k[0], *k1 = k[1], *k2 = k[2], *k3 = k[3];
-  vec a0 = {}, a1 = {}, a2 = {}, a3 = {}, b0 = {}, b1 = {}, b2 = {}, b3 = {};
-  int64_t i = 0;
-  for (; i + W <= d; i += W) {
-    const vec x = load(q + i), y = load(r + i);
-    const vec z0 = load(k0 + i), z1 = load(k1 + i), z2 = load(k2 + i), z3 = load(k3 + i);
-    a0 += x * z0;
-    b0 += y * z0;
-    a1 += x * z1;
-    b1 += y * z1;
-    a2 += x * z2;
-    b2 += y * z2;
-    a3 += x * z3;
-    b3 += y * z3;
-  }
-  if (i < d) {
-    const vec x = tail(q + i, d - i), y = tail(r + i, d - i);
-    const vec z0 = tail(k0 + i, d - i), z1 = tail(k1 + i, d - i), z2 = tail(k2 + i, d - i), z3 = tail(k3 + i, d - i);
-    a0 += x * z0;
-    b0 += y * z0;
-    a1 += x * z1;
-    b1 += y * z1;
-    a2 += x * z2;
-    b2 += y * z2;
-    a3 += x * z3;
-    b3 += y * z3;
-  }
-  sum_lanes(a0, a1, a2, a3, out_q);
-  sum_lanes(b0, b1, b2, b3, out_r);
+  for (; i + W <= d; i += W)
+#pragma GCC unroll 8
+    for (int c = 0; c < candidates; c++) {
+      const vec z = load(k[c] + i);
+#pragma GCC unroll 2
+      for (int a = 0; a < anchors; a++)
+        sum[a * candidates + c] = multiply_add(load(q + a * step + i), z, sum[a * candidates + c]);
+    }
+  if (i < d)
+#pragma GCC unroll 8
+    for (int c = 0; c < candidates; c++) {
+      const vec z = tail(k[c] + i, d - i);
+#pragma GCC unroll 2
+      for (int a = 0; a < anchors; a++)
+        sum[a * candidates + c] = multiply_add(tail(q + a * step + i, d - i), z, sum[a * candidates + c]);
+    }
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; h++)
+    sum_lanes(sum[4 * h], sum[4 * h + 1], sum[4 * h + 2], sum[4 * h + 3], out + (anchors == 2 ? h * TILE : 4 * h));
 }
 
 static INLINE SCALAR dot(const SCALAR* q, const SCALAR* k, int64_t d) {
   vec a = {};
   int64_t i = 0;
-  for (; i + W <= d; i += W) a += load(q + i) * load(k + i);
-  if (i < d) a += tail(q + i, d - i) * tail(k + i, d - i);
+  for (; i + W <= d; i += W) a = multiply_add(load(q + i), load(k + i), a);
+  if (i < d) a = multiply_add(tail(q + i, d - i), tail(k + i, d - i), a);
   SCALAR out[4];
   sum_lanes(a, a, a, a, out);
   return out[0];
@@ -84,54 +46,46 @@ static INLINE SCALAR dot(const SCALAR* q, const SCALAR* k, int64_t d) {
 
 // v[0..3] += sum_s c_s x_{index s}, LANES features of rows that lie `stride` apart; two sums, even and odd.
 static INLINE void mix(const Pair<SCALAR>* from, const Pair<SCALAR>* to, const SCALAR* x, int64_t stride, vec* v) {
-  vec a0 = {}, a1 = {}, a2 = {}, a3 = {}, b0 = {}, b1 = {}, b2 = {}, b3 = {};
+  vec even[4] = {}, odd[4] = {};
   for (; from + 2 <= to; from += 2) {
     const vec c = splat(from[0].coefficient), e = splat(from[1].coefficient);
     const SCALAR *y = x + from[0].row * stride, *z = x + from[1].row * stride;
-    a0 += c * load(y);
-    a1 += c * load(y + W);
-    a2 += c * load(y + 2 * W);
-    a3 += c * load(y + 3 * W);
-    b0 += e * load(z);
-    b1 += e * load(z + W);
-    b2 += e * load(z + 2 * W);
-    b3 += e * load(z + 3 * W);
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; u++) even[u] += c * load(y + u * W), odd[u] += e * load(z + u * W);
   }
   if (from != to) {
     const vec c = splat(from->coefficient);
     const SCALAR* y = x + from->row * stride;
-    a0 += c * load(y);
-    a1 += c * load(y + W);
-    a2 += c * load(y + 2 * W);
-    a3 += c * load(y + 3 * W);
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; u++) even[u] += c * load(y + u * W);
   }
-  v[0] += a0 + b0;
-  v[1] += a1 + b1;
-  v[2] += a2 + b2;
-  v[3] += a3 + b3;
+#pragma GCC unroll 4
+  for (int u = 0; u < 4; u++) v[u] += even[u] + odd[u];
 }
 
 // LANES features of one row, of which `width` exist: the others are zero.
 static INLINE void load_lanes(const SCALAR* from, int64_t width, vec* v) {
-  SCALAR x[LANES] = {};
-  std::memcpy(x, from, width * sizeof(SCALAR));
-  for (int u = 0; u < 4; u++) v[u] = load(x + u * W);
+  SCALAR x[LANES];
+  if (width < LANES) {
+    std::memset(x, 0, sizeof x);
+    std::memcpy(x, from, width * sizeof(SCALAR));
+    from = x;
+  }
+  for (int u = 0; u < 4; u++) v[u] = load(from + u * W);
 }
 
 static INLINE void store_lanes(SCALAR* to, int64_t width, const vec* v) {
   SCALAR x[LANES];
-  for (int u = 0; u < 4; u++) store(x + u * W, v[u]);
-  std::memcpy(to, x, width * sizeof(SCALAR));
+  SCALAR* into = width < LANES ? x : to;
+  for (int u = 0; u < 4; u++) store(into + u * W, v[u]);
+  if (width < LANES) std::memcpy(to, x, width * sizeof(SCALAR));
 }
 
 // `count` rows of one slice side by side: rows of a large power of two apart would share few lines of the cache.
 static void pack(const SCALAR* from, int64_t count, int64_t stride, int64_t width, SCALAR* to) {
   for (int64_t r = 0; r < count; r++) {
     vec v[4];
-    if (width == LANES)
-      for (int u = 0; u < 4; u++) v[u] = load(from + r * stride + u * W);
-    else
-      load_lanes(from + r * stride, width, v);
+    load_lanes(from + r * stride, width, v);
     for (int u = 0; u < 4; u++) store(to + r * LANES + u * W, v[u]);
   }
 }
@@ -222,10 +176,10 @@ static void score_row(const Problem<SCALAR>& p, const SCALAR* q, int64_t group, 
         const int64_t pair = group - g < 2 ? 1 : 2;
         const SCALAR* x = q + g * d + i;
         if (pair == 2) {
-          dots_4x2(x, x + d, k, width, part, part + TILE);
-          dots_4x2(x, x + d, k + 4, width, part + 4, part + TILE + 4);
+          dots(2, 4, x, d, k, width, part);  // six loads for eight products
+          dots(2, 4, x, d, k + 4, width, part + 4);
         } else {
-          dots_8x1(x, k, width, part);
+          dots(1, 8, x, d, k, width, part);
         }
         for (int64_t h = 0; h < pair; h++)
           for (int64_t t = 0; t < TILE; t++) scores[(g + h) * padded + c + t] += part[h * TILE + t];
@@ -376,10 +330,7 @@ static void add_anchors(const Problem<SCALAR>& p, const Block<SCALAR>& b, int64_
       for (int u = 0; u < 4; u++) v[u] *= w;
     }
     if (!dq) continue;
-    if (width == LANES)
-      for (int u = 0; u < 4; u++) store(dq + at + u * W, v[u]);
-    else
-      store_lanes(dq + at, width, v);
+    store_lanes(dq + at, width, v);
   }
 }
 
@@ -393,15 +344,9 @@ static void add_candidates(const Problem<SCALAR>& p, const Block<SCALAR>& b, int
     if (from == to) continue;
     vec v[4];
     SCALAR* row = dz + j * d + i;
-    if (width == LANES)
-      for (int u = 0; u < 4; u++) v[u] = load(row + u * W);
-    else
-      load_lanes(row, width, v);
+    load_lanes(row, width, v);
     for (; from < to; from += CHAIN) mix(from, to - from < CHAIN ? to : from + CHAIN, buffer, LANES, v);
-    if (width == LANES)
-      for (int u = 0; u < 4; u++) store(row + u * W, v[u]);
-    else
-      store_lanes(row, width, v);
+    store_lanes(row, width, v);
   }
 }
 

@@ -14,6 +14,19 @@ static INLINE void store(SCALAR* to, vec v) { __builtin_memcpy(to, &v, sizeof v)
 
 static INLINE vec splat(SCALAR x) { return x - (vec){}; }  // x - 0, lane by lane
 
+// a b + c, rounded once where the CPU can: said, not left to the compiler, where equal numbers must give equal sums.
+static INLINE vec multiply_add(vec a, vec b, vec c) {
+#if VECTOR_BYTES == 64
+  return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif VECTOR_BYTES == 32 && IS_FLOAT
+  return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif VECTOR_BYTES == 32
+  return (vec)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
 #if IS_FLOAT
 
 // exp to about 1 ulp: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. NaN stays NaN, below -87.3 is 0, above 88.7 inf.

@@ -277,6 +277,21 @@ def test_second_derivatives_are_refused(impl):
         dq.sum().backward()
 
 
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("d", [1, 3, 7, 15, 17, 19, 31, 33, 45, 300, 513, 600])
+def test_equal_rows_tie_whatever_the_number_of_features(d, dtype, level):
+    """A positive is scored alone, negatives in eights or for two anchors at a time: all must add in one way."""
+    pool = torch.randn(1, d, dtype=dtype).expand(12, d).contiguous()
+    for steps in (1, 2, 3):
+        anchors = torch.randn(20, 1, d, dtype=dtype).expand(20, steps, d).contiguous()
+        listed = torch.randint(0, 12, (20, 9))
+        stats = sampled_info_nce_stats(anchors, pool, torch.zeros(20, steps, dtype=torch.long), listed)
+        assert stats.rank.sum() == 0
+        assert (stats.positive == stats.positive[:, :1]).all()
+        assert (stats.lse == stats.lse[:, :1]).all()
+
+
 @both
 def test_retain_graph_and_strides(impl):
     anchors, pool, positives, negatives, _ = make()
