@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from cpc_kernels.capabilities import capabilities, device_name
-from cpc_kernels.info_nce import DENSE
+from cpc_kernels.chunked_info_nce import DENSE
 from cpc_kernels.info_nce import choose as choose_info_nce
 from cpc_kernels.sampled_info_nce import choose as choose_sampled_info_nce
 

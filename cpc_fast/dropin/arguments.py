@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from cpc_kernels.info_nce import need_tensors
+from cpc_kernels.arguments import need_tensors
 
 
 def check_tensors(loss: str, **given: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cpc_kernels import sampled_info_nce
-from cpc_kernels.info_nce import check_indices
+from cpc_kernels.arguments import check_indices
 
 from .arguments import check_tensors
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpc_kernels import info_nce as dense_info_nce
-from cpc_kernels.info_nce import spell
+from cpc_kernels.arguments import spell
 
 from .arguments import check_tensors, inverse
 

@@ -13,8 +13,8 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from cpc_kernels import info_nce, info_nce_across_ranks
+from cpc_kernels.arguments import spell
 from cpc_kernels.exchange import gather_rows, rank_and_world, shares
-from cpc_kernels.info_nce import spell
 
 from .arguments import check_tensors, one_number
 

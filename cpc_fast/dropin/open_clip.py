@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from cpc_kernels import info_nce, info_nce_across_ranks
+from cpc_kernels.arguments import spell
 from cpc_kernels.exchange import averaged, gather_rows, shares
-from cpc_kernels.info_nce import spell
 
 from .arguments import check_tensors, one_number
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from cpc_kernels import info_nce
-from cpc_kernels.info_nce import spell
+from cpc_kernels.arguments import spell
 
 from .arguments import check_tensors, inverse, one_number
 

@@ -3,9 +3,10 @@
 Imports torch and the standard library; Triton only when a tensor on a GPU asks for it.
 """
 
+from .arguments import InfoNCEStats
 from .bilinear_info_nce import bilinear_info_nce, bilinear_info_nce_stats
 from .capabilities import Capability, capabilities
-from .info_nce import InfoNCEStats, info_nce, info_nce_stats
+from .info_nce import info_nce, info_nce_stats
 from .negatives import Negatives, draw_negatives
 from .ring_info_nce import bilinear_info_nce_across_ranks, info_nce_across_ranks, sampled_info_nce_across_ranks
 from .sampled_info_nce import sampled_info_nce, sampled_info_nce_stats

@@ -25,22 +25,19 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .capabilities import triton_module
-from .info_nce import (
+from .arguments import (
     InfoNCEStats,
     autocast,
     check_ids,
     check_indices,
     compute_dtype,
-    info_nce,
-    info_nce_stats,
-    learns,
-    once_differentiable,
     reduce,
-    refuse_transforms,
     scale_tensor,
     spell,
 )
+from .autograd import learns, once_differentiable, refuse_transforms
+from .capabilities import triton_module
+from .info_nce import info_nce, info_nce_stats
 from .negatives import Negatives, draw_negatives
 from .ranges import stage
 from .sampled_info_nce import sampled_info_nce, sampled_info_nce_stats

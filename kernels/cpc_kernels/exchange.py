@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
-from .info_nce import compute_dtype
+from .arguments import compute_dtype
 
 
 def rank_and_world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:

@@ -27,22 +27,19 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .bilinear_info_nce import project_rows
-from .capabilities import triton_module
-from .exchange import Shares, everyones, gather_rows, gather_rows_with_grad, rank_and_world, total
-from .info_nce import (
-    accept,
+from .arguments import (
     autocast,
     check_indices,
-    chunked_backward_candidates,
-    chunked_forward,
     compute_dtype,
-    info_nce,
     need_tensors,
     scale_tensor,
-    sigmoid_weight,
     spell,
 )
+from .bilinear_info_nce import project_rows
+from .capabilities import triton_module
+from .chunked_info_nce import chunked_backward_candidates, chunked_forward, sigmoid_weight
+from .exchange import Shares, everyones, gather_rows, gather_rows_with_grad, rank_and_world, total
+from .info_nce import accept, info_nce
 from .negatives import Negatives, draw_negatives
 from .sampled_info_nce import sampled_info_nce
 

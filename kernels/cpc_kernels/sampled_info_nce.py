@@ -19,26 +19,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .capabilities import CPP, triton_module
-from .info_nce import (
+from .arguments import (
     InfoNCEStats,
     autocast,
     check_ids,
     check_indices,
     check_types,
     compute_dtype,
-    learns,
     need_finite,
     need_tensors,
-    once_differentiable,
     own_vectors,
-    plainly_eager,
     reduce,
-    refuse_transforms,
     scale_tensor,
-    sigmoid_weight,
     spell,
 )
+from .autograd import learns, once_differentiable, plainly_eager, refuse_transforms
+from .capabilities import CPP, triton_module
+from .chunked_info_nce import sigmoid_weight
 from .negatives import Negatives, draw_negatives
 from .ranges import stage
 

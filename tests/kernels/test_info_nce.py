@@ -11,6 +11,7 @@ from cpc_kernels import (
     Negatives,
     bilinear_info_nce,
     capabilities,
+    chunked_info_nce,
     info_nce,
     info_nce_stats,
     reference,
@@ -19,20 +20,20 @@ from cpc_kernels import (
 from cpc_kernels import info_nce as door
 from cpc_kernels.capabilities import FAST_BF16, Capability, find_triton
 
-module = sys.modules["cpc_kernels.info_nce"]  # the function of that name hides it
-needs_cpp = pytest.mark.skipif(not module.DENSE, reason="the C++ library is not built")
+ops = sys.modules["cpc_kernels.info_nce"]  # the function of that name hides it
+needs_cpp = pytest.mark.skipif(not chunked_info_nce.DENSE, reason="the C++ library is not built")
 
 
 @pytest.fixture(autouse=True, params=["torch", pytest.param("C++", marks=needs_cpp)])
 def engine(request, monkeypatch):
     """What computes a chunk on the CPU."""
-    monkeypatch.setattr(module, "DENSE", request.param == "C++")
+    monkeypatch.setattr(chunked_info_nce, "DENSE", request.param == "C++")
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Many chunks in small problems, the last one ragged."""
-    monkeypatch.setattr(module, "CHUNK_ROWS", (4, 4))
+    monkeypatch.setattr(chunked_info_nce, "CHUNK_ROWS", (4, 4))
 
 
 def make(n=11, m=9, d=6, *, dtype=torch.float32, vectors=False, ids=False, spread=1.0, offset=0.0, seed=0):
@@ -98,9 +99,9 @@ def test_against_the_spec(dtype, vectors, ids, reduction, small_chunks):
 @pytest.fixture
 def pairs_or_floats(level, monkeypatch):
     """bf16 stays with the C++ at an instruction set that has no pairs of it: as float32, not torch's products."""
-    monkeypatch.setattr(module, "AMX", False)
+    monkeypatch.setattr(chunked_info_nce, "AMX", False)
     if not torch.ops.cpc_kernels_cpu.dense_has_bf16():
-        monkeypatch.setattr(module, "FAST_BF16", Capability("bf16", False, "for the test"))
+        monkeypatch.setattr(chunked_info_nce, "FAST_BF16", Capability("bf16", False, "for the test"))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -108,7 +109,7 @@ def pairs_or_floats(level, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
 def test_every_instruction_set(dtype, shape, reduction, engine, pairs_or_floats, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ROWS", (96, 96))
+    monkeypatch.setattr(chunked_info_nce, "CHUNK_ROWS", (96, 96))
     judge(several(*shape, ids=True, dtype=dtype), reduction=reduction, dtype=dtype)
 
 
@@ -127,11 +128,11 @@ def test_who_multiplies_bf16(dtype, engine, monkeypatch):
     """Torch, where its products know units that the C++ does not."""
     problem = [*make(dtype=dtype)[:3], torch.ones(1), None, None]
     native = dtype == torch.float32 or not FAST_BF16.available or torch.ops.cpc_kernels_cpu.dense_has_bf16()
-    monkeypatch.setattr(module, "AMX", False)
-    assert (module.in_cpp(*problem) is not None) == native
-    monkeypatch.setattr(module, "FAST_BF16", Capability("bf16", True, "for the test"))
-    monkeypatch.setattr(module, "AMX", True)
-    assert (module.in_cpp(*problem) is None) == (dtype == torch.bfloat16)
+    monkeypatch.setattr(chunked_info_nce, "AMX", False)
+    assert (chunked_info_nce.in_cpp(*problem) is not None) == native
+    monkeypatch.setattr(chunked_info_nce, "FAST_BF16", Capability("bf16", True, "for the test"))
+    monkeypatch.setattr(chunked_info_nce, "AMX", True)
+    assert (chunked_info_nce.in_cpp(*problem) is None) == (dtype == torch.bfloat16)
 
 
 @needs_cpp
@@ -364,7 +365,7 @@ def test_without_its_registration_it_is_the_same_op(vectors, reduction, monkeypa
 
     plain = results()
     assert "Plain" in str(plain[0].grad_fn.next_functions if reduction == "mean" else plain[0].grad_fn)
-    monkeypatch.setattr(module, "plainly_eager", lambda *tensors: False)
+    monkeypatch.setattr(ops, "plainly_eager", lambda *tensors: False)
     registered = results()
     assert "Plain" not in str(registered[0].grad_fn.next_functions) + str(registered[0].grad_fn)
     assert all(torch.equal(a, b) for a, b in zip(plain, registered, strict=True))
@@ -376,9 +377,9 @@ def test_opcheck(vectors, unpoisoned):
     q, k = anchors.requires_grad_(), candidates.requires_grad_()
     scale = torch.tensor([0.5], requires_grad=True)
     ids = tuple(tags.values())
-    torch.library.opcheck(module.info_nce_op, (q, k, positives, scale, *ids, "chunked", True, True))
-    torch.library.opcheck(module.info_nce_op, (q, k, positives, scale, None, None, "chunked", True, False))
-    torch.library.opcheck(module.info_nce_sum, (q, k, positives, scale, *ids, True))
+    torch.library.opcheck(ops.info_nce_op, (q, k, positives, scale, *ids, "chunked", True, True))
+    torch.library.opcheck(ops.info_nce_op, (q, k, positives, scale, None, None, "chunked", True, False))
+    torch.library.opcheck(ops.info_nce_sum, (q, k, positives, scale, *ids, True))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
@@ -428,8 +429,8 @@ def test_checkpoint():
 def test_fast_bf16_path_is_the_same_function(monkeypatch):
     """What an AMX machine runs, run here (slowly): float32 products with internal bf16 lose nothing of bf16 inputs."""
     fast = Capability("bf16", True, "for the test")
-    monkeypatch.setattr(module, "FAST_BF16", fast)
-    monkeypatch.setattr(module, "AMX", True)
+    monkeypatch.setattr(chunked_info_nce, "FAST_BF16", fast)
+    monkeypatch.setattr(chunked_info_nce, "AMX", True)
     before = torch.backends.mkldnn.matmul.fp32_precision
     judge(several(dtype=torch.bfloat16), dtype=torch.bfloat16)
     assert torch.backends.mkldnn.matmul.fp32_precision == before

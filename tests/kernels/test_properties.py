@@ -16,7 +16,7 @@ from torch import Tensor
 from cpc_kernels import Negatives, draw_negatives, info_nce, info_nce_stats, sampled_info_nce
 from cpc_kernels.capabilities import CPP, find_triton
 
-dense_module, sampled_module = (sys.modules[f"cpc_kernels.{name}"] for name in ("info_nce", "sampled_info_nce"))
+dense_module, sampled_module = (sys.modules[f"cpc_kernels.{name}"] for name in ("chunked_info_nce", "sampled_info_nce"))
 CPP_HERE = pytest.param("cpp", marks=pytest.mark.skipif(not CPP.available, reason=CPP.reason))
 TRITON = find_triton()
 TRITON_HERE = pytest.param("triton", marks=pytest.mark.skipif(not TRITON.available, reason=TRITON.reason))

@@ -3,12 +3,11 @@
 What computes 1 - p loses its digits as p nears 1: kernels/README.md says why ours does not.
 """
 
-import sys
-
 import pytest
 import torch
 from torch.nn import functional as F
 
+from cpc_kernels import chunked_info_nce
 from cpc_kernels.capabilities import find_triton
 from cpc_kernels.ring_info_nce import forward_block
 
@@ -21,7 +20,6 @@ TABLE = [(0.0, 3.4), (11.5, 1.3e-3), (23.0, 9e-8), (41.0, 7e-14)]
 # Of the relative error of dq: with float32 all through, 3e-6 was measured; where P is rounded to bf16 once, for matrix
 # units or for pairs of bf16 on a CPU, 4e-4 (in C++): each weight errs by up to 2^-9, and O by a mean of them.
 LIMIT, ROUNDED = 1e-5, 1e-3
-DENSE = sys.modules["cpc_kernels.info_nce"]  # the package shows the function of that name
 
 
 def problem(margin):
@@ -61,7 +59,7 @@ def judge(impl, margin, size, dtype, limit):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("margin", "size"), TABLE)
 def test_gradients_of_small_losses_in_torch(monkeypatch, margin, size, dtype):
-    monkeypatch.setattr(DENSE, "in_cpp", lambda *_: None)
+    monkeypatch.setattr(chunked_info_nce, "in_cpp", lambda *_: None)
     judge("chunked", margin, size, dtype, LIMIT)
 
 
@@ -69,7 +67,7 @@ def test_gradients_of_small_losses_in_torch(monkeypatch, margin, size, dtype):
 @pytest.mark.parametrize(("margin", "size"), TABLE)
 def test_gradients_of_small_losses_in_cpp(margin, size, dtype):
     q, k, p = problem(margin)
-    taken = DENSE.in_cpp(q.to(dtype), k.to(dtype), p, torch.ones(1), None, None)
+    taken = chunked_info_nce.in_cpp(q.to(dtype), k.to(dtype), p, torch.ones(1), None, None)
     if taken is None:
         pytest.skip(f"the C++ kernels take no {dtype} here")
     judge("chunked", margin, size, dtype, ROUNDED if taken[0][0].dtype == torch.bfloat16 else LIMIT)

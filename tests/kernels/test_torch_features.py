@@ -10,10 +10,10 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from cpc_kernels import Negatives, bilinear_info_nce, info_nce, sampled_info_nce
+from cpc_kernels.autograd import learns
 from cpc_kernels.capabilities import CPP
 
 HERE = Path(__file__).parent
-learns = sys.modules["cpc_kernels.info_nce"].learns  # the function of that name hides the module
 needs_cpp = pytest.mark.skipif(not CPP.available, reason=CPP.reason)
 OPS = {
     "dense, mean": (info_nce, "chunked", "mean"),
