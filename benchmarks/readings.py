@@ -1,7 +1,9 @@
 """A fitted detector read in another way: other losses, bank, calibration or pooling, without fitting anew.
 
 form          loss = softplus(lse - s_p); lse: of the negatives' scores; positive = -s_p;
-              margin = max over negatives of s_j - s_p; rank: how many negatives score above the positive
+              margin = max over negatives of s_j - s_p; rank: how many negatives score above the positive;
+              nearest: no contrast, the distance of a patch's latent from the nearest normal one;
+              loss and nearest: what neighbours say, and that distance, which counts as much
 calibration   both; step: of each direction and step alone; place: of each position alone; none
 pool          image score: max, mean or top (mean of the highest 1%) of the map; learned: the mean of the three, each
               less its mean on held-out normal images and over its spread there
@@ -26,6 +28,7 @@ from cpc_fast.bank import reservoir
 from cpc_fast.config import Config
 from cpc_fast.detector import Detector, split
 from cpc_fast.model import CPC
+from cpc_fast.predictions import Predictions
 from cpc_fast.scoring import Calibration, Scorer, calibrate
 from cpc_fast.train import autocast
 from cpc_kernels import info_nce_stats
@@ -33,7 +36,7 @@ from cpc_kernels import info_nce_stats
 from .baselines import Answer, Baseline
 
 ABOUTS = ("mean", "median")
-FORMS = ("loss", "lse", "positive", "margin", "rank")
+FORMS = ("loss", "lse", "positive", "margin", "rank", "nearest", "loss and nearest")
 CALIBRATIONS = ("both", "step", "place", "none")
 
 
@@ -65,22 +68,30 @@ class Form(CPC):
     def surprise(self, image: Tensor, bank: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         found, examined = [], self.examine(image)
         for (latents, told), rows in zip(examined, bank.chunk(len(examined), 1), strict=True):
-            pairs = zip(told.sources.split(told.counts), told.weight, strict=True)
-            predictions = torch.cat([F.linear(told.contexts[sources], matrix) for sources, matrix in pairs])
-            stats = info_nce_stats(predictions, rows, latents.flatten(0, 2)[told.targets])
-            if self.form == "margin":
-                nearest = torch.cat([(some.float() @ rows.float().T).amax(1) for some in predictions.split(4096)])
-                found.append(nearest - stats.positive)
-            else:
-                found.append(
-                    {"loss": stats.loss, "lse": stats.lse, "positive": -stats.positive, "rank": stats.rank.float()}[
-                        self.form
-                    ]
-                )
+            values = []
+            if self.form != "nearest":
+                values.append(self._contrast(latents, told, rows))
+            if "nearest" in self.form:
+                values.append(torch.cdist(latents.flatten(0, 2).float(), rows.float()).amin(1))
+            found.append(torch.cat(values))
         latents, told = examined[0]
         members, patches = len(examined), latents.shape[1] * latents.shape[2]
-        sources, targets = (index.repeat(members) for index in (told.sources % patches, told.targets))
-        return torch.cat(found), sources, targets, told.counts * members
+        sources, targets, counts = told.sources % patches, told.targets, told.counts
+        if "nearest" in self.form:  # of each patch by itself, behind the predictions as a place's are
+            here, keep = torch.arange(patches, device=targets.device), self.form != "nearest"
+            sources, targets = (torch.cat([told[: len(told) * keep], here]) for told in (sources, targets))
+            counts = [*counts[: len(counts) * keep], patches]
+        return torch.cat(found), sources.repeat(members), targets.repeat(members), counts * members
+
+    def _contrast(self, latents: Tensor, told: Predictions, rows: Tensor) -> Tensor:
+        pairs = zip(told.sources.split(told.counts), told.weight, strict=True)
+        predictions = torch.cat([F.linear(told.contexts[sources], matrix) for sources, matrix in pairs])
+        stats = info_nce_stats(predictions, rows, latents.flatten(0, 2)[told.targets])
+        if self.form == "margin":
+            nearest = torch.cat([(some.float() @ rows.float().T).amax(1) for some in predictions.split(4096)])
+            return nearest - stats.positive
+        values = {"lse": stats.lse, "positive": -stats.positive, "rank": stats.rank.float()}
+        return values.get(self.form, stats.loss)
 
 
 class MeanScorer(Scorer):
@@ -144,7 +155,11 @@ class Reread(Baseline):
                 bank = reservoir(rows, how.bank_size, self.config.seed)
         form = Form.of(model, how.form)
         if how.finer:
-            form.config = model.config.replace(finer=how.finer)
+            form.config = form.config.replace(finer=how.finer)
+        if "nearest" in how.form:  # the distance stands where the loss from a place would
+            if form.config.place:
+                raise ValueError(f"form {how.form} is for models that know of no places.")
+            form.config = form.config.replace(place=how.form != "nearest")
         self.scorer = (MeanScorer if how.about == "mean" else Scorer)(form, bank)
         normal = [images[i] for i in held_out]
         found = calibrate(self.scorer, [self.scorer.losses(image) for image in normal])
