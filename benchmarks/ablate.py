@@ -1,13 +1,13 @@
 """One factor at a time: what each choice of a preset is worth, by the rows of ablations.toml.
 
-    python -m benchmarks.ablate                         every row that is not done, one seed, textures and tiles
+    python -m benchmarks.ablate                         every row that is not done, one seed, grass and tiles
     python -m benchmarks.ablate --factors score pooling --sets grass
     python -m benchmarks.ablate --split report          the images that are reported; only for what is chosen already
     python -m benchmarks.ablate --tables                only write docs/ablations.md anew
 
-Judged on the textures and on the validation halves of the magnetic tiles and (with --sets "solar cells") the solar
-cells, and kept as trials.py keeps them, under results/quality/ablations/<preset>/<row>. The base is the preset itself:
-its fits are those of benchmarks.quality.
+Judged on grass and on the validation halves of the magnetic tiles and (with --sets "solar cells") the solar
+cells, and kept as trials.py keeps them, under results/quality/ablations/<base>/<row>. The base is a cheaper version of the
+preset: one network, fewer epochs.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from .ledger import slug
 from .quality import find_beds, of_group, parse
 from .readings import Merge, Other
 from .report import between, table
-from .sets import BEDS, GROUPS, ROOT, Bed
+from .sets import BEDS, ROOT, Bed
 from .trials import CPC, Job, Reading, Record, carry_out_all, load
 
 TABLE, DOCUMENT = Path(__file__).with_name("ablations.toml"), ROOT / "docs" / "ablations.md"
 COLUMNS = [
     (group, name, path)
-    for group, columns in (("textures", 3), ("magnetic tiles", 3), ("solar cells", 1))
+    for group, columns in (("grass", 3), ("magnetic tiles", 3), ("solar cells", 1))
     for name, path in (
         ("image AUROC", ("image", "auroc")), ("pixel AUROC", ("pixel", "auroc")), ("AU-PRO", ("pixel", "au_pro_0.30"))
     )[:columns]
@@ -46,7 +46,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Row:
-    """A line of ablations.toml: one of changes, shifts_without, read, merge and merge_seeds."""
+    """A line of ablations.toml: one of changes, shifts_without, read and merge."""
 
     factor: str
     name: str
@@ -55,7 +55,6 @@ class Row:
     shifts_without: tuple[str, ...] = ()
     read: dict[str, Any] = field(default_factory=dict)
     merge: tuple[str, ...] = ()
-    merge_seeds: int = 0
 
     @property
     def slug(self) -> str:
@@ -64,7 +63,7 @@ class Row:
     @property
     def reads(self) -> bool:
         """Whether it looks at fits of other rows, and needs none of its own."""
-        return bool(self.read or self.merge or self.merge_seeds)
+        return bool(self.read or self.merge)
 
     def config(self, base: Config) -> Config:
         changes = {name: tuple(value) if isinstance(value, list) else value for name, value in self.changes.items()}
@@ -91,11 +90,11 @@ class Ablations:
         names = [row.name for row in rows if not row.reads]
         base = preset(told["preset"]).replace(**told["changes"])
         for row in rows:
-            asked = sum(map(bool, (row.changes, row.shifts_without, row.read, row.merge, row.merge_seeds)))
+            asked = sum(map(bool, (row.changes, row.shifts_without, row.read, row.merge)))
             if asked != 1:
                 raise UsageError(
                     f"{path.name}: row {row.name!r} asks for {asked} things; give it one of changes, shifts_without, "
-                    "read, merge and merge_seeds."
+                    "read and merge."
                 )
             if missing := set(row.merge) - set(names):
                 raise UsageError(f"{path.name}: row {row.name!r} merges {sorted(missing)}, which no row fits.")
@@ -138,11 +137,7 @@ class Ablations:
         config = self.config(row, bed).replace(seed=seed)
         fits: tuple[Job, ...] = ()
         reading: Reading | None = None
-        if row is not None and row.merge_seeds:
-            seeds = range(seed, seed + row.merge_seeds)
-            fits = tuple(self._job(None, bed, data, other, part) for other in seeds)
-            reading = Merge(tuple(f"seed {other}" for other in seeds))
-        elif row is not None and row.reads:
+        if row is not None and row.reads:
             members = [None, *(other for name in row.merge for other in self.rows if other.name == name)]
             fits = tuple(self._job(member, bed, data, seed, part) for member in members)
             reading = Merge(("base", *row.merge)) if row.merge else Other(**row.read)
@@ -159,7 +154,7 @@ def tables(ablations: Ablations, part: str = "validation") -> str:
 
     def means(row: Row | None) -> list[float | None]:
         records = judged(ablations, row, part)
-        found = [of_group(records, GROUPS[group], CPC, path) for group, _, path in COLUMNS]
+        found = [of_group(records, (group,), CPC, path) for group, _, path in COLUMNS]
         known = [[value for value in values if value is not None] for values in found]
         return [float(np.mean(values)) if values else None for values in known]
 
@@ -207,9 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", help="only rows of these names")
     parser.add_argument("--split", choices=("validation", "report"), default="validation")
     parser.add_argument("--preset", help="another base than the table's")
-    args = parse(
-        parser, arguments, default_sets=[name for name in BEDS if name in (*GROUPS["textures"], "magnetic tiles")]
-    )
+    args = parse(parser, arguments, default_sets=["grass", "magnetic tiles"])
     ablations, done = Ablations.read(), True
     if not args.tables:
         if args.preset or args.set:
