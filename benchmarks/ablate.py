@@ -6,8 +6,8 @@
     python -m benchmarks.ablate --tables                only write docs/ablations.md anew
 
 Judged on grass and on the validation halves of the magnetic tiles and (with --sets "solar cells") the solar
-cells, and kept as trials.py keeps them, under results/quality/ablations/<base>/<row>. The base is a cheaper version of the
-preset: one network, fewer epochs.
+cells, and kept as trials.py keeps them, under results/quality/ablations/<base>/<row>. The base is a cheaper version of
+the preset: one network, fewer epochs.
 """
 
 from __future__ import annotations

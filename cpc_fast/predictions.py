@@ -37,6 +37,7 @@ class Predictions(NamedTuple):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what scoring made first, training can use too
 def geometry(
     shape: tuple[int, int, int],
     offsets: tuple[int, ...],

@@ -3,8 +3,6 @@
 python examples/clip_towers.py            seconds on a CPU; the loss falls from about log(512)
 """
 
-import argparse
-
 import torch
 from torch import nn
 from torch.nn.functional import normalize
@@ -39,6 +37,4 @@ def train(steps: int = 150, batch: int = 512) -> list[float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="CLIP on random towers, with a drop-in loss.")
-    parser.add_argument("--steps", type=int, default=150)
-    train(parser.parse_args().steps)
+    train()

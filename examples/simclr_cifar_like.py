@@ -3,8 +3,6 @@
 python examples/simclr_cifar_like.py            under a minute on a CPU; the loss falls from about log(2 x 256 - 1)
 """
 
-import argparse
-
 import torch
 from torch import nn
 
@@ -42,6 +40,4 @@ def train(steps: int = 60, batch: int = 256) -> list[float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="SimCLR on synthetic images, with a drop-in loss.")
-    parser.add_argument("--steps", type=int, default=60)
-    train(parser.parse_args().steps)
+    train()

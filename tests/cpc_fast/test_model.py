@@ -6,7 +6,7 @@ import torch
 from samples import TINY_CONFIG
 
 from cpc_fast.bank import bank_losses
-from cpc_fast.config import Config, preset
+from cpc_fast.config import PRESETS, Config, preset
 from cpc_fast.contexts import DIRECTIONS, ContextNet
 from cpc_fast.errors import CpcFastError, UsageError
 from cpc_fast.loss import accuracy, cpc_loss
@@ -156,7 +156,14 @@ def test_thinned_predictions_are_some_of_them(most):
     assert torch.equal(step, torch.repeat_interleave(steps, torch.tensor(few.counts)))
 
 
-@pytest.mark.parametrize("name", ["cpu-demo", "quality", "texture", "fast", "paper"])
+def test_what_scoring_has_seen_can_be_trained_on():
+    model, image = CPC(SMALL), torch.randn(1, 1, 56, 80)  # a grid that no other test has
+    with torch.inference_mode():
+        model.surprise(image[0], torch.randn(9, SMALL.features))
+    model(image).loss.backward()
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_make_models(name):
     config = preset(name).replace(width=8)
     model = CPC(config)
