@@ -120,7 +120,9 @@ class Ablations:
         return (base if row is None else row.config(base)).replace(**bed.changes if bed else {})
 
     def asks_nothing(self, row: Row, bed: Bed | None = None) -> bool:
-        """Whether the base is what the row asks for."""
+        """Whether the base is what the row asks for, or cannot be read that way."""
+        if "nearest" in row.read.get("form", ""):  # the distance stands where the loss from a place would
+            return self.config(None, bed).place
         return not row.reads and self.config(row, bed) == self.config(None, bed)
 
     def jobs(self, beds: Sequence[tuple[Bed, Path]], rows: Sequence[Row], seeds: int, part: str) -> list[Job]:

@@ -111,14 +111,18 @@ class Job:
 
 
 def completed(settings: Record) -> Record:
-    """Stored settings with the fields that a Config has got since, at their defaults, which change nothing.
+    """Stored settings with the fields that a Config has got since, at their defaults, which change nothing; but for
+    `members`, whose coming was also that of the median, which changed all scores.
 
     >>> completed({"image_size": 128, "channels": 1, "seed": 0}), completed({"patch_size": 32})["directions"]
     ({'image_size': 128, 'channels': 1, 'seed': 0}, 4)
     """
     if "of" in settings:
         return settings | {"of": [completed(one) for one in settings["of"]]}
-    return json.loads(json.dumps(Config().to_json())) | settings if "patch_size" in settings else settings
+    if "patch_size" not in settings:
+        return settings
+    since = {name: value for name, value in Config().to_json().items() if name != "members"}
+    return json.loads(json.dumps(since)) | settings
 
 
 def detector_of(job: Job, device: torch.device, on_step: OnStep = None) -> tuple[Detector, float | None]:

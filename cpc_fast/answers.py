@@ -141,7 +141,7 @@ def _answer(detector: Detector, path: str, name: str, min_area: int, pictures: d
     """One image in predictions.json, or why it was skipped; its pictures are written by then.
 
     segments[].outline: closed polygons of [y, x] (segments.py). most_surprising: of a flagged image, the patch that is,
-    its box, the direction and step (`worst`) that found it so, and the mean loss of each direction and step in units
+    its box, the direction and step, or "place" (`worst`), that found it so, and the mean loss of each of them in units
     of its normal spread.
     """
     try:

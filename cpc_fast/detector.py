@@ -81,10 +81,10 @@ class Explanation:
     """Why an image scored as it did.
 
     Attributes:
-        losses: for each direction and step, the mean loss over the image in units of its normal spread.
+        losses: for each direction and step, and the place, the mean loss over the image in units of its normal spread.
         patch: (row, column) of the most surprising patch in the grid.
         box: (top, left, bottom, right) of that patch in pixels of the original image.
-        worst: the direction and step that found that patch most surprising.
+        worst: the direction and step, or "place", that found that patch most surprising.
     """
 
     losses: dict[str, float]
@@ -233,6 +233,12 @@ class Detector:
 
             scorer = Scorer(model, place_bank(_make_bank(model, read(training), config), device))
             scores, calibration = held_out_scores(scorer, read(held_out))
+            if not np.isfinite(scores).all():
+                odd = names[held_out[int(np.flatnonzero(~np.isfinite(scores))[0])]]
+                raise CpcFastError(
+                    f"The model's losses on {odd} are no numbers, so there is no threshold; look at that image, and at "
+                    "what an encoder of your own makes of patches of one value."
+                )
             threshold = Threshold.from_scores(scores, config.target_fpr)
             shapes = {image.shape[:2] for image in (images[i] for i in range(len(images)))}
             trained_on = {
@@ -357,7 +363,7 @@ class Detector:
         return Predictions([a.score for a in answers], [a.map for a in answers], [a.mask for a in answers])
 
     def explain(self, image: np.ndarray) -> Explanation:
-        """Which patch, direction and step made the score of an image, uint8 (h, w, c) or (h, w)."""
+        """Which patch, and which direction and step or its place, made the score of an image, uint8 (h, w, c)."""
         prepared = prepare(image, self.config)
         return self._explanation(self.scorer.surprise(prepared), image.shape, prepared.shape)
 

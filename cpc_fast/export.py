@@ -122,7 +122,7 @@ class Program(nn.Module):
         grid = torch.zeros_like(latents[..., 0])
         if abouts:
             about, made = _median(abouts), _median(mades)
-            grid = about.where(about < NEVER, made.where(made < NEVER, 0.0))
+            grid = torch.where(about >= NEVER, made.where(made < NEVER, 0.0), about)
         return (grid + sum(placed) / len(placed)) / 2 if placed else grid
 
     def _spread(self, grid: Tensor) -> Tensor:
@@ -159,7 +159,8 @@ def _median(parts: list[tuple[Tensor, tuple[int, int, int, int]]]) -> Tensor:
     here = [F.pad(torch.ones_like(values[:1], dtype=torch.long), edges) for values, edges in parts]
     count = torch.stack(here).sum(0)
     middle = [((count - more).clamp_min(0) // 2)[None].expand(1, *rising.shape[1:]) for more in (1, 0)]
-    return (rising.gather(0, middle[0]) + rising.gather(0, middle[1]))[0] / 2
+    median = (rising.gather(0, middle[0]) + rising.gather(0, middle[1]))[0] / 2
+    return rising[-1].where(rising[-1].isnan(), median)  # where one is none, it sorts last and is the answer
 
 
 def export(

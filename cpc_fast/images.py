@@ -76,10 +76,12 @@ def is_one_image(value: object) -> bool:
 
     >>> is_one_image("one.png"), is_one_image(np.zeros((32, 32, 1))), is_one_image(np.zeros((5, 32, 32, 1)))
     (True, True, False)
+    >>> is_one_image(np.array(["one.png", "two.png"]))
+    False
     """
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "OSU":  # not an array of paths
         return value.ndim < 3 or (value.ndim == 3 and value.shape[2] in (1, 3))
-    return isinstance(value, (str, os.PathLike)) or hasattr(value, "dtype")
+    return isinstance(value, (str, os.PathLike)) or type(value).__module__ == "torch"
 
 
 def check_pixels(image: object) -> None:

@@ -146,11 +146,11 @@ def patch_medians(
     found, steps = [], steps_of(counts, losses.device)
     for index in (targets, sources):
         table = losses.new_full((len(counts), shape[0] * shape[1]), torch.inf)
-        table[steps, index] = losses  # a step says one thing about a patch
-        rising = table.sort(0).values
-        count = (rising < torch.inf).sum(0)
-        middle = [rising.gather(0, ((count - more).clamp_min(0) // 2)[None])[0] for more in (1, 0)]
-        found.append((count > 0, sum(middle) / 2))
+        said = torch.zeros_like(table, dtype=torch.bool)
+        table[steps, index], said[steps, index] = losses, True  # a step says one thing about a patch
+        rising, count = table.sort(0).values, said.sum(0)
+        low, high = (rising.gather(0, ((count - more).clamp_min(0) // 2)[None])[0] for more in (1, 0))
+        found.append((count > 0, ((low + high) / 2).masked_fill(table.isnan().any(0), torch.nan)))
     return torch.where(found[0][0], found[0][1], torch.where(found[1][0], found[1][1], 0.0)).view(shape)
 
 

@@ -193,7 +193,7 @@ def train(
     total = per_epoch * config.epochs
     smallest = min(min(image.shape[:2]) for image in images)
     side = min(config.crop or smallest, smallest)
-    together = size if config.across_ranks != "local" else len(share(list(range(size)), rank, world))
+    together = size if config.across_ranks != "local" else len(share(list(range(size)), 0, world))
     chance = guessing(config, together, side)
     at = position or Position()
     started, done, bad, saved = time.perf_counter(), 0, 0, time.monotonic()

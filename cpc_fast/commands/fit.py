@@ -60,7 +60,7 @@ def fit(
 ) -> int:
     """Learn what is normal, and from where on a score is anomalous."""
     check_device(device)
-    from ..images import read_image, shorter_sides
+    from ..images import read_image
     from ..inputs import has_colour
     from ..layouts import find_test, find_train
     from ..runs import CHECKPOINT, need_checkpoint, refuse_run
@@ -77,7 +77,7 @@ def fit(
         looked_at = f"Of {len(some)} images looked at, " if len(some) < len(images) else f"Of {len(some)} images, "
         say(f"{looked_at}{coloured} are in colour; this fit sees grey values only. --set channels=3 sees colour.")
     torch_device = choose_device(device)
-    finished = resume and _finished(out, config.fitted_to(shorter_sides(images, config.image_size)))
+    finished = resume and _finished(out, fitted_to_files(config, images))
     again = ["cpc-fast", "fit", str(data), "--out", str(out)]
     more = ["--device", device] if device != "auto" else []
     try:
@@ -120,6 +120,13 @@ def fit(
     for lead, command in zip(("Next:", "  or:"), commands, strict=False):
         say(f"{lead} {shlex.join(['cpc-fast', *command])}")
     return 0
+
+
+def fitted_to_files(config: Config, paths: Sequence[Path]) -> Config:
+    """The config for these images; see Config.fitted_to."""
+    from ..images import quoted, shorter_sides
+
+    return config.fitted_to(shorter_sides(paths, config.image_size), [quoted(path) for path in paths])
 
 
 def _finished(run: Path, config: Config) -> bool:
@@ -196,13 +203,12 @@ def fit_or_go_on(name: str, data: Path, run: Path, config: Config, device: torch
     """Fitted, taken up where it was left, or loaded where it was fitted before."""
     from ..checkpoint import checkpoint_config
     from ..detector import Detector
-    from ..images import quoted, shorter_sides
     from ..layouts import find_train
     from ..runs import CHECKPOINT, DETECTOR
     from ..saving import clear_run
 
     paths = find_train(data)
-    config = config.fitted_to(shorter_sides(paths, config.image_size), [quoted(path) for path in paths])
+    config = fitted_to_files(config, paths)
     if fresh:
         clear_run(run)
     elif (run / DETECTOR).exists():

@@ -218,13 +218,6 @@ def sum_gradients(
     return tuple(each * grad.to(each.dtype) for each in (dq, dk, dv, dscale))
 
 
-def take_gradients(grad: Tensor, *saved) -> tuple[Tensor, ...]:
-    """The same in the memory of what was saved, where the graph goes with this backward: nobody reads that again."""
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        return sum_gradients(grad, *saved)
-    return tuple(each.mul_(grad.to(each.dtype)) for each in saved[:4])
-
-
 info_nce_sum_backward = torch.library.custom_op("cpc_kernels::info_nce_sum_backward", sum_gradients, mutates_args=())
 
 
@@ -253,7 +246,7 @@ def _backward_sum(ctx, grad, *_, gradients=info_nce_sum_backward):
 
 info_nce_sum.register_autograd(_backward_sum, setup_context=_save_sum)
 once_differentiable(info_nce_sum_backward, "info_nce")
-info_nce_sum_plainly = plain_form(compute_sum, _save_sum, _backward_sum, take_gradients, info_nce_sum_backward)
+info_nce_sum_plainly = plain_form(compute_sum, _save_sum, _backward_sum, sum_gradients, info_nce_sum_backward)
 
 
 # --- the door ---------------------------------------------------------------------------------------------------------

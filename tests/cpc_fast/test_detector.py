@@ -240,6 +240,19 @@ def test_members_learn_apart_and_are_averaged():
     assert list(found.losses.values()) == pytest.approx([float(one.mean()) for one in told], rel=1e-5)
 
 
+def test_a_fit_whose_losses_are_no_numbers_has_no_threshold():
+    class Contrast(nn.Module):
+        def forward(self, patches):
+            flat = patches.flatten(1)
+            return ((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True))[:, :12]  # 0 / 0 where it is even
+
+    images = [image.copy() for image in IMAGES]
+    for image in images:
+        image[:24, :24] = 90
+    with pytest.raises(CpcFastError, match=r"losses on Image \d+ are no numbers, so there is no threshold"):
+        Detector.fit(images, TINY_CONFIG, epochs=1, encoder=Contrast())
+
+
 def test_an_encoder_of_ones_own_is_one_member():
     detector = Detector.fit(IMAGES, TINY_CONFIG, epochs=1, members=3, encoder=Flat())
     assert detector.config.members == 1

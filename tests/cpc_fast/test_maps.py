@@ -47,6 +47,15 @@ def test_patch_medians_are_medians():
     torch.testing.assert_close(found[0], torch.stack(expected))
 
 
+def test_a_loss_that_is_none_does_not_pass_for_no_prediction():
+    losses = torch.tensor([1.0, float("nan"), 2.0, 3.0])
+    targets = torch.tensor([0, 1, 0, 1])
+    found = patch_medians(losses, targets, targets, [2, 2], (1, 3))
+    assert found[0, 0] == 1.5
+    assert found[0, 1].isnan()
+    assert found[0, 2] == 0
+
+
 def test_a_map_peaks_where_the_patch_is_and_keeps_constants():
     scores = torch.zeros(7, 7)
     scores[2, 5] = 1.0
