@@ -195,7 +195,8 @@ class Detector:
         else:
             source, images = f"{len(data)} arrays", [prepare(image, config) for image in data]
             names = [f"Image {i}" for i in range(len(images))]
-        made_for = config.made_for
+        if not images:
+            raise UsageError("There are no images to fit on (got an empty list); give at least 3 normal ones.")
         sides = [min(image.shape[:2]) for image in images]
         config = config.fitted_to(sides, names)
         _check_sizes(images, names, config)
@@ -245,9 +246,9 @@ class Detector:
                 "data": source,
                 "normal images": f"{len(images)} ({len(training)} to learn from, {len(held_out)} for the threshold)",
                 "image size": " and ".join(f"{h} x {w}" for h, w in sorted(shapes)) if len(shapes) < 4 else "varying",
-                "patches": f"{config.patch_size} x {config.patch_size} pixels, one every {config.patch_stride}"
-                + (", chosen for images of this size" if made_for else ""),
+                "patches": f"{config.patch_size} x {config.patch_size} pixels, one every {config.patch_stride}",
                 "epochs": str(config.epochs),
+                "highest held out": _highest(scores, [names[i] for i in held_out]),
             }
             spread = (min(sides), max(sides))
             detector = cls(model, scorer.bank, calibration, threshold, trained_on, pace, spread)
@@ -406,6 +407,16 @@ def split(count: int, config: Config) -> tuple[list[int], list[int]]:
         raise UsageError(f"{count} normal images are too few to learn from and to calibrate with; give at least 3.")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
     return sorted(order[held_out:]), sorted(order[:held_out])
+
+
+def _highest(scores: Sequence[float], names: Sequence[str]) -> str:
+    """The held-out images that are least like the others: the threshold rests on them where they are few.
+
+    >>> _highest([1.0, 7.5, 2.0], ["a.png", "b.png", "c.png"])
+    'b.png scores 7.5, then c.png 2'
+    """
+    first, *rest = sorted(zip(scores, names, strict=True), reverse=True)[:2]
+    return f"{first[1]} scores {first[0]:.4g}" + "".join(f", then {name} {score:.4g}" for score, name in rest)
 
 
 def _check_sizes(images: Sequence[np.ndarray], names: Sequence[str], config: Config) -> None:

@@ -71,7 +71,8 @@ def sources_in(out: Path, inputs: Sequence[tuple[str, str]]) -> set[str]:
 def find_inputs(
     images: Sequence[str | os.PathLike], on_repeat: Callable[[str], None] | None = None
 ) -> list[tuple[str, str]]:
-    """Files and folders (searched to the bottom) as (path, NAME) in the order given, each path and each NAME once.
+    """Files and folders (searched to the bottom, without ground_truth) as (path, NAME) in the order given, each
+    path and each NAME once.
 
     Raises UsageError for a folder without images.
     """
@@ -114,7 +115,8 @@ def _walk(folder: Path) -> list[Path]:
 
     found = []
     for here, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        # masks are no parts
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "ground_truth"]
         found += [
             Path(here, name) for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
         ]

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .train import Progress as Step
 
 
+LAST = "the threshold, from the images held out"
+
+
 def duration(seconds: float) -> str:
     """
     >>> duration(4.4), duration(75), duration(7330)
@@ -56,6 +59,8 @@ def training(name: str) -> Iterator[Callable[[Step], None]]:
             losses.clear()
             text = describe(step).split(", ", 1)[1]
             console.print(f"{line(step)}: loss {mean:.3f}, {text}", markup=False, soft_wrap=True)
+            if step.epoch == step.epochs:
+                console.print(f"{name}: {LAST}", markup=False, soft_wrap=True)
 
     if not console.is_terminal:
         yield plain
@@ -65,7 +70,9 @@ def training(name: str) -> Iterator[Callable[[Step], None]]:
 
         def live(step: Step) -> None:
             done, total = (step.epoch - 1) * step.steps + step.step, step.epochs * step.steps
-            progress.update(task, description=line(step), completed=done, total=total, note=describe(step))
+            progress.update(
+                task, description=line(step), completed=done, total=total, note=describe(step) if done < total else LAST
+            )
 
         yield live
 

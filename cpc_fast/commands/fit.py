@@ -111,6 +111,8 @@ def fit(
     say(f"Scores above {detector.threshold.value:.4g} are anomalous.")
     if detector.threshold.note:
         say(detector.threshold.note)
+        if highest := detector.trained_on.get("highest held out"):  # earlier runs do not say
+            say(f"Look at what sets it: {highest}.")
     if tensorboard:
         say(f"Curves: {shlex.join(['tensorboard', '--logdir', str(out / 'tensorboard')])}")
     commands = [["predict", str(out), "IMAGES", "--out", "answers"]]

@@ -16,7 +16,10 @@ from .options import Device, check_device, choose_device
 
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that fit wrote.")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Images, and folders of them.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGES...", help="Images, and folders of them (a folder's ground_truth is left out)."),
+    ],
     out: Annotated[
         Path,
         typer.Option(
@@ -79,6 +82,8 @@ def predict(
         above = f"a score above {detector.threshold.value:.4g}"
         above += "" if min_area == 1 else f" on at least {min_area} adjoining pixels"
         say(f"{found.flagged} of {found.images} images are flagged: they have {above}.")
+        if detector.threshold.note:
+            say(detector.threshold.note)
         note_colour(found.in_colour, found.images, detector.config.channels)
         note_size(found.other_size, found.images, detector)
     if not found.listed:

@@ -240,6 +240,11 @@ def test_members_learn_apart_and_are_averaged():
     assert list(found.losses.values()) == pytest.approx([float(one.mean()) for one in told], rel=1e-5)
 
 
+def test_no_images_are_no_fit():
+    with pytest.raises(UsageError, match=r"no images to fit on \(got an empty list\); give at least 3"):
+        Detector.fit([], TINY_CONFIG)
+
+
 def test_a_fit_whose_losses_are_no_numbers_has_no_threshold():
     class Contrast(nn.Module):
         def forward(self, patches):

@@ -313,3 +313,10 @@ def test_a_damaged_list_of_inputs(detector, folder, tmp_path):
     (tmp_path / "progress" / "inputs.jsonl").write_text("[")
     with pytest.raises(CpcFastError, match=r"inputs\.jsonl' is damaged; remove .*progress' and predict again"):
         answers.predict(detector, [folder / "0.png"], tmp_path, resume=True)
+
+
+def test_masks_beside_the_images_are_no_images(tmp_path):
+    for where in ("test/hole", "ground_truth/hole"):
+        save(texture(1), tmp_path / "parts" / where / "0.png")
+    assert [name for _, name in find_inputs([tmp_path / "parts"])] == ["test/hole/0"]
+    assert [name for _, name in find_inputs([tmp_path / "parts" / "ground_truth"])] == ["hole/0"]
