@@ -317,6 +317,6 @@ def test_a_damaged_list_of_inputs(detector, folder, tmp_path):
 
 def test_masks_beside_the_images_are_no_images(tmp_path):
     for where in ("test/hole", "ground_truth/hole"):
-        save(texture(1), tmp_path / "parts" / where / "0.png")
+        save(tmp_path / "parts" / where / "0.png", texture(1))
     assert [name for _, name in find_inputs([tmp_path / "parts"])] == ["test/hole/0"]
     assert [name for _, name in find_inputs([tmp_path / "parts" / "ground_truth"])] == ["hole/0"]
