@@ -102,7 +102,10 @@ def fit(
         except CpcFastError:
             return stopped("Stopped before the end of the first epoch, so nothing is saved. Begin again when you like.")
         command = shlex.join([*again, "--resume", *more])
-        return stopped(f"Stopped; {done} of {config.epochs} epochs are saved in {out}. Go on with: {command}")
+        saved = (
+            f"{done} of {config.epochs} epochs are saved" if done < config.epochs else "only the threshold is missing"
+        )
+        return stopped(f"Stopped; {saved} in {out}. Go on with: {command}")
     if launched()[0]:  # the first process speaks for all
         return 0
     on = f"on {detector.trained_on['normal images']} normal images."

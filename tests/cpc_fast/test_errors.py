@@ -328,6 +328,17 @@ def test_a_run_folder_that_cannot_be_made(fitted, tmp_path, capsys):
 # Ctrl-C
 
 
+def test_stopped_while_it_seeks_the_threshold_it_says_what_is_missing(fitted, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cpc_fast.detector.held_out_scores", interrupted)
+    arguments = command(fitted, tmp_path / "cut", "--epochs", "1")[len(CLI) :]
+    assert cli.run(arguments) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"Stopped; only the threshold is missing in {tmp_path / 'cut'}. Go on with: cpc-fast fit")
+
+
 def test_stopped_in_mid_epoch_it_says_how_to_go_on_and_ends_at_the_same_weights(fitted, tmp_path):
     options = ("--epochs", "60")
     stopped = subprocess.Popen(command(fitted, tmp_path / "cut", *options), stderr=subprocess.PIPE, text=True)
