@@ -241,12 +241,18 @@ def command(fitted: Path, run: Path, *options: str) -> list[str]:
     return [*CLI, "fit", str(fitted / "data"), "--out", str(run), *SET_TINY, *options]
 
 
+def start(arguments: list[str]) -> subprocess.Popen:
+    """A process that hears SIGINT, also where a script started the tests in the background, which would not."""
+    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
+
+
 def test_a_file_that_cannot_grow_leaves_the_good_one(fitted, tmp_path):
     """Every write above half a checkpoint fails, as on a full disk: the checkpoint of before stays whole."""
     run = tmp_path / "run"
     run.mkdir()
     good = run / "checkpoint.safetensors"
-    first = subprocess.Popen(command(fitted, run, "--epochs", "400"), stderr=subprocess.PIPE, text=True)
+    first = start(command(fitted, run, "--epochs", "400"))
     assert first.stderr is not None
     for line in first.stderr:
         if "epoch 2 of 400" in line:
@@ -341,7 +347,7 @@ def test_stopped_while_it_seeks_the_threshold_it_says_what_is_missing(fitted, tm
 
 def test_stopped_in_mid_epoch_it_says_how_to_go_on_and_ends_at_the_same_weights(fitted, tmp_path):
     options = ("--epochs", "60")
-    stopped = subprocess.Popen(command(fitted, tmp_path / "cut", *options), stderr=subprocess.PIPE, text=True)
+    stopped = start(command(fitted, tmp_path / "cut", *options))
     assert stopped.stderr is not None
     for line in stopped.stderr:
         if "epoch 3 of 60" in line:
