@@ -248,7 +248,7 @@ class Detector:
                 "image size": " and ".join(f"{h} x {w}" for h, w in sorted(shapes)) if len(shapes) < 4 else "varying",
                 "patches": f"{config.patch_size} x {config.patch_size} pixels, one every {config.patch_stride}",
                 "epochs": str(config.epochs),
-                "highest held out": _highest(scores, [names[i] for i in held_out]),
+                "highest held out": _highest(scores, [names[i].strip("'").rsplit("/", 1)[-1] for i in held_out]),
             }
             spread = (min(sides), max(sides))
             detector = cls(model, scorer.bank, calibration, threshold, trained_on, pace, spread)
