@@ -191,10 +191,10 @@ class Detector:
         if isinstance(data, (str, os.PathLike)):
             source, paths = str(data), find_train(data)
             images: Sequence[np.ndarray] = ImageCache(paths, size=config.image_size, channels=config.channels)
-            names = [quoted(path) for path in paths]
+            names, short = [quoted(path) for path in paths], [path.name for path in paths]
         else:
             source, images = f"{len(data)} arrays", [prepare(image, config) for image in data]
-            names = [f"Image {i}" for i in range(len(images))]
+            names = short = [f"Image {i}" for i in range(len(images))]
         if not images:
             raise UsageError("There are no images to fit on (got an empty list); give at least 3 normal ones.")
         sides = [min(image.shape[:2]) for image in images]
@@ -248,7 +248,7 @@ class Detector:
                 "image size": " and ".join(f"{h} x {w}" for h, w in sorted(shapes)) if len(shapes) < 4 else "varying",
                 "patches": f"{config.patch_size} x {config.patch_size} pixels, one every {config.patch_stride}",
                 "epochs": str(config.epochs),
-                "highest held out": _highest(scores, [names[i].strip("'").rsplit("/", 1)[-1] for i in held_out]),
+                "highest held out": _highest(scores, [short[i] for i in held_out]),
             }
             spread = (min(sides), max(sides))
             detector = cls(model, scorer.bank, calibration, threshold, trained_on, pace, spread)

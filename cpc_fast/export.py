@@ -84,18 +84,17 @@ class Program(nn.Module):
         else:
             centred = pixels - pixels.mean((1, 2, 3), keepdim=True)
             pixels = centred / centred.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1.0)
-        latents = model.latents(pixels, config.scoring_stride)  # (b, gy, gx, members * d)
-        grid = (self._grid(latents) - self.place_mean) / self.place_spread
+        grid = (self._grid(pixels) - self.place_mean) / self.place_spread
         maps = self._spread(grid[:, None]) / self._spread(torch.ones_like(grid[:1, None]))
         maps = maps[:, 0, : self.size[0], : self.size[1]]
         return maps.amax((1, 2)), maps
 
-    def _grid(self, latents: Tensor) -> Tensor:
+    def _grid(self, pixels: Tensor) -> Tensor:
         """What the neighbours say of each patch, and its place where the model knows of places: (b, gy, gx)."""
         gy, gx, config = self.gy, self.gx, self.config
         abouts, mades, placed = [], [], []
-        for (member, part), bank, means, spreads in zip(
-            self.model.by_member(latents),
+        for member, bank, means, spreads in zip(
+            self.model.members,
             *(t.chunk(config.members, -1) for t in (self.bank, self.step_mean, self.step_spread)),
             strict=True,
         ):
@@ -105,6 +104,7 @@ class Program(nn.Module):
                 others = torch.logsumexp(predicted @ bank.T, -1)
                 return (F.softplus(others - (predicted * target).sum(-1)) - means[i]) / spreads[i]
 
+            part = member.latents(pixels, config.scoring_stride)  # (b, gy, gx, d)
             contexts, weight = member.context(part, config.finer), member.predictor.weight
             for i in range(config.directions * config.steps):
                 direction, step = divmod(i, config.steps)
@@ -119,7 +119,7 @@ class Program(nn.Module):
                 mades.append((found, (left, gx - right, top, gy - bottom)))
             if member.place is not None:
                 placed.append(loss(F.linear(member.place(self.places), weight[-1]), part, -1))
-        grid = torch.zeros_like(latents[..., 0])
+        grid = pixels.new_zeros(pixels.shape[0], gy, gx)  # len would fix the batch
         if abouts:
             about, made = _median(abouts), _median(mades)
             grid = torch.where(about >= NEVER, made.where(made < NEVER, 0.0), about)

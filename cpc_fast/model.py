@@ -148,10 +148,6 @@ class CPC(nn.Module):
         """(b, c, h, w) -> (b, gy, gx, d), on the grid of training unless another stride is given."""
         return torch.cat([member.latents(images, stride) for member in self.members], -1)
 
-    def by_member(self, latents: Tensor) -> list[tuple[Member, Tensor]]:
-        """Each member with its part of latents, (..., d)."""
-        return list(zip(self.members, latents.chunk(len(self.members), -1), strict=True))
-
     def forward(
         self, images: Images, shifted: Shifted | None = None, seed: int = 0, frames: Frames | None = None
     ) -> StepResult:

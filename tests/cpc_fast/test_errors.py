@@ -243,7 +243,10 @@ def command(fitted: Path, run: Path, *options: str) -> list[str]:
 
 def start(arguments: list[str]) -> subprocess.Popen:
     """A process that hears SIGINT, also where a script started the tests in the background, which would not."""
-    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+
+    def hear() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
 
 

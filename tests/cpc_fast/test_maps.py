@@ -48,9 +48,9 @@ def test_patch_medians_are_medians():
 
 
 def test_a_loss_that_is_none_does_not_pass_for_no_prediction():
-    losses = torch.tensor([1.0, float("nan"), 2.0, 3.0])
-    targets = torch.tensor([0, 1, 0, 1])
-    found = patch_medians(losses, targets, targets, [2, 2], (1, 3))
+    losses = torch.tensor([1.0, float("nan"), 2.0, 3.0, 4.0])
+    targets = torch.tensor([0, 1, 0, 1, 1])  # of the three about patch 1, the middle one is a number
+    found = patch_medians(losses, targets, targets, [2, 2, 1], (1, 3))
     assert found[0, 0] == 1.5
     assert found[0, 1].isnan()
     assert found[0, 2] == 0
