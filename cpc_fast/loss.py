@@ -101,11 +101,16 @@ def rows_of_all(counts: list[int], images: int, before: int, total: int, device:
 def accuracy(predictions: Predictions, latents: Latents, most: int = 256) -> Tensor:
     """How often (0..1) a prediction ranks its own patch first among all of `latents`, from at most `most` of them.
 
+    A patch that shares the first place was not told from the others, and does not count.
+
     >>> from cpc_fast.predictions import Predictor
     >>> z = torch.randn(1, 3, 3, 8)
     >>> accuracy(Predictor(8, (2,), directions=2)(z[None]), z).shape
     torch.Size([])
     """
     contexts, weight, sources, targets, counts = predictions.thinned(most)
-    stats = bilinear_info_nce_stats(contexts, weight, latents.flatten(0, 2), targets, sources=sources, counts=counts)
-    return (stats.rank == 0).float().mean()
+    candidates = latents.flatten(0, 2)
+    below = bilinear_info_nce_stats(
+        contexts, weight, candidates, targets, sources=sources, counts=counts, scale=-1.0
+    ).rank  # under a negative scale the rank counts who scores less
+    return (below == len(candidates) - 1).float().mean()

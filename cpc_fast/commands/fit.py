@@ -149,7 +149,7 @@ def learnt_nothing(epoch: Sequence[Progress]) -> str:
     """A sentence where the steps of the last epoch guessed, else an empty string.
 
     Their loss decides. Accuracy cannot: it is at chance level where a model has learnt to tell shifted copies only, as
-    on the demo's grass, and 100% where all scores are equal.
+    on the demo's grass.
     """
     losses = [step.loss for step in epoch if math.isfinite(step.loss)]
     mean, guessing = sum(losses) / max(1, len(losses)), epoch[0].guessing if epoch else 0.0

@@ -144,6 +144,18 @@ def test_accuracy_counts_right_answers():
     assert accuracy(predictions, latents, most=7) == right[:: -(-len(right) // 7)].float().mean()
 
 
+def test_what_ties_is_no_right_answer():
+    torch.manual_seed(3)
+    latents = torch.nn.functional.normalize(torch.randn(2, 2, 3, 8), dim=-1)
+    latents[1, :, :2] = latents[0, :, :2]  # the images differ in two of their six patches
+    own = torch.arange(12)
+    knowing = Predictions(latents.flatten(0, 2), torch.eye(8)[None], own, own, [12])
+    assert accuracy(knowing, latents) == 4 / 12
+    collapsed, broken = latents[:1, :1, :1].expand(2, 2, 3, 8).contiguous(), torch.full_like(latents, torch.nan)
+    for same in (collapsed, broken):
+        assert accuracy(knowing._replace(contexts=same.flatten(0, 2)), same) == 0
+
+
 @pytest.mark.parametrize("most", [1, 5, 20, 100])
 def test_thinned_predictions_are_some_of_them(most):
     predictions = Predictor(4, (1, 2, 9), 4)(torch.randn(4, 1, 3, 4, 4))
