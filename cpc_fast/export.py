@@ -9,13 +9,14 @@ written is run on random images, and compared, before it takes its name.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -239,14 +240,26 @@ def _as_onnx(program: Program, example: Tensor, path: Path, about: str) -> None:
         import onnxscript  # noqa: F401 (torch.onnx needs it)
     except ImportError:
         raise CpcFastError("ONNX needs packages: pip install 'cpc_fast[onnx]'.") from None
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision, which is not used, is missing
-    exported = torch.onnx.export(
-        program, (example,), dynamo=True, dynamic_shapes=_batch(), verbose=False, input_names=["images"],
-        output_names=["scores", "maps"],
-    )  # fmt: skip
+    # one warns that torchvision, which is not used, is missing, the other that it keeps a node as it is
+    with _errors_only("torch.onnx"), _errors_only("onnxscript.optimizer"):
+        exported = torch.onnx.export(
+            program, (example,), dynamo=True, dynamic_shapes=_batch(), verbose=False, input_names=["images"],
+            output_names=["scores", "maps"],
+        )  # fmt: skip
     assert exported is not None
     exported.model.metadata_props["cpc_fast"] = about
     exported.save(path)
+
+
+@contextlib.contextmanager
+def _errors_only(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _onnx_runner(path: Path) -> Runner:

@@ -89,12 +89,13 @@ def test_export_says_where_predict_computes_in_another_precision(tmp_path, capsy
 
 
 @pytest.mark.parametrize("changes", CHOICES[1:2], ids=str)
-def test_onnxruntime_says_the_same(tmp_path, changes):
+def test_onnxruntime_says_the_same(tmp_path, changes, caplog):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     detector = Detector.fit(IMAGES, TINY_CONFIG, epochs=1, **changes)
     path = tmp_path / "detector.onnx"
     assert export(detector, path, "onnx") <= TOLERANCE
+    assert not [record.name for record in caplog.records if record.levelname == "WARNING"]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     about = json.loads(session.get_modelmeta().custom_metadata_map["cpc_fast"])
     assert (about["height"], about["width"], about["threshold"]) == (48, 48, detector.threshold.value)
