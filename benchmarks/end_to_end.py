@@ -197,7 +197,7 @@ def training(
     generator = torch.Generator().manual_seed(1)
 
     def make() -> tuple[Tensor, Tensor | None]:
-        pixels, _ = make_batch(model, images, min(config.crop or side, side), generator)
+        pixels, _ = make_batch(model, images, config.window(side), generator)
         copies = pixels.repeat(config.shift_copies, 1, 1, 1)
         return pixels, shift(copies, config.shifts, generator, config.unit) if config.shifts else None
 

@@ -154,6 +154,14 @@ class Config:
         """1/32 of a patch, in pixels: what the sizes of blur, spots and the like are counted in."""
         return self.patch_size / 32
 
+    def window(self, smallest: int) -> int:
+        """Side of the square windows seen in training, pixels, of images whose smallest side is this.
+
+        >>> Config(crop=96).window(256), Config(crop=96).window(80), Config().window(256)
+        (96, 80, 256)
+        """
+        return min(self.crop or smallest, smallest)
+
     @property
     def features(self) -> int:
         """D, the length of a latent of the built-in encoder."""

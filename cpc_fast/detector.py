@@ -241,12 +241,14 @@ class Detector:
                     "what an encoder of your own makes of patches of one value."
                 )
             threshold = Threshold.from_scores(scores, config.target_fpr)
+            window = config.window(min(sides[i] for i in training))  # crop may ask for more than there is
             shapes = {image.shape[:2] for image in (images[i] for i in range(len(images)))}
             trained_on = {
                 "data": source,
                 "normal images": f"{len(images)} ({len(training)} to learn from, {len(held_out)} for the threshold)",
                 "image size": " and ".join(f"{h} x {w}" for h, w in sorted(shapes)) if len(shapes) < 4 else "varying",
                 "patches": f"{config.patch_size} x {config.patch_size} pixels, one every {config.patch_stride}",
+                "windows": f"{window} x {window} pixels",
                 "epochs": str(config.epochs),
                 "highest held out": _highest(scores, [short[i] for i in held_out]),
             }

@@ -65,10 +65,15 @@ class Progress:
     skipped: int = 0  # steps so far that changed nothing, because the loss or its gradient was not finite
 
 
-def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
-    """bfloat16 where the device is fast at it, else (and for "float32") a context that changes nothing."""
+def in_bfloat16(device: torch.device, precision: str = "auto") -> bool:
+    """Whether the device is fast at bfloat16, and float32 was not asked for."""
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else FAST_BF16.available
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast and precision == "auto")
+    return fast and precision == "auto"
+
+
+def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
+    """bfloat16 where it is fast, else (and for "float32") a context that changes nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(device, precision))
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str = "cosine") -> float:
@@ -192,7 +197,7 @@ def train(
     size = min(config.batch_size, len(images))
     total = per_epoch * config.epochs
     smallest = min(min(image.shape[:2]) for image in images)
-    side = min(config.crop or smallest, smallest)
+    side = config.window(smallest)
     together = size if config.across_ranks != "local" else len(share(list(range(size)), 0, world))
     chance = guessing(config, together, side)
     at = position or Position()

@@ -11,11 +11,16 @@ import typer
 from ..errors import UsageError
 from .console import say
 
-CALLS = {
-    "torch": ("program = torch.export.load({!r}).module()", "scores, maps = program(images)"),
+CALLS = {  # how to load it, how to call it, and what images of another size end in
+    "torch": (
+        "program = torch.export.load({!r}).module()",
+        "scores, maps = program(images)",
+        "Guard failed: images.size()",
+    ),
     "onnx": (
         "session = onnxruntime.InferenceSession({!r})",
         'scores, maps = session.run(["scores", "maps"], {"images": images})',
+        "Got invalid dimensions",
     ),
 }
 
@@ -39,24 +44,27 @@ def export(
     if match is None:
         raise UsageError(f"--size is {size!r}; a height of 128 and a width of 256 pixels are 128x256.")
     need_detector(run)
-    from cpc_kernels.capabilities import FAST_BF16
+    import torch
 
     from ..detector import Detector
     from ..export import FORMATS, size_for
     from ..export import export as write
+    from ..train import in_bfloat16
 
     out, detector = out or run / FORMATS[format], Detector.load(run)
     height, width = size_for(detector, (int(match[1]), int(match[2])) if size else None)
     worst = write(detector, out, format, (height, width))
-    load, call = CALLS[format]
+    load, call, refusal = CALLS[format]
     say(f"Wrote {out}; on random images it differs from torch here by {worst:.1e} at most.")
     say(f"images: uint8 (batch, {detector.config.channels}, {height}, {width})")
     say(f"  {load.format(str(out))}")
     say(f"  {call}  # float32 (batch,), (batch, {height}, {width})")
+    say(f"Other channels, heights and widths are refused ({refusal}); for another size: --size HxW.")
     say(f"Scores above {detector.threshold.value:.4g} are anomalous.")
-    if FAST_BF16.available and detector.config.precision == "auto":
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if rounded := [name for name in devices if in_bfloat16(torch.device(name), detector.config.precision)]:
         say(
-            "predict computes in bfloat16 here and this file in float32, so scores differ by some percent; "
-            "a fit with --set precision=float32 has the same ones."
+            f"predict computes in bfloat16 on {' and '.join(rounded)} here and this file in float32, so scores "
+            "differ by some percent; a fit with --set precision=float32 has the same ones."
         )
     return 0

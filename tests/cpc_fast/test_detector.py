@@ -370,6 +370,13 @@ def test_images_of_several_sizes_are_calibrated_from_their_edges():
         assert np.isfinite(detector.inspect(texture(50, side)).map).all()
 
 
+def test_a_record_says_how_large_the_windows_were():
+    for crop, side in ((32, 32), (96, 40)):
+        found = Detector.fit([*IMAGES[:4], texture(9, 40, 60)], TINY_CONFIG, crop=crop, epochs=1, seed=1)
+        assert found.config.crop == crop  # what was asked for, at most
+        assert found.trained_on["windows"] == f"{side} x {side} pixels"
+
+
 def test_a_crop_smaller_than_a_patch_is_no_config():
     with pytest.raises(UsageError, match="crop is 8; it must be at least patch_size"):
         Config(crop=8)

@@ -1,6 +1,7 @@
 """A detector as a program: the same scores and maps in torch.export and in onnxruntime, for any batch."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -49,6 +50,13 @@ program = torch.export.load(sys.argv[1], extra_files=about).module()
 for batch in (1, 2, 5):
     scores, maps = program(torch.full((batch, 1, 48, 48), 77, dtype=torch.uint8))
     assert scores.shape == (batch,) and maps.shape == (batch, 48, 48)
+for shape in ((1, 1, 40, 48), (1, 1, 48, 64), (1, 3, 48, 48)):
+    try:
+        program(torch.zeros(shape, dtype=torch.uint8))
+    except AssertionError as error:
+        assert sys.argv[2] in str(error), error
+    else:
+        raise SystemExit(f"{shape} is not refused")
 print(float(scores[4]), about["about.json"])
 """
 
@@ -66,7 +74,9 @@ def test_the_torch_program_needs_torch_alone(tmp_path, capsys):
     assert "scores, maps = program(images)  # float32 (batch,), (batch, 48, 48)\n" in said
     assert f"Scores above {Detector.load(run).threshold.value:.4g} are anomalous." in said
     assert "bfloat16" not in said
-    command = [sys.executable, "-W", "ignore", "-c", WITHOUT, str(run / "detector.pt2")]
+    refusal = re.search(r"heights and widths are refused \((.*)\); for another size: --size HxW\.\n", said)
+    assert refusal
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT, str(run / "detector.pt2"), refusal[1]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     score, about = done.stdout.split(" ", 1)
@@ -76,16 +86,24 @@ def test_the_torch_program_needs_torch_alone(tmp_path, capsys):
     assert float(score) == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_export_says_where_predict_computes_in_another_precision(tmp_path, capsys, monkeypatch, fast):
+@pytest.mark.parametrize(
+    ("cpu", "gpu", "where"),
+    [(True, None, "cpu"), (False, True, "cuda"), (True, True, "cpu and cuda"), (False, False, "")],
+)
+def test_export_says_where_predict_computes_in_another_precision(tmp_path, capsys, monkeypatch, cpu, gpu, where):
+    """gpu: whether there is one that is fast at bfloat16; None: there is none."""
     Detector.fit(IMAGES, TINY_CONFIG, epochs=1, out=tmp_path)
     monkeypatch.setattr(sys.modules["cpc_fast.export"], "export", lambda *_: 0.0)
-    monkeypatch.setattr(sys.modules["cpc_kernels.capabilities"], "FAST_BF16", Capability("bf16", fast, "as told", ""))
+    monkeypatch.setattr(sys.modules["cpc_fast.train"], "FAST_BF16", Capability("bf16", cpu, "as told", ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu)
     assert cli.run(["export", str(tmp_path), "--format", "onnx"]) == 0
     said = capsys.readouterr().out
-    assert ("predict computes in bfloat16 here and this file in float32" in said) == fast
+    assert (f"predict computes in bfloat16 on {where} here and this file in float32" in said) == bool(where)
+    assert ("bfloat16" in said) == bool(where)
     assert f"session = onnxruntime.InferenceSession('{tmp_path / 'detector.onnx'}')\n" in said
     assert 'scores, maps = session.run(["scores", "maps"], {"images": images})  # float32' in said
+    assert "are refused (Got invalid dimensions); for another size: --size HxW." in said
 
 
 @pytest.mark.parametrize("changes", CHOICES[1:2], ids=str)
@@ -105,6 +123,8 @@ def test_onnxruntime_says_the_same(tmp_path, changes, caplog):
         expected = Program(detector, (48, 48))(torch.from_numpy(images))
         np.testing.assert_allclose(scores, expected[0].detach(), rtol=TOLERANCE, atol=TOLERANCE)
         np.testing.assert_allclose(maps, expected[1].detach(), rtol=TOLERANCE, atol=TOLERANCE)
+    with pytest.raises(Exception, match="Got invalid dimensions"):  # as the command says
+        session.run(None, {"images": np.zeros((1, 1, 40, 48), np.uint8)})
     assert [p.name for p in tmp_path.iterdir()] == ["detector.onnx"]
 
 
