@@ -26,11 +26,19 @@ def spell(**tensors: Tensor) -> str:
     return "Got " + ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items()) + "."
 
 
+def spell_other(name: str, value: object) -> str:
+    """Of what is no tensor: its type, and what makes a tensor of it."""
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+        return f"Got {type(value).__name__}; write torch.stack({name})."
+    listed = isinstance(value, (list, tuple)) or hasattr(value, "__array__")
+    return f"Got {type(value).__name__}" + (f"; write torch.tensor({name})." if listed else ".")
+
+
 def need_tensors(op: str, **given: object) -> None:
     """Before anything is asked of them."""
     for name, value in given.items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"{op}: {name} must be a torch.Tensor. Got {type(value).__name__}.")
+            raise TypeError(f"{op}: {name} must be a torch.Tensor. {spell_other(name, value)}")
 
 
 def check_types(op: str, anchors: Tensor, impl: str, impls: tuple[str, ...], reduction: str, **others: Tensor) -> None:
@@ -64,7 +72,7 @@ def check_ids(
             raise ValueError(f"{op}: {other_name} was given without {name}; ids are given for both or for neither.")
         return
     if not isinstance(ids, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor. Got {type(ids).__name__}.")
+        raise TypeError(f"{op}: {name} must be a tensor. {spell_other(name, ids)}")
     if ids.device != device:
         raise ValueError(f"{op}: {name} must be on the anchors' device. Got {ids.device}, anchors on {device}.")
     if ids.is_floating_point() or ids.ndim != 1 or ids.shape[0] != size:

@@ -31,6 +31,7 @@ from .arguments import (
     check_ids,
     check_indices,
     compute_dtype,
+    need_tensors,
     reduce,
     scale_tensor,
     spell,
@@ -40,7 +41,7 @@ from .capabilities import triton_module
 from .info_nce import info_nce, info_nce_stats
 from .negatives import Negatives, draw_negatives
 from .ranges import stage
-from .sampled_info_nce import sampled_info_nce, sampled_info_nce_stats
+from .sampled_info_nce import need_negatives, sampled_info_nce, sampled_info_nce_stats
 
 # --- the projection of listed rows ------------------------------------------------------------------------------------
 
@@ -253,6 +254,11 @@ def _run(
     op, contexts, weights, candidates, positives, negatives, sources, counts, scale, anchor_ids, candidate_ids,
     reduction, impl, side, stats,
 ):  # fmt: skip
+    need_tensors(op, contexts=contexts, weights=weights, candidates=candidates, positives=positives)
+    if sources is not None:
+        need_tensors(op, sources=sources)
+    if negatives is not None:
+        need_negatives(op, negatives)
     contexts, weights, candidates, positives = autocast(contexts.device, contexts, weights, candidates, positives)
     check(op, contexts, weights, candidates, positives, negatives, sources, counts, side)
     if not stats:

@@ -212,9 +212,18 @@ def _(anchors, candidates, positives, scale, anchor_ids, candidate_ids, need_sca
 
 
 def sum_gradients(
-    grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dscale: Tensor, of: list[Tensor]
+    grad: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dscale: Tensor,
+    anchors: Tensor,
+    candidates: Tensor,
+    positives: Tensor,
+    scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`of`: what they are gradients of. Nothing is computed from it; through it a second derivative meets a refusal."""
+    """From the last four, whose gradients these are, nothing is computed: through them a second derivative is refused.
+    (Four, not a list: where an op takes a list, torch refuses is_grads_batched.)"""
     return tuple(each * grad.to(each.dtype) for each in (dq, dk, dv, dscale))
 
 
@@ -222,7 +231,7 @@ info_nce_sum_backward = torch.library.custom_op("cpc_kernels::info_nce_sum_backw
 
 
 @info_nce_sum_backward.register_fake
-def _(grad, dq, dk, dv, dscale, of):
+def _(grad, dq, dk, dv, dscale, *_):
     return tuple(torch.empty_like(each) for each in (dq, dk, dv, dscale))
 
 
@@ -240,7 +249,7 @@ def _backward_sum(ctx, grad, *_, gradients=info_nce_sum_backward):
     needs = ctx.needs_input_grad[:4]
     # what nobody asked for is not multiplied
     units = [unit if need else unit.new_empty(0) for unit, need in zip(units, needs, strict=True)]
-    grads = gradients(grad, *units, list(of))
+    grads = gradients(grad, *units, *of)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
 
 

@@ -426,6 +426,8 @@ def bilinear_info_nce_across_ranks(
     >>> bilinear_info_nce_across_ranks(contexts, weights, latents, positives, sources=sources, counts=[3, 1]).shape
     torch.Size([])
     """
+    op = "bilinear_info_nce_across_ranks"
+    need_tensors(op, contexts=contexts, weights=weights, candidates=candidates, positives=positives, sources=sources)
     contexts, weights = autocast(contexts.device, contexts, weights)
     anchors = project_rows(contexts, weights, sources, counts, impl)
     if negatives is None:

@@ -32,6 +32,7 @@ from .arguments import (
     reduce,
     scale_tensor,
     spell,
+    spell_other,
 )
 from .autograd import learns, once_differentiable, plainly_eager, refuse_transforms
 from .capabilities import CPP, triton_module
@@ -395,15 +396,19 @@ def choose(impl: str, device: torch.device) -> str:
     return "cpp" if CPP.available and device.type == "cpu" else "gather"
 
 
+def need_negatives(op: str, negatives: object) -> None:
+    if isinstance(negatives, (Tensor, Negatives)):
+        return
+    got = spell_other("negatives", negatives)
+    if isinstance(negatives, int):
+        got = f"Got int; did you mean Negatives({negatives}, seed=0)?"
+    raise TypeError(f"{op}: negatives must be a tensor of indices or Negatives(count, seed). {got}")
+
+
 def _run(op, anchors, pool, positives, negatives, scale, anchor_ids, pool_ids, impl, reduction, stats):
     """Validate, bring to (N, K, ...), dispatch: the per-row result, reduced, or the stats."""
     need_tensors(op, anchors=anchors, pool=pool, positives=positives)
-    if not isinstance(negatives, (Tensor, Negatives)):
-        hint = f"; did you mean Negatives({negatives}, seed=0)?" if isinstance(negatives, int) else "."
-        raise TypeError(
-            f"{op}: negatives must be a tensor of indices or Negatives(count, seed). "
-            f"Got {type(negatives).__name__}{hint}"
-        )
+    need_negatives(op, negatives)
     anchors, pool, positives = autocast(anchors.device, anchors, pool, positives)
     check(op, anchors, pool, positives, negatives, anchor_ids, pool_ids, impl, reduction)
     need_finite(op, scale)

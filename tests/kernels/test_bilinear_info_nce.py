@@ -177,6 +177,15 @@ def test_errors_say_what_to_do():
         ((contexts, weights, candidates, rows), {"sources": rows}, ValueError, "without counts"),
         ((contexts, weights, candidates, rows), {"sources": rows, "counts": [1, 1, 1]}, ValueError, "add up to P"),
         ((contexts, weights, candidates, rows[:3]), {"sources": rows, "counts": [4, 0, 0]}, ValueError, "one for each"),
+        ((contexts.tolist(), weights, candidates, positives), {}, TypeError, "list; write torch.tensor\\(contexts\\)"),
+        ((contexts, list(weights), candidates, positives), {}, TypeError, "list; write torch.stack\\(weights\\)"),
+        ((contexts, weights, candidates, positives, 3), {}, TypeError, "did you mean Negatives\\(3, seed=0\\)"),
+        (
+            (contexts, weights, candidates, rows),
+            {"sources": [0] * 4, "counts": [4]},
+            TypeError,
+            "torch.tensor\\(sources",
+        ),
     ]
     for arguments, options, kind, text in cases:
         with pytest.raises(kind, match=text):

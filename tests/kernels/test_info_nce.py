@@ -342,9 +342,11 @@ def test_without_its_registration_it_is_the_same_op(vectors, reduction, monkeypa
     def results():
         loss = info_nce(*leaves[:2], positives, scale=leaves[2], reduction=reduction, **tags)
         single = torch.autograd.grad(-2 * loss.sum(), leaves, retain_graph=True)
+        upstream = torch.eye(len(anchors)) if reduction == "none" else torch.tensor([1.0, -2.0])
+        batch = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True)
         if reduction == "mean":
-            return loss, *single
-        return loss, *single, *torch.autograd.grad(loss, leaves, torch.eye(len(anchors)), is_grads_batched=True)
+            assert all(torch.equal(many[1], one) for many, one in zip(batch, single, strict=True))
+        return loss, *single, *batch
 
     plain = results()
     assert "Plain" in str(plain[0].grad_fn.next_functions if reduction == "mean" else plain[0].grad_fn)
@@ -455,7 +457,7 @@ BAD = [
     (
         {"anchor_ids": [0] * 32, "candidate_ids": torch.zeros(48)},
         TypeError,
-        r"anchor_ids must be a tensor. Got list",
+        r"anchor_ids must be a tensor. Got list; write torch.tensor\(anchor_ids\)",
     ),
     ({"anchor_ids": torch.zeros(32, dtype=torch.int)}, ValueError, r"anchor_ids was given without candidate_ids"),
     (
@@ -525,8 +527,26 @@ def test_a_tensor_of_nan_as_scale_reaches_the_loss(reduction):
 
 def test_what_is_no_tensor_is_named():
     q = torch.randn(4, 8)
-    with pytest.raises(TypeError, match=r"info_nce: positives must be a torch\.Tensor\. Got list"):
+    with pytest.raises(
+        TypeError, match=r"info_nce: positives must be a torch\.Tensor\. Got list; write torch\.tensor\(pos"
+    ):
         info_nce(q, q, [0, 1, 2, 3])
+    with pytest.raises(
+        TypeError, match=r"info_nce: anchors must be a torch\.Tensor\. Got list; write torch\.stack\(anch"
+    ):
+        info_nce(list(q), q, torch.arange(4))
+    with pytest.raises(
+        TypeError, match=r"candidates must be a torch\.Tensor\. Got ndarray; write torch\.tensor\(candidat"
+    ):
+        info_nce(q, q.numpy(), torch.arange(4))
+    with pytest.raises(TypeError, match=r"candidates must be a torch\.Tensor\. Got NoneType\.$"):
+        info_nce(q, None, torch.arange(4))
+    with pytest.raises(
+        TypeError, match=r"sampled_info_nce: pool must be a torch\.Tensor\. Got tuple; write torch\.stack"
+    ):
+        sampled_info_nce(q, tuple(q), torch.arange(4), Negatives(3, seed=0))
+    with pytest.raises(TypeError, match=r"tensor of indices or Neg.*Got list; write torch\.tensor\(negatives\)\.$"):
+        sampled_info_nce(q, q, torch.arange(4), [[0, 1]] * 4)
     with pytest.raises(ValueError, match="indices must be integers"):
         info_nce(q, q, torch.arange(4.0))
     with pytest.raises(TypeError, match=r"did you mean Negatives\(3, seed=0\)"):
