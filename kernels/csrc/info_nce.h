@@ -25,11 +25,14 @@ static void pack_anchors(const Dense<SCALAR>& p, const Chunk<SCALAR>& c, int64_t
   }
 }
 
+// What is prefetched may lie past the end: its address is made of numbers, as a pointer must stay inside.
+static INLINE const void* line(const void* from, int64_t bytes) { return (const void*)((uintptr_t)from + bytes); }
+
 // Asks for UNIT candidates' numbers [i, i + count), which are packed next: rows apart are no stream that a CPU foresees.
 static INLINE void ahead(const Dense<SCALAR>& p, int64_t j, int64_t i, int64_t count) {
   for (int64_t h = 0; h < UNIT; h++)
     for (int64_t t = 0; t < count; t += 64 / sizeof(number))
-      __builtin_prefetch((const number*)p.candidates + (j + h) * p.d + i + t);
+      __builtin_prefetch(line(p.candidates, ((j + h) * p.d + i + t) * sizeof(number)));
 }
 
 // Units [first, first + count) of one panel's candidates, turned round: [PANEL / COLS][unit][COLS]
@@ -323,7 +326,8 @@ static void pulls(const Dense<SCALAR>& p, const Chunk<SCALAR>& c, int64_t panel,
       SCALAR* to = p.dk + j * p.d + i;
       const bool full = j + ROWS <= p.m && width == COLS;
       for (int64_t r = 0; r < ROWS; r++)
-        for (int64_t t = 0; t < COLS; t += 64 / sizeof(SCALAR)) __builtin_prefetch(to + r * p.d + t, 1);
+        for (int64_t t = 0; t < COLS; t += 64 / sizeof(SCALAR))
+          __builtin_prefetch(line(to, (r * p.d + t) * sizeof(SCALAR)), 1);
       vec sum[ROWS][VECS];
       multiply(ALONG_ANCHORS, s + tile, pull, count / UNIT, sum);
       if (full) {
