@@ -71,13 +71,21 @@ def fit(
     need_checkpoint(out) if resume else refuse_run(out)
     options = {"epochs": epochs, "seed": seed, "image_size": image_size, "across_ranks": across_ranks}
     config = choose_config(preset, options, settings, resume=out if resume else None)
-    some = images[:: -(-len(images) // LOOKED_AT)]
-    coloured = sum(has_colour(read_image(image)) for image in some)
-    if config.channels == 1 and coloured and not launched()[0]:
-        looked_at = f"Of {len(some)} images looked at, " if len(some) < len(images) else f"Of {len(some)} images, "
-        say(f"{looked_at}{coloured} are in colour; this fit sees grey values only. --set channels=3 sees colour.")
-    torch_device = choose_device(device)
     finished = resume and _finished(out, fitted_to_files(config, images))
+    if not (finished or launched()[0]):
+        some = images[:: -(-len(images) // LOOKED_AT)]
+        seen = [(has_colour(pixels), pixels.shape[:2]) for pixels in map(read_image, some)]
+        coloured, shapes = sum(colour for colour, _ in seen), sorted({shape for _, shape in seen})
+        looked_at = f"Of {len(some)} images{' looked at' if len(some) < len(images) else ''}, "
+        if config.channels == 1 and coloured:
+            say(f"{looked_at}{coloured} are in colour; this fit sees grey values only. --set channels=3 sees colour.")
+        if config.place and _differ(shapes, config.image_size is not None):
+            sizes = " to ".join(f"{h} x {w}" for h, w in (shapes[0], shapes[-1]))
+            say(
+                f"{looked_at}sizes go from {sizes} pixels. A place is a share of height and width; where that is not "
+                "the same part in every image: --set place=false."
+            )
+    torch_device = choose_device(device)
     again = ["cpc-fast", "fit", str(data), "--out", str(out)]
     more = ["--device", device] if device != "auto" else []
     try:
@@ -127,10 +135,18 @@ def fit(
     return 0
 
 
+def _differ(shapes: Sequence[tuple[int, ...]], scaled: bool) -> bool:
+    """Whether sizes (h, w) or, of images that are scaled alike, proportions are more than a few pixels apart."""
+    sides, tallness = [min(shape) for shape in shapes], [h / w for h, w in shapes]
+    return max(tallness) > 1.1 * min(tallness) or (not scaled and max(sides) > 1.1 * min(sides))
+
+
 def fitted_to_files(config: Config, paths: Sequence[Path]) -> Config:
     """The config for these images; see Config.fitted_to."""
     from ..images import quoted, shorter_sides
 
+    if config.made_for is None:  # lengths are final, whatever the images
+        return config
     return config.fitted_to(shorter_sides(paths, config.image_size), [quoted(path) for path in paths])
 
 

@@ -81,11 +81,13 @@ def test_a_fit_that_only_guesses_says_so(data, tmp_path, capsys):
     assert "nothing was learnt" not in capsys.readouterr().out
 
 
-def test_a_finished_run_is_not_fitted_again(fitted, data, tmp_path, capsys):
+def test_a_finished_run_is_not_fitted_again(fitted, data, tmp_path, capsys, monkeypatch):
     run = Path(shutil.copytree(fitted, tmp_path / "run"))
     before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
     for options in ([], SET_TINY):
-        assert cli.run(["fit", str(data), "--out", str(run), "--resume", *options]) == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Image, "open", lambda *_, **__: pytest.fail("an image is opened"))
+            assert cli.run(["fit", str(data), "--out", str(run), "--resume", *options]) == 0
         said = capsys.readouterr()
         assert f"{run} was finished already: 2 epochs on 10 (8 to learn from, 2 for the threshold)" in said.out
         assert "Fitted" not in said.out
@@ -217,6 +219,25 @@ def test_fit_looks_for_colour_beyond_the_first_image(data, tmp_path, capsys):
     Image.fromarray(np.repeat(texture(6), 3, axis=2) // np.array([1, 2, 1], np.uint8)).save(folder / "5.png")
     assert cli.run(["fit", str(folder), "--out", str(tmp_path / "run"), *SET_TINY]) == 0
     assert "Of 6 images, 1 are in colour; this fit sees grey values only." in capsys.readouterr().out
+
+
+def test_places_in_images_of_several_sizes_are_pointed_at(tmp_path, capsys):
+    fit = ["fit", str(tmp_path / "images"), *SET_TINY, "--epochs", "1", "--out"]
+    for i in range(6):
+        save(tmp_path / "images" / f"{i}.png", texture(i, *((48, 48) if i < 4 else (48, 50))))
+    assert cli.run([*fit, str(tmp_path / "alike"), "--set", "place=true"]) == 0
+    assert "--set place=false" not in capsys.readouterr().out
+    save(tmp_path / "images" / "5.png", texture(5, 96, 100))
+    assert cli.run([*fit, str(tmp_path / "zoomed"), "--set", "place=true"]) == 0
+    assert (
+        capsys.readouterr().out.count("Of 6 images, sizes go from 48 x 48 to 96 x 100 pixels. A place is a share") == 1
+    )
+    assert cli.run([*fit, str(tmp_path / "scaled"), "--set", "place=true", "--image-size", "48"]) == 0
+    assert cli.run([*fit, str(tmp_path / "without")]) == 0
+    assert "sizes go" not in capsys.readouterr().out
+    save(tmp_path / "images" / "5.png", texture(5, 96, 60))
+    assert cli.run([*fit, str(tmp_path / "wide"), "--set", "place=true", "--image-size", "48"]) == 0
+    assert "sizes go from 48 x 48 to 96 x 60 pixels" in capsys.readouterr().out
 
 
 def test_images_of_another_size_are_pointed_at(fitted, data, tmp_path, capsys):
