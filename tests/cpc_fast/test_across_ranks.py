@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples import SET_TINY, TINY_CONFIG, make_set
+from samples import SET_TINY, TINY_CONFIG, make_set, texture
 from torch.nn.parallel import DistributedDataParallel
 
 from cpc_fast.commands.options import choose_device
@@ -27,8 +27,13 @@ CASES = [
         ("sampled", "auto", "none", True),
     ]
 ]
+# with its own patches as candidates, a rank computes what one process does where it has all images
+LOCAL = [
+    ({"negatives": negatives, "across_ranks": "local", "context": "masked-conv", "place": True}, counts)
+    for negatives, counts in [("batch", (4, 0)), ("other-images", (0, 4)), ("sampled", (0, 4))]
+]
 IMAGES = {  # how many of the four images each rank has, for each case
-    2: list(zip(CASES, [(3, 1), (4, 0), (4, 0), (3, 1)], strict=True)),
+    2: [*zip(CASES, [(3, 1), (4, 0), (4, 0), (3, 1)], strict=True), *LOCAL],
     4: [(CASES[1], (2, 1, 1, 0)), (CASES[3], (2, 1, 1, 0))],
 }
 
@@ -74,6 +79,22 @@ def test_a_step_of_ddp_is_that_of_one_process(world, tmp_path):
             torch.testing.assert_close(found, loss.detach(), rtol=1e-12, atol=0, msg=lambda m, w=what: f"{w}: {m}")
             for ours, theirs in zip(grads, gradients(alone), strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12, msg=lambda m, w=what: f"{w}: {m}")
+
+
+def fit_one_by_one(rank, world):
+    config = TINY_CONFIG.replace(batch_size=1, across_ranks="local", precision="float32")
+    detector = Detector.fit([texture(i) for i in range(5)], config)
+    return detector.threshold.value, detector.model.state_dict()
+
+
+def test_a_rank_that_never_has_an_image_fits_along(tmp_path):
+    """One image to a step: the second rank has none, and with across_ranks=local no candidates either."""
+    found = processes.run(2, fit_one_by_one, tmp_path)
+    alone = fit_one_by_one(0, 1)
+    for threshold, weights in found:
+        assert threshold == pytest.approx(alone[0], rel=1e-3, abs=1e-3)
+        for ours, theirs in zip(weights.values(), alone[1].values(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_there_is_no_ring_for_sampled_negatives():
