@@ -64,24 +64,15 @@ class Form(CPC):
         other.__class__, other.form = cls, form  # type: ignore[assignment]
         return other  # type: ignore[return-value]
 
-    @torch.no_grad()
-    def surprise(self, image: Tensor, bank: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        found, examined = [], self.examine(image)
+    def losses(self, examined: Sequence[tuple[Tensor, Predictions]], bank: Tensor) -> Tensor:
+        found = []
         for (latents, told), rows in zip(examined, bank.chunk(len(examined), 1), strict=True):
-            values = []
-            if self.form != "nearest":
-                values.append(self._contrast(latents, told, rows))
-            if "nearest" in self.form:
-                values.append(torch.cdist(latents.flatten(0, 2).float(), rows.float()).amin(1))
-            found.append(torch.cat(values))
-        latents, told = examined[0]
-        members, patches = len(examined), latents.shape[1] * latents.shape[2]
-        sources, targets, counts = told.sources % patches, told.targets, told.counts
-        if "nearest" in self.form:  # of each patch by itself, behind the predictions as a place's are
-            here, keep = torch.arange(patches, device=targets.device), self.form != "nearest"
-            sources, targets = (torch.cat([told[: len(told) * keep], here]) for told in (sources, targets))
-            counts = [*counts[: len(counts) * keep], patches]
-        return torch.cat(found), sources.repeat(members), targets.repeat(members), counts * members
+            found.append(self._contrast(latents, told, rows))
+            if self.form == "nearest":
+                found[-1].zero_()
+            if "nearest" in self.form:  # of each patch by itself, behind the predictions as a place's are
+                found.append(torch.cdist(latents.flatten(0, 2).float(), rows.float()).amin(1))
+        return torch.cat(found)
 
     def _contrast(self, latents: Tensor, told: Predictions, rows: Tensor) -> Tensor:
         pairs = zip(told.sources.split(told.counts), told.weight, strict=True)
@@ -159,7 +150,7 @@ class Reread(Baseline):
         if "nearest" in how.form:  # the distance stands where the loss from a place would
             if form.config.place:
                 raise ValueError(f"form {how.form} is for models that know of no places.")
-            form.config = form.config.replace(place=how.form != "nearest")
+            form.config = form.config.replace(place=True)
         self.scorer = (MeanScorer if how.about == "mean" else Scorer)(form, bank)
         normal = [images[i] for i in held_out]
         found = calibrate(self.scorer, [self.scorer.losses(image) for image in normal])

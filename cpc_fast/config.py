@@ -82,6 +82,7 @@ class Config:
     precision: str = "auto"
     # scoring
     finer: int = 1  # grid cells of scoring in one of training, each way: 2 also looks at the patches halfway between
+    mirrored: bool = False  # an image's three mirror images are scored with it (test-time augmentation); needs flips
     bank_size: int = 1024  # normal latents that test patches are compared with
     calibration_share: float = 0.2  # share of the normal images held out of training
     target_fpr: float = 0.01  # share of normal images that may be flagged
@@ -118,6 +119,8 @@ class Config:
         need(0 <= self.seed < 1 << 32, "seed", "from 0 to 4294967295")
         need(self.skip >= 0, "skip", "0 or more")
         need(self.patch_stride % self.finer == 0, "finer", f"a divisor of patch_stride, {self.patch_stride}")
+        mirrors = not self.mirrored or (self.flips and self.directions > 1)
+        need(mirrors, "mirrored", "false without flips in training, or with one direction")
         need(self.image_size is None or self.image_size >= self.patch_size, "image_size", "at least patch_size")
         need(self.crop is None or self.crop >= self.patch_size, "crop", "at least patch_size")
         need(self.made_for is None or self.made_for >= self.patch_size, "made_for", "at least patch_size")

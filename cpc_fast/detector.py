@@ -372,9 +372,8 @@ class Detector:
 
     def _explanation(self, surprise: Surprise, original: Sequence[int], prepared: Sequence[int]) -> Explanation:
         """original and prepared: shapes of the image before and after it was resized."""
-        config, members = self.config, self.config.members
-        counts = surprise.counts[: len(config.predicts)]
-        values = surprise.values.unflatten(0, (members, -1)).mean(0).cpu()
+        config, counts = self.config, surprise.counts[: len(self.config.predicts)]
+        values = surprise.values.unflatten(0, (-1, sum(counts))).mean(0).cpu()
         losses, targets = values.split(counts), surprise.targets[: len(values)].cpu().split(counts)
         worst = int(surprise.grid.argmax())
         row, column = divmod(worst, surprise.grid.shape[1])

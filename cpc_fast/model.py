@@ -21,12 +21,14 @@ from .contexts import ContextNet, PlaceNet
 from .errors import UsageError
 from .latents import PatchEncoder, encode
 from .loss import accuracy, cpc_loss
-from .patches import extract_patches, patch_places
-from .predictions import Predictions, Predictor
+from .patches import cover, extract_patches, grid_shape, patch_places
+from .predictions import Predictions, Predictor, geometry
 from .shapes import Frames, Images, Latents, Losses, Shifted
 
 # Mean and spread of each channel that pretrained backbones were trained with; grey takes the mean of the three.
 IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))}
+
+MIRRORS = ((), (1,), (2,), (1, 2))  # the axes of (c, h, w) to turn over, for an image and its mirror images
 
 
 @dataclass
@@ -60,14 +62,20 @@ class Member(nn.Module):
         """(b, c, h, w) -> (b, gy, gx, d), on the grid of training unless another stride is given."""
         return encode(self.encoder, extract_patches(images, self.config.patch_size, stride or self.config.patch_stride))
 
-    def predictions(self, latents: Latents, frames: Frames, stride: int | None = None) -> Predictions:
+    def predictions(
+        self, latents: Latents, frames: Frames, stride: int | None = None, axes: Sequence[int] = ()
+    ) -> Predictions:
         """From the latents of a grid. One that is finer than that of training holds several such, shifted against each
-        other, and the predictions are those of each."""
+        other, and the predictions are those of each.
+
+        axes: of (c, h, w) that were turned over; the predictions are those about the grid as it was before.
+        """
         stride, placed = stride or self.config.patch_stride, None
         apart = self.config.patch_stride // stride
         if self.place is not None:
-            placed = self.place(patch_places(frames, latents.shape[1:3], self.config.patch_size, stride))
-        return self.predictor(self.context(latents, apart), apart, placed)
+            placed = self.place(patch_places(frames, latents.shape[1:3], self.config.patch_size, stride)).flip(axes)
+        contexts = self.context(latents, apart).flip([axis + 1 for axis in axes])
+        return self.predictor(contexts, apart, placed, axes)
 
     def compare(self, latents: Latents, frames: Frames, seed: int = 0) -> StepResult:
         """The loss of a batch from its latents; those without a frame, the last, are of shifted images."""
@@ -168,27 +176,39 @@ class CPC(nn.Module):
         mean = [torch.stack([getattr(result, name) for result in results]).mean() for name in ("loss", "accuracy")]
         return StepResult(*mean)
 
-    def examine(self, image: Tensor) -> list[tuple[Latents, Predictions]]:
-        """For each member the latents of one image (c, h, w) on the grid of scoring, and the predictions about them."""
-        stride, frames = self.config.scoring_stride, whole_frames(image[None])
-        found = []
+    def examine(self, image: Tensor, axes: Sequence[int] = ()) -> list[tuple[Latents, Predictions]]:
+        """For each member the latents of one image (c, h, w) on the grid of scoring, and the predictions about them;
+        with axes, as they are found in the mirror image that has these turned over, patch for patch."""
+        config, stride, frames = self.config, self.config.scoring_stride, whole_frames(image[None]).clone()
+        covered, found = cover(image[None], config.patch_size, stride), []
+        for axis in axes:
+            frames[:, axis - 1] = image.shape[axis] - covered.shape[axis + 1]
+        covered = covered.flip([axis + 1 for axis in axes])
         for member in self.members:
-            latents = member.latents(image[None], stride)
-            found.append((latents, member.predictions(latents, frames, stride)))
+            latents = member.latents(covered, stride)
+            found.append((latents.flip(axes), member.predictions(latents, frames, stride, axes)))
         return found
+
+    def losses(self, examined: Sequence[tuple[Latents, Predictions]], bank: Bank) -> Losses:
+        """What `surprise` collects, (members * n,)."""
+        return bank_losses(examined, bank)
 
     @torch.no_grad()
     def surprise(self, image: Tensor, bank: Bank) -> tuple[Losses, Tensor, Tensor, list[int]]:
         """The losses of one image (c, h, w) against a bank (m, d) of normal latents.
 
         Returns losses (n,), sources (n,) and targets (n,) as flat grid indices, and the number of predictions of each
-        (member, direction, step).
+        (mirror image, member, direction, step). What is predicted in a mirror image stands where it lies in the image:
+        looking down in one that is upside down is looking up.
         """
-        examined = self.examine(image)
-        latents, predictions = examined[0]
-        members, patches = len(examined), latents.shape[1] * latents.shape[2]
-        sources, targets = (index.repeat(members) for index in (predictions.sources % patches, predictions.targets))
-        return bank_losses(examined, bank), sources, targets, predictions.counts * members
+        config = self.config
+        views = MIRRORS if config.mirrored else MIRRORS[:1]
+        losses = torch.cat([self.losses(self.examine(image, axes), bank) for axes in views])
+        cells = grid_shape(*image.shape[1:], config.patch_size, config.scoring_stride)
+        ahead = tuple(offset * config.finer for offset in config.offsets)
+        sources, targets, counts = geometry((1, *cells), ahead, config.directions, image.device, place=config.place)
+        times = len(views) * len(self.members)
+        return losses, sources.repeat(times), targets.repeat(times), counts * times
 
 
 def whole_frames(images: Images) -> Frames:

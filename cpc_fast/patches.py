@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .errors import CpcFastError
 from .shapes import Frames, Images, Patches, Places
@@ -44,12 +45,20 @@ def extract_patches(images: Images, size: int, stride: int) -> Patches:
     >>> extract_patches(torch.zeros(2, 1, 128, 128), size=32, stride=16).shape
     torch.Size([2, 7, 7, 1, 32, 32])
     """
+    images = cover(images, size, stride)
+    return images.unfold(2, size, stride).unfold(3, size, stride).permute(0, 2, 3, 1, 4, 5)
+
+
+def cover(images: Images, size: int, stride: int) -> Tensor:
+    """Images as large as their grid of patches, pixels mirrored past the lower right edge where it reaches further.
+
+    >>> cover(torch.zeros(2, 1, 100, 128), size=32, stride=16).shape
+    torch.Size([2, 1, 112, 128])
+    """
     height, width = images.shape[-2:]
     gy, gx = grid_shape(height, width, size, stride)
     below, right = (gy - 1) * stride + size - height, (gx - 1) * stride + size - width
-    if below or right:
-        images = F.pad(images, (0, right, 0, below), mode="reflect")
-    return images.unfold(2, size, stride).unfold(3, size, stride).permute(0, 2, 3, 1, 4, 5)
+    return F.pad(images, (0, right, 0, below), mode="reflect") if below or right else images
 
 
 def patch_places(frames: Frames, grid: Sequence[int], size: int, stride: int) -> Places:

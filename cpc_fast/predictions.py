@@ -7,6 +7,7 @@ computed inside the loss, which needs no copy of a context.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -76,6 +77,15 @@ def geometry(
     return torch.cat(sources), torch.cat(targets), counts
 
 
+def mirrored(direction: int, axes: Sequence[int]) -> int:
+    """What a direction is in a mirror image, whose axes of (c, h, w) are turned over: down is up where 1 is.
+
+    >>> mirrored(0, (1,)), mirrored(3, (1, 2)), mirrored(0, (2,))
+    (1, 2, 0)
+    """
+    return direction ^ 1 if direction // 2 + 1 in axes else direction
+
+
 class Predictor(nn.Module):
     """W of all directions and steps, bias-free as in CPC: weight (directions * K, D, D); the last is of places.
 
@@ -91,13 +101,22 @@ class Predictor(nn.Module):
             nn.init.orthogonal_(weight.data)
 
     @stage("predictions")
-    def forward(self, contexts: Contexts, apart: int = 1, placed: Latents | None = None) -> Predictions:
+    def forward(
+        self, contexts: Contexts, apart: int = 1, placed: Latents | None = None, axes: Sequence[int] = ()
+    ) -> Predictions:
         """apart: how many rows or columns lie between neighbours, for a grid that is finer than that of training.
-        placed: contexts from places, (b, gy, gx, d)."""
+        placed: contexts from places, (b, gy, gx, d). axes: those that were turned over when contexts were made, which
+        lie as in the image again: the predictions are about that."""
         a, b, gy, gx, _ = contexts.shape
+        weight = self.weight
+        if axes:
+            turned = [mirrored(direction, axes) for direction in range(self.directions)]
+            contexts = contexts[turned] if a > 1 else contexts
+            ahead = weight[: self.directions * len(self.offsets)].unflatten(0, (self.directions, -1))
+            weight = torch.cat([ahead[turned].flatten(0, 1), weight[len(ahead.flatten(0, 1)) :]])
         offsets = tuple(apart * offset for offset in self.offsets)
         where = geometry((b, gy, gx), offsets, self.directions, contexts.device, a > 1, placed is not None)
         rows = contexts.flatten(0, 3)
         if placed is not None:
             rows = torch.cat([rows, placed.flatten(0, 2).to(rows.dtype)])
-        return Predictions(rows, self.weight, *where)
+        return Predictions(rows, weight, *where)

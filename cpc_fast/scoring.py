@@ -1,6 +1,7 @@
 """One image against a bank of normal latents: calibrated losses and the anomaly map.
 
-loss of each prediction -> minus its normal mean, over its normal spread     (for each member, direction and step)
+loss of each prediction -> minus its normal mean, over its normal spread     (for each mirror image, member,
+                                                                              direction and step)
 -> median over the predictions about a patch -> the same again               (for each place of the grid)
    (what neighbours say and what the place says count alike, where the model knows of places)
 -> anomaly map
@@ -35,7 +36,7 @@ Found = tuple[Tensor, Tensor, Tensor, list[int], tuple[int, int]]  # losses, sou
 class Calibration:
     """What is normal: means and spreads of the losses of held-out normal images."""
 
-    step_mean: Tensor  # (members * (directions * K + place),)
+    step_mean: Tensor  # (mirror images * members * (directions * K + place),)
     step_spread: Tensor  # the same
     place_mean: Tensor  # (gy, gx), or odd (n, n) of places by their distance from the edges, where grids differ
     place_spread: Tensor
@@ -47,7 +48,7 @@ class Surprise:
 
     values: Tensor  # (n,) calibrated loss of each prediction
     targets: Tensor  # (n,) flat grid index
-    counts: list[int]  # predictions of each (member, direction, step)
+    counts: list[int]  # predictions of each (mirror image, member, direction, step)
     grid: Tensor  # (gy, gx) median over the predictions about a patch
 
 
@@ -100,7 +101,8 @@ class Scorer(nn.Module):
         """One number for each patch, (gy, gx): what its neighbours say of it, and its place, which counts as much."""
         if not self.config.place:
             return self.about_patches(losses, sources, targets, counts, shape)
-        members, kinds = self.config.members, len(self.config.predicts)
+        kinds = len(self.config.predicts)
+        members = len(counts) // kinds  # mirror images counted
         cut = sum(counts[: kinds - 1])  # a member's predictions from places are its last
         ahead = [column.view(members, -1)[:, :cut].flatten() for column in (losses, sources, targets)]
         grid = self.about_patches(ahead[0], ahead[1], ahead[2], counts[: kinds - 1] * members, shape)
