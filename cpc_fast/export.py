@@ -30,8 +30,9 @@ from .contexts import DIRECTIONS
 from .detector import Detector
 from .errors import CpcFastError, UsageError
 from .images import quoted
-from .model import IMAGENET
-from .patches import grid_shape, patch_places
+from .model import IMAGENET, mirror_frames, mirrors
+from .patches import cover, grid_shape, patch_places
+from .predictions import mirrored
 from .saving import write_whole
 from .scoring import at_places
 from .version import __version__
@@ -53,7 +54,6 @@ class Program(nn.Module):
     place_mean: Tensor
     place_spread: Tensor
     window: Tensor
-    places: Tensor
 
     def __init__(self, detector: Detector, size: tuple[int, int]) -> None:
         super().__init__()
@@ -67,9 +67,6 @@ class Program(nn.Module):
             "step_spread": found.step_spread,
             "place_mean": at_places(found.place_mean, self.gy, self.gx),
             "place_spread": at_places(found.place_spread, self.gy, self.gx),
-            "places": patch_places(
-                torch.tensor([[0.0, 0.0, *size]]), (self.gy, self.gx), config.patch_size, config.scoring_stride
-            ),
             "window": _window(config.patch_size, torch.device("cpu"))[None, None],
         }.items():
             self.register_buffer(name, value.detach().float().cpu().clone())
@@ -93,33 +90,41 @@ class Program(nn.Module):
     def _grid(self, pixels: Tensor) -> Tensor:
         """What the neighbours say of each patch, and its place where the model knows of places: (b, gy, gx)."""
         gy, gx, config = self.gy, self.gx, self.config
+        lengths = config.patch_size, config.scoring_stride
+        covered = cover(pixels, *lengths)
         abouts, mades, placed = [], [], []
-        for member, bank, means, spreads in zip(
-            self.model.members,
-            *(t.chunk(config.members, -1) for t in (self.bank, self.step_mean, self.step_spread)),
-            strict=True,
-        ):
+        seen = [(axes, i) for axes in mirrors(config) for i in range(config.members)]
+        banks = self.bank.chunk(config.members, -1)
+        usual = (t.chunk(len(seen)) for t in (self.step_mean, self.step_spread))
+        for (axes, which), means, spreads in zip(seen, *usual, strict=True):
+            member, bank = self.model.members[which], banks[which]
 
             def loss(predicted: Tensor, target: Tensor, i: int, bank=bank, means=means, spreads=spreads) -> Tensor:
                 """Calibrated, (..., d) -> (...)."""
                 others = torch.logsumexp(predicted @ bank.T, -1)
                 return (F.softplus(others - (predicted * target).sum(-1)) - means[i]) / spreads[i]
 
-            part = member.latents(pixels, config.scoring_stride)  # (b, gy, gx, d)
-            contexts, weight = member.context(part, config.finer), member.predictor.weight
+            over = [axis + 1 for axis in axes]
+            part = member.latents(covered.flip(over), config.scoring_stride)  # (b, gy, gx, d)
+            contexts, weight = member.context(part, config.finer).flip(over), member.predictor.weight
+            part = part.flip(axes)
             for i in range(config.directions * config.steps):
                 direction, step = divmod(i, config.steps)
+                asked = mirrored(direction, axes)
                 y, x = (config.offsets[step] * config.finer * towards for towards in DIRECTIONS[direction])
                 if abs(y) >= gy or abs(x) >= gx:
                     continue
                 top, left, bottom, right = max(0, -y), max(0, -x), gy - max(0, y), gx - max(0, x)
-                source = contexts[direction if len(contexts) > 1 else 0][:, top:bottom, left:right]
+                source = contexts[asked if len(contexts) > 1 else 0][:, top:bottom, left:right]
                 target = part[:, top + y : bottom + y, left + x : right + x]
-                found = loss(F.linear(source, weight[i]), target, i)  # (b, h', w')
+                found = loss(F.linear(source, weight[asked * config.steps + step]), target, i)  # (b, h', w')
                 abouts.append((found, (left + x, gx - right - x, top + y, gy - bottom - y)))
                 mades.append((found, (left, gx - right, top, gy - bottom)))
             if member.place is not None:
-                placed.append(loss(F.linear(member.place(self.places), weight[-1]), part, -1))
+                there = member.place(patch_places(mirror_frames(self.size, covered, axes), (gy, gx), *lengths)).flip(
+                    axes
+                )
+                placed.append(loss(F.linear(there, weight[-1]), part, -1))
         grid = pixels.new_zeros(pixels.shape[0], gy, gx)  # len would fix the batch
         if abouts:
             about, made = _median(abouts), _median(mades)

@@ -28,8 +28,6 @@ from .shapes import Frames, Images, Latents, Losses, Shifted
 # Mean and spread of each channel that pretrained backbones were trained with; grey takes the mean of the three.
 IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))}
 
-MIRRORS = ((), (1,), (2,), (1, 2))  # the axes of (c, h, w) to turn over, for an image and its mirror images
-
 
 @dataclass
 class StepResult:
@@ -179,11 +177,9 @@ class CPC(nn.Module):
     def examine(self, image: Tensor, axes: Sequence[int] = ()) -> list[tuple[Latents, Predictions]]:
         """For each member the latents of one image (c, h, w) on the grid of scoring, and the predictions about them;
         with axes, as they are found in the mirror image that has these turned over, patch for patch."""
-        config, stride, frames = self.config, self.config.scoring_stride, whole_frames(image[None]).clone()
-        covered, found = cover(image[None], config.patch_size, stride), []
-        for axis in axes:
-            frames[:, axis - 1] = image.shape[axis] - covered.shape[axis + 1]
-        covered = covered.flip([axis + 1 for axis in axes])
+        stride, found = self.config.scoring_stride, []
+        covered = cover(image[None], self.config.patch_size, stride).flip([axis + 1 for axis in axes])
+        frames = mirror_frames(image.shape[1:], covered, axes)
         for member in self.members:
             latents = member.latents(covered, stride)
             found.append((latents.flip(axes), member.predictions(latents, frames, stride, axes)))
@@ -201,14 +197,26 @@ class CPC(nn.Module):
         (mirror image, member, direction, step). What is predicted in a mirror image stands where it lies in the image:
         looking down in one that is upside down is looking up.
         """
-        config = self.config
-        views = MIRRORS if config.mirrored else MIRRORS[:1]
+        config, views = self.config, mirrors(self.config)
         losses = torch.cat([self.losses(self.examine(image, axes), bank) for axes in views])
         cells = grid_shape(*image.shape[1:], config.patch_size, config.scoring_stride)
         ahead = tuple(offset * config.finer for offset in config.offsets)
         sources, targets, counts = geometry((1, *cells), ahead, config.directions, image.device, place=config.place)
         times = len(views) * len(self.members)
+        sources = sources % (cells[0] * cells[1])  # a place is numbered behind the patches
         return losses, sources.repeat(times), targets.repeat(times), counts * times
+
+
+def mirrors(config: Config) -> tuple[tuple[int, ...], ...]:
+    """Which axes of (c, h, w) are turned over, for each image that is scored in place of one: none, then others."""
+    return ((), (1,), (2,), (1, 2)) if config.mirrored else ((),)
+
+
+def mirror_frames(size: Sequence[int], covered: Images, axes: Sequence[int]) -> Frames:
+    """The frame of a whole image of that size (h, w) with some axes turned over, as its patches cover it: (1, 4). What
+    was laid below and to the right of it lies before its beginning then."""
+    start = [-(covered.shape[axis + 1] - size[axis - 1]) if axis in axes else 0 for axis in (1, 2)]
+    return torch.tensor([[*start, *size]], dtype=torch.float32, device=covered.device)
 
 
 def whole_frames(images: Images) -> Frames:

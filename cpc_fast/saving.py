@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .config import Config
 from .errors import CpcFastError, UsageError
 from .images import quoted
-from .model import CPC, MIRRORS
+from .model import CPC, mirrors
 from .runs import BEST, CHECKPOINT, DETECTOR, need_file, need_run
 from .version import __version__
 
@@ -187,7 +187,7 @@ def load_run(
         config = read_config(run, about)
         specs = model_specs(config, encoder)
         features = specs["model.members.0.predictor.weight"][1][-1] * config.members
-        steps = len(config.predicts) * config.members * (len(MIRRORS) if config.mirrored else 1)
+        steps = len(config.predicts) * config.members * len(mirrors(config))
         specs["bank"] = (torch.float32, (-1, features))
         for name in ("mean", "spread"):
             specs[f"calibration.step_{name}"] = (torch.float32, (steps,))

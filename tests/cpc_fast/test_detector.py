@@ -338,6 +338,7 @@ def test_a_frozen_encoder_stays_as_it_is():
         {"stem": 1},
         {"finer": 2},
         {"members": 3},
+        {"flips": True, "mirrored": True, "members": 2},
     ],
     ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()),
 )  # fmt: skip

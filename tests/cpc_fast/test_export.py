@@ -20,6 +20,8 @@ IMAGES = [texture(i) for i in range(8)]
 CHOICES = [
     {},
     {"context": "masked-conv", "directions": 1, "standardise": "image", "finer": 2, "place": True, "members": 2},
+    {"context": "masked-conv", "mirrored": True, "flips": True, "finer": 2, "place": True, "members": 2},
+    {"mirrored": True, "flips": True, "directions": 2},
     {
         "channels": 3,
         "standardise": "imagenet",

@@ -270,6 +270,51 @@ def test_a_finer_grid_holds_those_of_training_side_by_side(context):
             torch.testing.assert_close(fine[y::2, x::2], coarse)
 
 
+@pytest.mark.parametrize("context", ["none", "masked-conv"])
+@pytest.mark.parametrize("directions", [2, 4])
+def test_mirror_images_are_scored_with_an_image(context, directions):
+    """Each of the four says what the model says of it alone, where that lies in the image; and the surprise at a mirror
+    image is the mirror image of the surprise."""
+    config = Config(width=4, steps=2, context=context, directions=directions, flips=True, mirrored=True, place=True)
+    model = CPC(config).eval()
+    bank, image, grid = torch.randn(20, 16), torch.randn(1, 32 + 16 * 5, 32 + 16 * 6), (6, 7)
+
+    def table(losses, sources, targets, counts):
+        steps = [name for name, count in zip(config.predicts, counts, strict=False) for _ in range(count)]
+        return dict(zip(zip(steps, sources.tolist(), targets.tolist(), strict=False), losses, strict=False))
+
+    losses, *where = model.surprise(image, bank)
+    medians = patch_medians(losses, *where, grid)
+    assert len(where[2]) == 4 * len(config.predicts)
+    for found, axes, swaps in zip(
+        losses.chunk(4),
+        ((), (1,), (2,), (1, 2)),
+        (
+            {},
+            {"down": "up", "up": "down"},
+            {"right": "left", "left": "right"},
+            {"down": "up", "up": "down", "right": "left", "left": "right"},
+        ),
+        strict=True,
+    ):
+        found = table(found, *where)
+        model.config = config.replace(mirrored=False)
+        alone = table(*model.surprise(image.flip(axes), bank))
+        assert len(found) == len(alone)
+        cells = torch.arange(grid[0] * grid[1]).view(grid).flip([axis - 1 for axis in axes]).flatten().tolist()
+        for (step, source, target), loss in alone.items():
+            way = " ".join(swaps.get(word, word) for word in step.split())
+            torch.testing.assert_close(found[way, cells[source], cells[target]], loss)
+        model.config = config
+        turned = patch_medians(*model.surprise(image.flip(axes), bank), grid)
+        torch.testing.assert_close(turned.flip([axis - 1 for axis in axes]), medians)
+
+
+def test_mirror_images_need_a_model_that_has_seen_some():
+    with pytest.raises(UsageError, match="mirrored is True; it must be false without flips in training"):
+        Config(mirrored=True)
+
+
 @pytest.mark.parametrize("kind", ["none", "masked-conv"])
 def test_a_place_speaks_about_its_own_patch(kind):
     torch.manual_seed(0)
