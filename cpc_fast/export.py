@@ -88,43 +88,49 @@ class Program(nn.Module):
         return maps.amax((1, 2)), maps
 
     def _grid(self, pixels: Tensor) -> Tensor:
-        """What the neighbours say of each patch, and its place where the model knows of places: (b, gy, gx)."""
+        """The mean over an image and its mirror images, (b, gy, gx)."""
+        views = mirrors(self.config)
+        usual = (t.chunk(len(views)) for t in (self.step_mean, self.step_spread))
+        grids = [self._view(pixels, axes, *own) for axes, *own in zip(views, *usual, strict=True)]
+        return torch.stack(grids).mean(0)
+
+    def _view(self, pixels: Tensor, axes: tuple[int, ...], step_mean: Tensor, step_spread: Tensor) -> Tensor:
+        """What the neighbours say of each patch, and its place where the model knows of places, with these axes of (c,
+        h, w) turned over: (b, gy, gx), in the image as it was before."""
         gy, gx, config = self.gy, self.gx, self.config
-        lengths = config.patch_size, config.scoring_stride
-        covered = cover(pixels, *lengths)
+        lengths, over = (config.patch_size, config.scoring_stride), [axis + 1 for axis in axes]
+        covered = cover(pixels, *lengths).flip(over)
+        places = patch_places(mirror_frames(self.size, covered, axes), (gy, gx), *lengths)
         abouts, mades, placed = [], [], []
-        seen = [(axes, i) for axes in mirrors(config) for i in range(config.members)]
-        banks = self.bank.chunk(config.members, -1)
-        usual = (t.chunk(len(seen)) for t in (self.step_mean, self.step_spread))
-        for (axes, which), means, spreads in zip(seen, *usual, strict=True):
-            member, bank = self.model.members[which], banks[which]
+        for member, bank, means, spreads in zip(
+            self.model.members,
+            self.bank.chunk(config.members, -1),
+            *(t.chunk(config.members) for t in (step_mean, step_spread)),
+            strict=True,
+        ):
 
             def loss(predicted: Tensor, target: Tensor, i: int, bank=bank, means=means, spreads=spreads) -> Tensor:
                 """Calibrated, (..., d) -> (...)."""
                 others = torch.logsumexp(predicted @ bank.T, -1)
                 return (F.softplus(others - (predicted * target).sum(-1)) - means[i]) / spreads[i]
 
-            over = [axis + 1 for axis in axes]
-            part = member.latents(covered.flip(over), config.scoring_stride)  # (b, gy, gx, d)
+            part = member.latents(covered, config.scoring_stride)  # (b, gy, gx, d)
             contexts, weight = member.context(part, config.finer).flip(over), member.predictor.weight
             part = part.flip(axes)
             for i in range(config.directions * config.steps):
                 direction, step = divmod(i, config.steps)
-                asked = mirrored(direction, axes)
+                own = mirrored(direction, axes)  # what is up here is down there
                 y, x = (config.offsets[step] * config.finer * towards for towards in DIRECTIONS[direction])
                 if abs(y) >= gy or abs(x) >= gx:
                     continue
                 top, left, bottom, right = max(0, -y), max(0, -x), gy - max(0, y), gx - max(0, x)
-                source = contexts[asked if len(contexts) > 1 else 0][:, top:bottom, left:right]
+                source = contexts[own if len(contexts) > 1 else 0][:, top:bottom, left:right]
                 target = part[:, top + y : bottom + y, left + x : right + x]
-                found = loss(F.linear(source, weight[asked * config.steps + step]), target, i)  # (b, h', w')
+                found = loss(F.linear(source, weight[own * config.steps + step]), target, i)  # (b, h', w')
                 abouts.append((found, (left + x, gx - right - x, top + y, gy - bottom - y)))
                 mades.append((found, (left, gx - right, top, gy - bottom)))
             if member.place is not None:
-                there = member.place(patch_places(mirror_frames(self.size, covered, axes), (gy, gx), *lengths)).flip(
-                    axes
-                )
-                placed.append(loss(F.linear(there, weight[-1]), part, -1))
+                placed.append(loss(F.linear(member.place(places).flip(axes), weight[-1]), part, -1))
         grid = pixels.new_zeros(pixels.shape[0], gy, gx)  # len would fix the batch
         if abouts:
             about, made = _median(abouts), _median(mades)

@@ -194,8 +194,8 @@ class CPC(nn.Module):
         """The losses of one image (c, h, w) against a bank (m, d) of normal latents.
 
         Returns losses (n,), sources (n,) and targets (n,) as flat grid indices, and the number of predictions of each
-        (mirror image, member, direction, step). What is predicted in a mirror image stands where it lies in the image:
-        looking down in one that is upside down is looking up.
+        (view, member, direction, step); views are the image and its mirror images. What is predicted in one of these
+        stands where it lies in the image: looking down in one that is upside down is looking up.
         """
         config, views = self.config, mirrors(self.config)
         losses = torch.cat([self.losses(self.examine(image, axes), bank) for axes in views])

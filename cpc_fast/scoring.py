@@ -1,10 +1,12 @@
 """One image against a bank of normal latents: calibrated losses and the anomaly map.
 
-loss of each prediction -> minus its normal mean, over its normal spread     (for each mirror image, member,
-                                                                              direction and step)
--> median over the predictions about a patch -> the same again               (for each place of the grid)
+loss of each prediction -> minus its normal mean, over its normal spread     (for each view, member, direction, step)
+-> median over the predictions about a patch -> mean over the views
    (what neighbours say and what the place says count alike, where the model knows of places)
+-> minus its normal mean, over its normal spread                             (for each place of the grid)
 -> anomaly map
+
+Views: the image, and its mirror images where the config says so.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from .anomaly_map import anomaly_map
 from .bank import Bank
-from .model import CPC
+from .model import CPC, mirrors
 from .patches import grid_shape
 from .shapes import AnomalyMap
 from .stages import stage
@@ -36,7 +38,7 @@ Found = tuple[Tensor, Tensor, Tensor, list[int], tuple[int, int]]  # losses, sou
 class Calibration:
     """What is normal: means and spreads of the losses of held-out normal images."""
 
-    step_mean: Tensor  # (mirror images * members * (directions * K + place),)
+    step_mean: Tensor  # (views * members * (directions * K + place),)
     step_spread: Tensor  # the same
     place_mean: Tensor  # (gy, gx), or odd (n, n) of places by their distance from the edges, where grids differ
     place_spread: Tensor
@@ -48,8 +50,8 @@ class Surprise:
 
     values: Tensor  # (n,) calibrated loss of each prediction
     targets: Tensor  # (n,) flat grid index
-    counts: list[int]  # predictions of each (mirror image, member, direction, step)
-    grid: Tensor  # (gy, gx) median over the predictions about a patch
+    counts: list[int]  # predictions of each (view, member, direction, step)
+    grid: Tensor  # (gy, gx) median over the predictions about a patch, mean over the views
 
 
 class Scorer(nn.Module):
@@ -89,7 +91,11 @@ class Scorer(nn.Module):
         if self.calibration is not None:
             steps = steps_of(counts, losses.device)
             losses = (losses - self.calibration.step_mean[steps]) / self.calibration.step_spread[steps]
-        grid = self._about_patches(losses, sources, targets, counts, (gy, gx))
+        views = len(mirrors(self.config))
+        parts = (column.chunk(views) for column in (losses, sources, targets))
+        kinds = counts[: len(counts) // views]
+        grids = [self._about_patches(*one, kinds, (gy, gx)) for one in zip(*parts, strict=True)]
+        grid = torch.stack(grids).mean(0)
         if self.calibration is not None:
             mean, spread = (at_places(t, gy, gx) for t in (self.calibration.place_mean, self.calibration.place_spread))
             grid = (grid - mean) / spread
@@ -101,8 +107,7 @@ class Scorer(nn.Module):
         """One number for each patch, (gy, gx): what its neighbours say of it, and its place, which counts as much."""
         if not self.config.place:
             return self.about_patches(losses, sources, targets, counts, shape)
-        kinds = len(self.config.predicts)
-        members = len(counts) // kinds  # mirror images counted
+        members, kinds = self.config.members, len(self.config.predicts)
         cut = sum(counts[: kinds - 1])  # a member's predictions from places are its last
         ahead = [column.view(members, -1)[:, :cut].flatten() for column in (losses, sources, targets)]
         grid = self.about_patches(ahead[0], ahead[1], ahead[2], counts[: kinds - 1] * members, shape)

@@ -13,7 +13,7 @@ from cpc_fast.loss import accuracy, cpc_loss
 from cpc_fast.model import CPC
 from cpc_fast.patches import extract_patches, grid_shape, patch_places
 from cpc_fast.predictions import Predictions, Predictor, geometry
-from cpc_fast.scoring import patch_medians
+from cpc_fast.scoring import Scorer, patch_medians
 from cpc_fast.train import guessing, make_batch
 from cpc_kernels import Negatives, draw_negatives, reference
 
@@ -283,8 +283,9 @@ def test_mirror_images_are_scored_with_an_image(context, directions):
         steps = [name for name, count in zip(config.predicts, counts, strict=False) for _ in range(count)]
         return dict(zip(zip(steps, sources.tolist(), targets.tolist(), strict=False), losses, strict=False))
 
+    scorer = Scorer(model, bank)
     losses, *where = model.surprise(image, bank)
-    medians = patch_medians(losses, *where, grid)
+    means = scorer.judge((losses, *where, grid)).grid
     assert len(where[2]) == 4 * len(config.predicts)
     for found, axes, swaps in zip(
         losses.chunk(4),
@@ -306,8 +307,8 @@ def test_mirror_images_are_scored_with_an_image(context, directions):
             way = " ".join(swaps.get(word, word) for word in step.split())
             torch.testing.assert_close(found[way, cells[source], cells[target]], loss)
         model.config = config
-        turned = patch_medians(*model.surprise(image.flip(axes), bank), grid)
-        torch.testing.assert_close(turned.flip([axis - 1 for axis in axes]), medians)
+        turned = scorer.judge((*model.surprise(image.flip(axes), bank), grid)).grid
+        torch.testing.assert_close(turned.flip([axis - 1 for axis in axes]), means)
 
 
 def test_mirror_images_need_a_model_that_has_seen_some():
