@@ -9,6 +9,7 @@ pool          image score: max, mean or top (mean of the highest 1%) of the map;
               less its mean on held-out normal images and over its spread there
 bank_size     how many normal latents
 finer         grid cells of scoring in one of training, each way
+mirrored      whether mirror images are scored too
 about         mean or median of the predictions about a patch
 Merged        the mean of the maps of several detectors (patches of several sizes), each calibrated by its own
 """
@@ -109,6 +110,7 @@ class Other:
     bank_size: int = 0  # 0: the detector's own bank
     finer: int = 0  # 0: the detector's own grid
     about: str = "median"
+    mirrored: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -147,6 +149,8 @@ class Reread(Baseline):
         form = Form.of(model, how.form)
         if how.finer:
             form.config = form.config.replace(finer=how.finer)
+        if how.mirrored:
+            form.config = form.config.replace(mirrored=True)
         if "nearest" in how.form:  # the distance stands where the loss from a place would
             if form.config.place:
                 raise ValueError(f"form {how.form} is for models that know of no places.")
