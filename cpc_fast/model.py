@@ -61,7 +61,7 @@ class Member(nn.Module):
         return encode(self.encoder, extract_patches(images, self.config.patch_size, stride or self.config.patch_stride))
 
     def predictions(
-        self, latents: Latents, frames: Frames, stride: int | None = None, axes: Sequence[int] = ()
+        self, latents: Latents, frames: Frames, stride: int | None = None, axes: tuple[int, ...] = ()
     ) -> Predictions:
         """From the latents of a grid. One that is finer than that of training holds several such, shifted against each
         other, and the predictions are those of each.
@@ -174,7 +174,7 @@ class CPC(nn.Module):
         mean = [torch.stack([getattr(result, name) for result in results]).mean() for name in ("loss", "accuracy")]
         return StepResult(*mean)
 
-    def examine(self, image: Tensor, axes: Sequence[int] = ()) -> list[tuple[Latents, Predictions]]:
+    def examine(self, image: Tensor, axes: tuple[int, ...] = ()) -> list[tuple[Latents, Predictions]]:
         """For each member the latents of one image (c, h, w) on the grid of scoring, and the predictions about them;
         with axes, as they are found in the mirror image that has these turned over, patch for patch."""
         stride, found = self.config.scoring_stride, []
@@ -199,11 +199,11 @@ class CPC(nn.Module):
         """
         config, views = self.config, mirrors(self.config)
         losses = torch.cat([self.losses(self.examine(image, axes), bank) for axes in views])
-        cells = grid_shape(*image.shape[1:], config.patch_size, config.scoring_stride)
+        gy, gx = grid_shape(image.shape[1], image.shape[2], config.patch_size, config.scoring_stride)
         ahead = tuple(offset * config.finer for offset in config.offsets)
-        sources, targets, counts = geometry((1, *cells), ahead, config.directions, image.device, place=config.place)
+        sources, targets, counts = geometry((1, gy, gx), ahead, config.directions, image.device, place=config.place)
+        sources = sources % (gy * gx)  # a place is numbered behind the patches
         times = len(views) * len(self.members)
-        sources = sources % (cells[0] * cells[1])  # a place is numbered behind the patches
         return losses, sources.repeat(times), targets.repeat(times), counts * times
 
 
@@ -212,7 +212,7 @@ def mirrors(config: Config) -> tuple[tuple[int, ...], ...]:
     return ((), (1,), (2,), (1, 2)) if config.mirrored else ((),)
 
 
-def mirror_frames(size: Sequence[int], covered: Images, axes: Sequence[int]) -> Frames:
+def mirror_frames(size: Sequence[int], covered: Images, axes: tuple[int, ...]) -> Frames:
     """The frame of a whole image of that size (h, w) with some axes turned over, as its patches cover it: (1, 4). What
     was laid below and to the right of it lies before its beginning then."""
     start = [-(covered.shape[axis + 1] - size[axis - 1]) if axis in axes else 0 for axis in (1, 2)]

@@ -7,7 +7,6 @@ computed inside the loss, which needs no copy of a context.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -77,7 +76,7 @@ def geometry(
     return torch.cat(sources), torch.cat(targets), counts
 
 
-def mirrored(direction: int, axes: Sequence[int]) -> int:
+def mirrored(direction: int, axes: tuple[int, ...]) -> int:
     """What a direction is in a mirror image, whose axes of (c, h, w) are turned over: down is up where 1 is.
 
     >>> mirrored(0, (1,)), mirrored(3, (1, 2)), mirrored(0, (2,))
@@ -102,7 +101,7 @@ class Predictor(nn.Module):
 
     @stage("predictions")
     def forward(
-        self, contexts: Contexts, apart: int = 1, placed: Latents | None = None, axes: Sequence[int] = ()
+        self, contexts: Contexts, apart: int = 1, placed: Latents | None = None, axes: tuple[int, ...] = ()
     ) -> Predictions:
         """apart: how many rows or columns lie between neighbours, for a grid that is finer than that of training.
         placed: contexts from places, (b, gy, gx, d). axes: those that were turned over when contexts were made, which

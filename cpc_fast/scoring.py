@@ -92,9 +92,10 @@ class Scorer(nn.Module):
             steps = steps_of(counts, losses.device)
             losses = (losses - self.calibration.step_mean[steps]) / self.calibration.step_spread[steps]
         views = len(mirrors(self.config))
-        parts = (column.chunk(views) for column in (losses, sources, targets))
-        kinds = counts[: len(counts) // views]
-        grids = [self._about_patches(*one, kinds, (gy, gx)) for one in zip(*parts, strict=True)]
+        grids = [
+            self._about_patches(own, made, about, counts[: len(counts) // views], (gy, gx))
+            for own, made, about in zip(*(told.chunk(views) for told in (losses, sources, targets)), strict=True)
+        ]
         grid = torch.stack(grids).mean(0)
         if self.calibration is not None:
             mean, spread = (at_places(t, gy, gx) for t in (self.calibration.place_mean, self.calibration.place_spread))
