@@ -121,6 +121,8 @@ class Ablations:
 
     def asks_nothing(self, row: Row, bed: Bed | None = None) -> bool:
         """Whether the base is what the row asks for, or cannot be read that way."""
+        if row.read.get("mirrored"):
+            return self.config(None, bed).mirrored
         if "nearest" in row.read.get("form", ""):  # the distance stands where the loss from a place would
             return self.config(None, bed).place
         return not row.reads and self.config(row, bed) == self.config(None, bed)

@@ -175,8 +175,8 @@ class PlainScorer(Scorer):
 
 
 def make_model(config: Config, device: torch.device) -> CPC:
-    if config.members > 1 or config.place:
-        raise ValueError("The plain version is of one network that knows of no places; use another preset.")
+    if config.members > 1 or config.place or config.mirrored:
+        raise ValueError("The plain version is of one network, no places and no mirror images; use another preset.")
     torch.manual_seed(0)
     return CPC(config).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 

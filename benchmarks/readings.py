@@ -9,7 +9,7 @@ pool          image score: max, mean or top (mean of the highest 1%) of the map;
               less its mean on held-out normal images and over its spread there
 bank_size     how many normal latents
 finer         grid cells of scoring in one of training, each way
-mirrored      whether mirror images are scored too
+mirrored      mirror images are scored too, where the detector does not score them anyway
 about         mean or median of the predictions about a patch
 Merged        the mean of the maps of several detectors (patches of several sizes), each calibrated by its own
 """

@@ -119,8 +119,8 @@ class Config:
         need(0 <= self.seed < 1 << 32, "seed", "from 0 to 4294967295")
         need(self.skip >= 0, "skip", "0 or more")
         need(self.patch_stride % self.finer == 0, "finer", f"a divisor of patch_stride, {self.patch_stride}")
-        mirrors = not self.mirrored or (self.flips and self.directions > 1)
-        need(mirrors, "mirrored", "false without flips in training, or with one direction")
+        known = not self.mirrored or (self.flips and self.directions > 1)
+        need(known, "mirrored", "false without flips in training, or with one direction")
         need(self.image_size is None or self.image_size >= self.patch_size, "image_size", "at least patch_size")
         need(self.crop is None or self.crop >= self.patch_size, "crop", "at least patch_size")
         need(self.made_for is None or self.made_for >= self.patch_size, "made_for", "at least patch_size")
@@ -254,7 +254,7 @@ PRESETS: dict[str, Config] = {
     "cpu-demo": _TEXTURES,
     # Parts vary among themselves: shifts that change little of a patch, as defects do; patches stay small.
     "quality": _QUALITY,
-    # Homogeneous surfaces, where patches are hard to tell apart: many more shifts, and longer.
+    # Homogeneous surfaces, where patches are hard to tell apart: many more shifts, longer, and mirror images in scoring.
     "texture": _QUALITY.replace(
         epochs=20, jitter=0.08, negatives="other-images", finer=1, mirrored=True,
         shifts=(

@@ -185,8 +185,9 @@ class Detector:
         said so, with everything saved in `out`.
         """
         config = (preset(config) if isinstance(config, str) else config).replace(**changes)
-        if encoder is not None:
-            config = config.replace(members=1)
+        if encoder is not None:  # a frozen one is run once for each image, not on mirror images
+            learns = any(weight.requires_grad for weight in encoder.parameters())
+            config = config.replace(members=1, mirrored=config.mirrored and learns)
         device = torch.device(device)
         if isinstance(data, (str, os.PathLike)):
             source, paths = str(data), find_train(data)

@@ -32,7 +32,7 @@ from .errors import CpcFastError, UsageError
 from .images import quoted
 from .model import IMAGENET, mirror_frames, mirrors
 from .patches import cover, grid_shape, patch_places
-from .predictions import mirrored
+from .predictions import seen_turned
 from .saving import write_whole
 from .scoring import at_places
 from .version import __version__
@@ -100,7 +100,6 @@ class Program(nn.Module):
         gy, gx, config = self.gy, self.gx, self.config
         lengths, over = (config.patch_size, config.scoring_stride), [axis + 1 for axis in axes]
         covered = cover(pixels, *lengths).flip(over)
-        places = patch_places(mirror_frames(self.size, covered, axes), (gy, gx), *lengths)
         abouts, mades, placed = [], [], []
         for member, bank, means, spreads in zip(
             self.model.members,
@@ -119,7 +118,7 @@ class Program(nn.Module):
             part = part.flip(axes)
             for i in range(config.directions * config.steps):
                 direction, step = divmod(i, config.steps)
-                own = mirrored(direction, axes)  # what is up here is down there
+                own = seen_turned(direction, axes)  # what is up here is down there
                 y, x = (config.offsets[step] * config.finer * towards for towards in DIRECTIONS[direction])
                 if abs(y) >= gy or abs(x) >= gx:
                     continue
@@ -130,6 +129,7 @@ class Program(nn.Module):
                 abouts.append((found, (left + x, gx - right - x, top + y, gy - bottom - y)))
                 mades.append((found, (left, gx - right, top, gy - bottom)))
             if member.place is not None:
+                places = patch_places(mirror_frames(self.size, covered, axes), (gy, gx), *lengths)
                 placed.append(loss(F.linear(member.place(places).flip(axes), weight[-1]), part, -1))
         grid = pixels.new_zeros(pixels.shape[0], gy, gx)  # len would fix the batch
         if abouts:

@@ -216,7 +216,7 @@ def mirror_frames(size: Sequence[int], covered: Images, axes: tuple[int, ...]) -
     """The frame of a whole image of that size (h, w) with some axes turned over, as its patches cover it: (1, 4). What
     was laid below and to the right of it lies before its beginning then."""
     start = [-(covered.shape[axis + 1] - size[axis - 1]) if axis in axes else 0 for axis in (1, 2)]
-    return torch.tensor([[*start, *size]], dtype=torch.float32, device=covered.device)
+    return covered.new_tensor([[*start, *size]])
 
 
 def whole_frames(images: Images) -> Frames:

@@ -76,10 +76,10 @@ def geometry(
     return torch.cat(sources), torch.cat(targets), counts
 
 
-def mirrored(direction: int, axes: tuple[int, ...]) -> int:
+def seen_turned(direction: int, axes: tuple[int, ...]) -> int:
     """What a direction is in a mirror image, whose axes of (c, h, w) are turned over: down is up where 1 is.
 
-    >>> mirrored(0, (1,)), mirrored(3, (1, 2)), mirrored(0, (2,))
+    >>> seen_turned(0, (1,)), seen_turned(3, (1, 2)), seen_turned(0, (2,))
     (1, 2, 0)
     """
     return direction ^ 1 if direction // 2 + 1 in axes else direction
@@ -107,12 +107,12 @@ class Predictor(nn.Module):
         placed: contexts from places, (b, gy, gx, d). axes: those that were turned over when contexts were made, which
         lie as in the image again: the predictions are about that."""
         a, b, gy, gx, _ = contexts.shape
-        weight = self.weight
+        weight, steps = self.weight, len(self.offsets)
         if axes:
-            turned = [mirrored(direction, axes) for direction in range(self.directions)]
+            turned = [seen_turned(direction, axes) for direction in range(self.directions)]
+            ahead = [direction * steps + step for direction in turned for step in range(steps)]
             contexts = contexts[turned] if a > 1 else contexts
-            ahead = weight[: self.directions * len(self.offsets)].unflatten(0, (self.directions, -1))
-            weight = torch.cat([ahead[turned].flatten(0, 1), weight[len(ahead.flatten(0, 1)) :]])
+            weight = weight[[*ahead, *range(len(ahead), len(weight))]]
         offsets = tuple(apart * offset for offset in self.offsets)
         where = geometry((b, gy, gx), offsets, self.directions, contexts.device, a > 1, placed is not None)
         rows = contexts.flatten(0, 3)

@@ -261,6 +261,9 @@ def test_a_fit_whose_losses_are_no_numbers_has_no_threshold():
 def test_an_encoder_of_ones_own_is_one_member():
     detector = Detector.fit(IMAGES, TINY_CONFIG, epochs=1, members=3, encoder=Flat())
     assert detector.config.members == 1
+    mirrored = TINY_CONFIG.replace(flips=True, mirrored=True)
+    for encoder, seen in ((Flat(), True), (Flat().requires_grad_(False), False)):  # a frozen one sees no mirror image
+        assert Detector.fit(IMAGES, mirrored, epochs=1, encoder=encoder).config.mirrored == seen
     with pytest.raises(UsageError, match="members is 2; with an encoder of your own it must be 1"):
         CPC(TINY_CONFIG.replace(members=2), Flat())
 

@@ -314,6 +314,14 @@ def test_mirror_images_are_scored_with_an_image(context, directions):
 def test_mirror_images_need_a_model_that_has_seen_some():
     with pytest.raises(UsageError, match="mirrored is True; it must be false without flips in training"):
         Config(mirrored=True)
+    with pytest.raises(UsageError, match="mirrored is True; it must be false .* with one direction"):
+        Config(mirrored=True, flips=True, directions=1)
+
+
+def test_places_and_mirror_images_in_float64():
+    model = CPC(Config(width=4, flips=True, mirrored=True, place=True)).double().eval()
+    image, bank = torch.randn(1, 100, 120).double(), torch.randn(9, 16).double()
+    assert model.surprise(image, bank)[0].dtype == torch.float64
 
 
 @pytest.mark.parametrize("kind", ["none", "masked-conv"])
