@@ -254,7 +254,7 @@ PRESETS: dict[str, Config] = {
     "cpu-demo": _TEXTURES,
     # Parts vary among themselves: shifts that change little of a patch, as defects do; patches stay small.
     "quality": _QUALITY,
-    # Homogeneous surfaces, where patches are hard to tell apart: many more shifts, longer, and mirror images in scoring.
+    # Homogeneous surfaces, where patches are hard to tell apart: more shifts, longer, mirror images in scoring.
     "texture": _QUALITY.replace(
         epochs=20, jitter=0.08, negatives="other-images", finer=1, mirrored=True,
         shifts=(
