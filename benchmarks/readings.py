@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -67,7 +68,8 @@ class Form(CPC):
 
     def losses(self, examined: Sequence[tuple[Tensor, Predictions]], bank: Tensor) -> Tensor:
         found = []
-        for (latents, told), rows in zip(examined, bank.chunk(len(examined), 1), strict=True):
+        width = examined[0][0].shape[-1]
+        for (latents, told), rows in zip(examined, cycle(bank.split(width, 1)), strict=False):
             found.append(self._contrast(latents, told, rows))
             if self.form == "nearest":
                 found[-1].zero_()

@@ -7,6 +7,7 @@ on the device, in host memory, in a safetensors file, or on other ranks. So the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,10 @@ def bank_losses(examined: Sequence[tuple[Latents, Predictions]], bank: Bank) -> 
     The positive is the patch itself, the negatives are the bank, so an image's losses do not depend on other images.
 
     Args:
-        examined: of each member the latents, and its predictions about them.
+        examined: of each member the latents, and its predictions about them; and the same of further views.
         bank: the latents of all members of a patch stand side by side in a row.
 
-    Returns the losses of the first member's predictions, then of the next.
+    Returns the losses of the first one's predictions, then of the next.
 
     >>> from cpc_fast.predictions import Predictor
     >>> z = torch.randn(1, 3, 3, 8)
@@ -131,7 +132,7 @@ def bank_losses(examined: Sequence[tuple[Latents, Predictions]], bank: Bank) -> 
     for block in bank_blocks(bank):
         found = [
             bilinear_info_nce_stats(p.contexts, p.weight, rows, patches, sources=p.sources, counts=p.counts)
-            for (_, p), patches, rows in zip(examined, own, block.chunk(len(examined), 1), strict=True)
+            for (_, p), patches, rows in zip(examined, own, cycle(block.split(latents.shape[-1], 1)), strict=False)
         ]
         parts.append(torch.cat([torch.stack([one.loss, one.lse, one.positive]) for one in found], 1)[None])
     all_parts = torch.cat(parts)  # (blocks, 3, n)

@@ -82,7 +82,7 @@ class Config:
     precision: str = "auto"
     # scoring
     finer: int = 1  # grid cells of scoring in one of training, each way: 2 also looks at the patches halfway between
-    mirrored: bool = False  # an image's three mirror images are scored with it (test-time augmentation); needs flips
+    mirrored: bool = False  # three mirror images are scored too (test-time augmentation): 4 times the work; needs flips
     bank_size: int = 1024  # normal latents that test patches are compared with
     calibration_share: float = 0.2  # share of the normal images held out of training
     target_fpr: float = 0.01  # share of normal images that may be flagged

@@ -186,7 +186,7 @@ class CPC(nn.Module):
         return found
 
     def losses(self, examined: Sequence[tuple[Latents, Predictions]], bank: Bank) -> Losses:
-        """What `surprise` collects, (members * n,)."""
+        """Of all that was examined, one after the other: (views * members * n,)."""
         return bank_losses(examined, bank)
 
     @torch.no_grad()
@@ -198,7 +198,7 @@ class CPC(nn.Module):
         stands where it lies in the image: looking down in one that is upside down is looking up.
         """
         config, views = self.config, mirrors(self.config)
-        losses = torch.cat([self.losses(self.examine(image, axes), bank) for axes in views])
+        losses = self.losses([one for axes in views for one in self.examine(image, axes)], bank)
         gy, gx = grid_shape(image.shape[1], image.shape[2], config.patch_size, config.scoring_stride)
         ahead = tuple(offset * config.finer for offset in config.offsets)
         sources, targets, counts = geometry((1, gy, gx), ahead, config.directions, image.device, place=config.place)
