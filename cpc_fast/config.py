@@ -119,8 +119,11 @@ class Config:
         need(0 <= self.seed < 1 << 32, "seed", "from 0 to 4294967295")
         need(self.skip >= 0, "skip", "0 or more")
         need(self.patch_stride % self.finer == 0, "finer", f"a divisor of patch_stride, {self.patch_stride}")
-        known = not self.mirrored or (self.flips and self.directions > 1)
-        need(known, "mirrored", "false without flips in training, or with one direction")
+        if self.mirrored and not (self.flips and self.directions > 1):
+            raise UsageError(
+                f"config: mirrored is True where flips is {self.flips} and directions is {self.directions}; mirror "
+                "images can be scored after training with flips, in 2 or 4 directions. Set mirrored=false, or those."
+            )
         need(self.image_size is None or self.image_size >= self.patch_size, "image_size", "at least patch_size")
         need(self.crop is None or self.crop >= self.patch_size, "crop", "at least patch_size")
         need(self.made_for is None or self.made_for >= self.patch_size, "made_for", "at least patch_size")
