@@ -53,6 +53,7 @@ def export(
 
     out, detector = out or run / FORMATS[format], Detector.load(run)
     height, width = size_for(detector, (int(match[1]), int(match[2])) if size else None)
+    say(f"Writing {out}; with several networks, or mirror images, that takes a minute or more.")
     worst = write(detector, out, format, (height, width))
     load, call, refusal = CALLS[format]
     say(f"Wrote {out}; on random images it differs from torch here by {worst:.1e} at most.")
