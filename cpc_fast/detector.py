@@ -373,8 +373,9 @@ class Detector:
 
     def _explanation(self, surprise: Surprise, original: Sequence[int], prepared: Sequence[int]) -> Explanation:
         """original and prepared: shapes of the image before and after it was resized."""
-        config, counts = self.config, surprise.counts[: len(self.config.predicts)]
-        values = surprise.values.unflatten(0, (-1, sum(counts))).mean(0).cpu()
+        config, kinds = self.config, len(self.config.predicts)
+        counts = surprise.counts[:kinds]
+        values = surprise.values.unflatten(0, (len(surprise.counts) // kinds, -1)).mean(0).cpu()
         losses, targets = values.split(counts), surprise.targets[: len(values)].cpu().split(counts)
         worst = int(surprise.grid.argmax())
         row, column = divmod(worst, surprise.grid.shape[1])

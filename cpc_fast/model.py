@@ -71,8 +71,11 @@ class Member(nn.Module):
         stride, placed = stride or self.config.patch_stride, None
         apart = self.config.patch_stride // stride
         if self.place is not None:
-            placed = self.place(patch_places(frames, latents.shape[1:3], self.config.patch_size, stride)).flip(axes)
-        contexts = self.context(latents, apart).flip([axis + 1 for axis in axes])
+            placed = self.place(patch_places(frames, latents.shape[1:3], self.config.patch_size, stride))
+        contexts = self.context(latents, apart)
+        if axes:  # flip copies, even where it turns nothing over
+            contexts = contexts.flip([axis + 1 for axis in axes])
+            placed = None if placed is None else placed.flip(axes)
         return self.predictor(contexts, apart, placed, axes)
 
     def compare(self, latents: Latents, frames: Frames, seed: int = 0) -> StepResult:

@@ -374,6 +374,16 @@ def test_images_of_several_sizes_are_calibrated_from_their_edges():
         assert np.isfinite(detector.inspect(texture(50, side)).map).all()
 
 
+@pytest.mark.parametrize("changes", [{}, {"flips": True, "mirrored": True, "members": 2}], ids=str)
+def test_an_image_of_one_patch_is_neutral(changes):
+    """Nothing predicts its patch."""
+    detector = Detector.fit(IMAGES, TINY_CONFIG, epochs=1, **changes)
+    image = texture(3, detector.config.patch_size, detector.config.patch_size)
+    found = detector.explain(image)
+    assert (found.losses, found.patch, found.worst) == ({}, (0, 0), "never predicted")
+    assert np.isfinite(detector.inspect(image).score)
+
+
 def test_a_record_says_how_large_the_windows_were():
     for crop, side in ((32, 32), (96, 40)):
         found = Detector.fit([*IMAGES[:4], texture(9, 40, 60)], TINY_CONFIG, crop=crop, epochs=1, seed=1)
