@@ -264,8 +264,8 @@ PRESETS: dict[str, Config] = {
             "spots", "curves", "warp", "turn", "magnify", "noise", "shuffle", "intensity", "local-turn", "local-noise",
         ),
     ),
-    # Parts that lie alike in every image: what belongs at a place is known, its brightness too.
-    "aligned": _QUALITY.replace(place=True, epochs=16, shifts=(*_QUALITY.shifts, "intensity", "local-intensity")),
+    # Parts that lie alike in every image: what belongs at a place is known, and learnt from what is too dark or bright.
+    "aligned": _QUALITY.replace(place=True, epochs=20, shift_copies=1, shifts=("intensity", "local-intensity")),
     # One network with a coarser first convolution, fewer epochs, and no mirror images.
     "fast": _QUALITY.replace(stem=4, members=1, epochs=12, mirrored=False, made_for=256),
     # Unverified: put together from the paper's abstract and the code of its second author, not from its text.
