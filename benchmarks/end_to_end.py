@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from cpc_fast.config import Config, preset
 from cpc_fast.loss import cpc_loss
-from cpc_fast.model import CPC, whole_frames
+from cpc_fast.model import CPC
 from cpc_fast.patches import extract_patches, grid_shape
 from cpc_fast.predictions import Predictions
 from cpc_fast.scoring import Calibration, Scorer
@@ -142,7 +142,7 @@ def plain_loss(model: CPC, images: Tensor, shifted: Tensor | None, seed: int) ->
     config, count = model.config, len(images)
     everything = plain_latents(model, images if shifted is None else torch.cat([images, shifted]))
     latents = everything[:count]
-    predictions = model.members[0].predictions(latents, whole_frames(images))
+    predictions = model.members[0].predictions(latents, None)
     targets, made = predictions.targets, plain_predictions(predictions)
     if config.negatives == "sampled":
         own = latents.flatten(0, 2)
@@ -160,7 +160,7 @@ class PlainScorer(Scorer):
         with torch.no_grad():
             pixels = self.model.standardise(image)
             latents = plain_latents(self.model, pixels[None])
-            predictions = self.model.members[0].predictions(latents, whole_frames(pixels[None]))
+            predictions = self.model.members[0].predictions(latents, None)
             targets, made = predictions.targets, plain_predictions(predictions)
             own = (made * latents.flatten(0, 2)[targets]).sum(-1, keepdim=True)
             logits = torch.cat([own, made @ self.bank.T], 1)
@@ -226,7 +226,7 @@ def training(
 
     with torch.no_grad(), autocast(device):
         everything = model.latents(pixels if shifted is None else torch.cat([pixels, shifted]))
-        predictions = model.members[0].predictions(everything[:batch], whole_frames(pixels))
+        predictions = model.members[0].predictions(everything[:batch], None)
     leaves = [t.detach().requires_grad_() for t in (predictions.contexts, predictions.weight, everything)]
 
     def our_loss() -> None:

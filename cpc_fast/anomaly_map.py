@@ -8,16 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .patches import patch_starts
 from .shapes import AnomalyMap
 from .stages import stage
 
 
 @lru_cache(maxsize=16)
-def _window(size: int, device: torch.device) -> Tensor:
-    """A bell over one patch, (p, p): its centre speaks louder than its edge."""
-    axis = torch.arange(size, device=device, dtype=torch.float32) - (size - 1) / 2
-    bell = torch.exp(-0.5 * (axis / (size / 4)) ** 2)
-    return bell[:, None] * bell[None]
+def spread(length: int, size: int, stride: int, device: torch.device) -> Tensor:
+    """How much each patch along one axis counts at each of `length` pixels, (length, patches); 1 in all at each.
+
+    A bell over every patch: its centre speaks louder than its edge.
+    """
+    pixels = torch.arange(length, dtype=torch.float32)[:, None]
+    away = pixels - torch.tensor(patch_starts(length, size, stride), dtype=torch.float32) - (size - 1) / 2
+    bells = torch.exp(-0.5 * (away / (size / 4)) ** 2).where(away.abs() < size / 2, 0.0)
+    return (bells / bells.sum(1, keepdim=True)).to(device)
 
 
 @stage("anomaly map")
@@ -35,10 +40,8 @@ def anomaly_map(
     >>> anomaly_map(torch.rand(7, 7), 32, 16, (128, 128), (300, 300)).shape
     torch.Size([300, 300])
     """
-    window = _window(size, scores.device)
-    both = torch.stack([scores, torch.ones_like(scores)])[:, None]  # (2, 1, gy, gx)
-    total, weight = F.conv_transpose2d(both, window[None, None], stride=stride)[:, 0]
-    pixels = (total / weight)[: resized[0], : resized[1]]
+    rows, columns = (spread(length, size, stride, scores.device) for length in resized)
+    pixels = rows @ scores @ columns.T
     if resized == original:
         return pixels
     return F.interpolate(pixels[None, None], size=original, mode="bilinear", align_corners=False)[0, 0]

@@ -29,6 +29,7 @@ from .errors import CpcFastError, Stopped, UsageError
 from .images import ImageCache, check_pixels, described, is_one_image, quoted, read_image, resize, to_channels
 from .layouts import find_train
 from .model import CPC
+from .patches import patch_starts
 from .runs import DETECTOR
 from .saving import load_run, locked, save_run
 from .scoring import Calibration, Scorer, Surprise, held_out_scores
@@ -385,8 +386,9 @@ class Detector:
             if (target == worst).any()
         }
         zoom = original[0] / prepared[0]
-        edges = (row, column, row, column)
-        box = [edge * config.scoring_stride + (config.patch_size if i > 1 else 0) for i, edge in enumerate(edges)]
+        starts = (patch_starts(length, config.patch_size, config.scoring_stride) for length in prepared[:2])
+        corner = [begins[at] for begins, at in zip(starts, (row, column), strict=True)]
+        box = [*corner, *(edge + config.patch_size for edge in corner)]
         limits = (*original[:2], *original[:2])
         top, left, bottom, right = (min(round(edge * zoom), limit) for edge, limit in zip(box, limits, strict=True))
         return Explanation(

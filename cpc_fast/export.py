@@ -24,14 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .anomaly_map import _window
+from .anomaly_map import spread
 from .bank import host_rows
 from .contexts import DIRECTIONS
 from .detector import Detector
 from .errors import CpcFastError, UsageError
 from .images import quoted
-from .model import IMAGENET, mirror_frames, mirrors
-from .patches import cover, grid_shape, patch_places
+from .latents import encode
+from .model import IMAGENET, mirrors
+from .patches import extract_patches, grid_shape, patch_places, places_turned_over, turned_over
 from .predictions import seen_turned
 from .saving import write_whole
 from .scoring import at_places
@@ -53,21 +54,26 @@ class Program(nn.Module):
     step_spread: Tensor
     place_mean: Tensor
     place_spread: Tensor
-    window: Tensor
+    rows: Tensor
+    columns: Tensor
+    places: Tensor
 
     def __init__(self, detector: Detector, size: tuple[int, int]) -> None:
         super().__init__()
         config, found = detector.config, detector.calibration
         self.model = copy.deepcopy(detector.model).float().cpu().eval().requires_grad_(False)
         self.config, self.size = config, size
-        self.gy, self.gx = grid_shape(*size, config.patch_size, config.scoring_stride)
+        self.lengths = config.patch_size, config.scoring_stride
+        self.gy, self.gx = grid_shape(*size, *self.lengths)
         for name, value in {
             "bank": host_rows(detector.bank),
             "step_mean": found.step_mean,
             "step_spread": found.step_spread,
             "place_mean": at_places(found.place_mean, self.gy, self.gx),
             "place_spread": at_places(found.place_spread, self.gy, self.gx),
-            "window": _window(config.patch_size, torch.device("cpu"))[None, None],
+            "rows": spread(size[0], *self.lengths, torch.device("cpu")),
+            "columns": spread(size[1], *self.lengths, torch.device("cpu")),
+            "places": patch_places(torch.tensor([[0.0, 0.0, *size]]), size, *self.lengths),
         }.items():
             self.register_buffer(name, value.detach().float().cpu().clone())
 
@@ -83,8 +89,7 @@ class Program(nn.Module):
             centred = pixels - pixels.mean((1, 2, 3), keepdim=True)
             pixels = centred / centred.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1.0)
         grid = (self._grid(pixels) - self.place_mean) / self.place_spread
-        maps = self._spread(grid[:, None]) / self._spread(torch.ones_like(grid[:1, None]))
-        maps = maps[:, 0, : self.size[0], : self.size[1]]
+        maps = self.rows @ grid @ self.columns.T
         return maps.amax((1, 2)), maps
 
     def _grid(self, pixels: Tensor) -> Tensor:
@@ -98,8 +103,7 @@ class Program(nn.Module):
         """What the neighbours say of each patch, and its place where the model knows of places, with these axes of (c,
         h, w) turned over: (b, gy, gx), in the image as it was before."""
         gy, gx, config = self.gy, self.gx, self.config
-        lengths, over = (config.patch_size, config.scoring_stride), [axis + 1 for axis in axes]
-        covered = cover(pixels, *lengths).flip(over)
+        patches = turned_over(extract_patches(pixels, *self.lengths), axes)
         abouts, mades, placed = [], [], []
         for member, bank, means, spreads in zip(
             self.model.members,
@@ -113,8 +117,9 @@ class Program(nn.Module):
                 others = torch.logsumexp(predicted @ bank.T, -1)
                 return (F.softplus(others - (predicted * target).sum(-1)) - means[i]) / spreads[i]
 
-            part = member.latents(covered, config.scoring_stride)  # (b, gy, gx, d)
-            contexts, weight = member.context(part, config.finer).flip(over), member.predictor.weight
+            part = encode(member.encoder, patches)  # (b, gy, gx, d)
+            contexts, weight = member.context(part, config.finer), member.predictor.weight
+            contexts = contexts.flip([axis + 1 for axis in axes])
             part = part.flip(axes)
             for i in range(config.directions * config.steps):
                 direction, step = divmod(i, config.steps)
@@ -129,16 +134,13 @@ class Program(nn.Module):
                 abouts.append((found, (left + x, gx - right - x, top + y, gy - bottom - y)))
                 mades.append((found, (left, gx - right, top, gy - bottom)))
             if member.place is not None:
-                places = patch_places(mirror_frames(self.size, covered, axes), (gy, gx), *lengths)
-                placed.append(loss(F.linear(member.place(places).flip(axes), weight[-1]), part, -1))
+                places = places_turned_over(self.places, axes)
+                placed.append(loss(F.linear(member.place(places), weight[-1]), part, -1))
         grid = pixels.new_zeros(pixels.shape[0], gy, gx)  # len would fix the batch
         if abouts:
             about, made = _median(abouts), _median(mades)
             grid = torch.where(about >= NEVER, made.where(made < NEVER, 0.0), about)
         return (grid + sum(placed) / len(placed)) / 2 if placed else grid
-
-    def _spread(self, grid: Tensor) -> Tensor:
-        return F.conv_transpose2d(grid, self.window, stride=self.config.scoring_stride)
 
 
 def size_for(detector: Detector, size: tuple[int, int] | None) -> tuple[int, int]:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .model import CPC
-from .patches import grid_shape, window_start
-from .shapes import Frames
+from .model import CPC, whole_frames
+from .patches import grid_shape, patch_places, window_start
+from .shapes import Places
 from .shifts import shift
 from .stages import stage
 
@@ -55,18 +55,19 @@ class LatentCache:
         return whole, copies
 
     @stage("batch")
-    def batch(self, chosen: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Frames]:
-        """Latents (b + b * copies, *cells, d) of windows, then of shifted copies; and the frames of the windows."""
-        windows, shifted, frames = [], [], []
-        stride = self.model.config.patch_stride
-        margin = self.model.config.patch_size // stride
+    def batch(self, chosen: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Places]:
+        """Latents (b + b * copies, *cells, d) of windows, then of shifted copies; and the places of the windows'."""
+        windows, shifted, places = [], [], []
+        size, stride = self.model.config.patch_size, self.model.config.patch_stride
         for i in chosen:
             whole, copies = self.latents(i)
+            sides = self.images[i].shape[:2]
             top, left = (
-                window_start(*sides, margin, generator) for sides in zip(whole.shape[:2], self.cells, strict=True)
+                window_start(*cells, size // stride, generator)
+                for cells in zip(whole.shape[:2], self.cells, strict=True)
             )
-            windows.append(whole[top : top + self.cells[0], left : left + self.cells[1]])
+            here = slice(top, top + self.cells[0]), slice(left, left + self.cells[1])
+            windows.append(whole[here])
             shifted.append(copies)
-            frames.append([top * stride, left * stride, *self.images[i].shape[:2]])
-        latents = torch.cat([torch.stack(windows), *shifted])
-        return latents, torch.tensor(frames, dtype=torch.float32, device=latents.device)
+            places.append(patch_places(whole_frames(whole.new_empty(1, 1, *sides)), sides, size, stride)[0][here])
+        return torch.cat([torch.stack(windows), *shifted]), torch.stack(places)

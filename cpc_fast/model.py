@@ -21,9 +21,9 @@ from .contexts import ContextNet, PlaceNet
 from .errors import UsageError
 from .latents import PatchEncoder, encode
 from .loss import accuracy, cpc_loss
-from .patches import cover, extract_patches, grid_shape, patch_places
+from .patches import extract_patches, grid_shape, patch_places, places_turned_over, turned_over
 from .predictions import Predictions, Predictor, geometry
-from .shapes import Frames, Images, Latents, Losses, Shifted
+from .shapes import Frames, Images, Latents, Losses, Places, Shifted
 
 # Mean and spread of each channel that pretrained backbones were trained with; grey takes the mean of the three.
 IMAGENET = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.449,), (0.226,))}
@@ -61,28 +61,30 @@ class Member(nn.Module):
         return encode(self.encoder, extract_patches(images, self.config.patch_size, stride or self.config.patch_stride))
 
     def predictions(
-        self, latents: Latents, frames: Frames, stride: int | None = None, axes: tuple[int, ...] = ()
+        self, latents: Latents, places: Places | None, stride: int | None = None, axes: tuple[int, ...] = ()
     ) -> Predictions:
         """From the latents of a grid. One that is finer than that of training holds several such, shifted against each
         other, and the predictions are those of each.
 
         axes: of (c, h, w) that were turned over; the predictions are those about the grid as it was before.
+        places: of the patches of that grid; for a model that knows of places.
         """
         stride, placed = stride or self.config.patch_stride, None
         apart = self.config.patch_stride // stride
         if self.place is not None:
-            placed = self.place(patch_places(frames, latents.shape[1:3], self.config.patch_size, stride))
+            if places is None:
+                raise UsageError("The model predicts patches from their places; give these.")
+            placed = self.place(places)
         contexts = self.context(latents, apart)
         if axes:  # flip copies, even where it turns nothing over
             contexts = contexts.flip([axis + 1 for axis in axes])
-            placed = None if placed is None else placed.flip(axes)
         return self.predictor(contexts, apart, placed, axes)
 
-    def compare(self, latents: Latents, frames: Frames, seed: int = 0) -> StepResult:
-        """The loss of a batch from its latents; those without a frame, the last, are of shifted images."""
-        config, images = self.config, len(frames)
+    def compare(self, latents: Latents, places: Places, seed: int = 0) -> StepResult:
+        """The loss of a batch from its latents; those without places, the last, are of shifted images."""
+        config, images = self.config, len(places)
         own = latents[:images]
-        predictions = self.predictions(own, frames)
+        predictions = self.predictions(own, places)
         loss = cpc_loss(
             predictions, latents, negatives=config.negatives, count=config.negatives_count, seed=seed,
             shifted=len(latents) - images, across_ranks=config.across_ranks,
@@ -166,13 +168,14 @@ class CPC(nn.Module):
         frames: where each image was cut from; they are whole by default.
         """
         members = len(self.members)
-        frames = whole_frames(images) if frames is None else frames
+        lengths = self.config.patch_size, self.config.patch_stride
+        places = patch_places(whole_frames(images) if frames is None else frames, images.shape[2:], *lengths)
         everything = [images.tensor_split(members)]
         if shifted is not None:
             everything.append(shifted.tensor_split(members))
         results = [
             member.compare(member.latents(torch.cat(own)), where, seed)
-            for member, where, *own in zip(self.members, frames.tensor_split(members), *everything, strict=True)
+            for member, where, *own in zip(self.members, places.tensor_split(members), *everything, strict=True)
         ]
         mean = [torch.stack([getattr(result, name) for result in results]).mean() for name in ("loss", "accuracy")]
         return StepResult(*mean)
@@ -180,12 +183,14 @@ class CPC(nn.Module):
     def examine(self, image: Tensor, axes: tuple[int, ...] = ()) -> list[tuple[Latents, Predictions]]:
         """For each member the latents of one image (c, h, w) on the grid of scoring, and the predictions about them;
         with axes, as they are found in the mirror image that has these turned over, patch for patch."""
-        stride, found = self.config.scoring_stride, []
-        covered = cover(image[None], self.config.patch_size, stride).flip([axis + 1 for axis in axes])
-        frames = mirror_frames(image.shape[1:], covered, axes)
+        lengths, places, found = (self.config.patch_size, self.config.scoring_stride), None, []
+        patches = turned_over(extract_patches(image[None], *lengths), axes)
+        if self.config.place:
+            places = patch_places(whole_frames(image[None]), image.shape[1:], *lengths)
+            places = places_turned_over(places, axes)
         for member in self.members:
-            latents = member.latents(covered, stride)
-            found.append((latents.flip(axes), member.predictions(latents, frames, stride, axes)))
+            latents = encode(member.encoder, patches)
+            found.append((latents.flip(axes), member.predictions(latents, places, lengths[1], axes)))
         return found
 
     def losses(self, examined: Sequence[tuple[Latents, Predictions]], bank: Bank) -> Losses:
@@ -213,13 +218,6 @@ class CPC(nn.Module):
 def mirrors(config: Config) -> tuple[tuple[int, ...], ...]:
     """Which axes of (c, h, w) are turned over, for each image that is scored in place of one: none, then others."""
     return ((), (1,), (2,), (1, 2)) if config.mirrored else ((),)
-
-
-def mirror_frames(size: Sequence[int], covered: Images, axes: tuple[int, ...]) -> Frames:
-    """The frame of a whole image of that size (h, w) with some axes turned over, as its patches cover it: (1, 4). What
-    was laid below and to the right of it lies before its beginning then."""
-    start = [-(covered.shape[axis + 1] - size[axis - 1]) if axis in axes else 0 for axis in (1, 2)]
-    return covered.new_tensor([[*start, *size]])
 
 
 def whole_frames(images: Images) -> Frames:

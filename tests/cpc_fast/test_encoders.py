@@ -61,20 +61,21 @@ def test_the_loss_is_that_of_the_pixels():
     model = CPC(TINY_CONFIG, frozen()).train()
     model.measure_pixels(IMAGES)
     cache = LatentCache(model, IMAGES, side=48)
-    latents, frames = cache.batch([3, 1], torch.Generator().manual_seed(0))
+    latents, places = cache.batch([3, 1], torch.Generator().manual_seed(0))
     plain = model(torch.stack([model.standardise(IMAGES[i]) for i in (3, 1)]))
-    cached = model.members[0].compare(latents, frames)
+    cached = model.members[0].compare(latents, places)
     assert float(cached.loss.detach()) == pytest.approx(float(plain.loss.detach()), rel=1e-5)
 
 
 def test_windows_lie_on_the_grid_and_copies_come_last():
     model = CPC(SHIFTED, frozen()).train()
     cache = LatentCache(model, [texture(0, 48, 64), texture(1, 56, 48)], side=32)
-    latents, frames = cache.batch([0, 1], torch.Generator().manual_seed(0))
-    assert (frames.shape, latents.shape) == ((2, 4), (2 + 2 * 2, 3, 3, 32))
+    latents, places = cache.batch([0, 1], torch.Generator().manual_seed(0))
+    assert (places.shape, latents.shape) == ((2, 3, 3, 2), (2 + 2 * 2, 3, 3, 32))
     whole = cache.latents(0)[0]
-    places = [whole[y : y + 3, x : x + 3] for y in range(3) for x in range(5)]
-    assert any(torch.equal(latents[0], place) for place in places)
+    windows = {(y, x): whole[y : y + 3, x : x + 3] for y in range(3) for x in range(5)}
+    (top, left), *_ = [corner for corner, window in windows.items() if torch.equal(latents[0], window)]
+    assert places[0, 0, 0].tolist() == [(8 * top + 8) / 48, (8 * left + 8) / 64]
     assert torch.equal(latents[2:4], cache.latents(0)[1])
 
 

@@ -7,7 +7,7 @@ import torch
 from cpc_fast.anomaly_map import anomaly_map
 from cpc_fast.bank import reservoir
 from cpc_fast.config import SHIFTS
-from cpc_fast.patches import window_start
+from cpc_fast.patches import patch_starts, window_start
 from cpc_fast.scoring import at_places, patch_medians
 from cpc_fast.segments import find_segments
 from cpc_fast.shifts import FAMILIES, WHOLE, shift
@@ -65,6 +65,20 @@ def test_a_map_peaks_where_the_patch_is_and_keeps_constants():
     assert abs(x - 192) <= 2
     flat = anomaly_map(torch.full((4, 3), 0.7), 32, 16, (77, 60), (77, 60))
     torch.testing.assert_close(flat, torch.full((77, 60), 0.7))
+
+
+def test_a_map_is_the_mean_of_the_patches_over_each_pixel():
+    """Each patch counts by its bell, wherever the grid of an image puts it."""
+    torch.manual_seed(0)
+    size, (height, width), scores = 8, (29, 22), torch.randn(7, 5)
+    bell = torch.exp(-0.5 * ((torch.arange(8) - 3.5) / 2) ** 2)
+    total = torch.zeros(2, height, width)
+    for i, y in enumerate(patch_starts(height, size, 4)):
+        for j, x in enumerate(patch_starts(width, size, 4)):
+            weight = bell[:, None] * bell
+            total[:, y : y + size, x : x + size] += torch.stack([weight * scores[i, j], weight])
+    found = anomaly_map(scores, size, 4, (height, width), (height, width))
+    torch.testing.assert_close(found, total[0] / total[1])
 
 
 def test_segments_are_connected_regions():

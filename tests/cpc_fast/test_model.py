@@ -11,7 +11,7 @@ from cpc_fast.contexts import DIRECTIONS, ContextNet
 from cpc_fast.errors import CpcFastError, UsageError
 from cpc_fast.loss import accuracy, cpc_loss
 from cpc_fast.model import CPC
-from cpc_fast.patches import extract_patches, grid_shape, patch_places
+from cpc_fast.patches import extract_patches, grid_shape, patch_places, patch_starts
 from cpc_fast.predictions import Predictions, Predictor, geometry
 from cpc_fast.scoring import Scorer, patch_medians
 from cpc_fast.train import guessing, make_batch
@@ -27,10 +27,27 @@ def test_patches_are_windows_of_the_image():
     assert torch.equal(patches[1, 2, 3, 0], images[1, 0, 16:32, 24:40])
 
 
-def test_ragged_edges_are_covered_by_mirrored_pixels():
-    patches = extract_patches(torch.ones(1, 1, 50, 41), 16, 8)
+@pytest.mark.parametrize(("size", "stride"), [(16, 8), (16, 16), (7, 3), (5, 1)])
+def test_patches_reach_from_edge_to_edge(size, stride):
+    """Every pixel is in a patch, all patches lie in the image, alike from both ends and at most a stride apart."""
+    for length in range(size, 8 * size):
+        starts = patch_starts(length, size, stride)
+        assert (starts[0], starts[-1], len(starts)) == (0, length - size, grid_shape(length, size, size, stride)[0])
+        apart = np.diff(starts)
+        assert set(apart) <= set(range(1, stride + 1))
+        back = [length - size - start for start in reversed(starts)]
+        assert sum(one != other for one, other in zip(starts, back, strict=True)) <= 1  # the middle one, by a pixel
+        assert (length - size) % stride or starts == list(range(0, length - size + 1, stride))
+
+
+def test_a_grid_that_does_not_fit_is_closed_up():
+    images = torch.arange(2 * 50 * 41.0).view(2, 1, 50, 41)
+    patches = extract_patches(images, 16, 8)
     assert patches.shape[1:3] == grid_shape(50, 41, 16, 8) == (6, 5)
-    assert torch.equal(patches, torch.ones_like(patches))
+    ys, xs = patch_starts(50, 16, 8), patch_starts(41, 16, 8)
+    for i, y in enumerate(ys):
+        for j, x in enumerate(xs):
+            assert torch.equal(patches[:, i, j], images[..., y : y + 16, x : x + 16])
 
 
 def test_an_image_smaller_than_a_patch_is_refused():
@@ -277,7 +294,7 @@ def test_mirror_images_are_scored_with_an_image(context, directions):
     image is the mirror image of the surprise."""
     config = Config(width=4, steps=2, context=context, directions=directions, flips=True, mirrored=True, place=True)
     model = CPC(config).eval()
-    bank, image, grid = torch.randn(20, 16), torch.randn(1, 32 + 16 * 5, 32 + 16 * 6), (6, 7)
+    bank, image, grid = torch.randn(20, 16), torch.randn(1, 32 + 16 * 5, 28 + 16 * 6), (6, 7)
 
     def table(losses, sources, targets, counts):
         steps = [name for name, count in zip(config.predicts, counts, strict=False) for _ in range(count)]
@@ -345,7 +362,7 @@ def test_windows_know_where_they_lie_in_the_image_as_it_is_shown():
     for i in range(20):
         batch, frames = make_batch(model, images, 32, torch.Generator().manual_seed(i))
         pixels = batch * model.pixel_spread + model.pixel_mean
-        places = patch_places(frames, (3, 3), 16, 8)
+        places = patch_places(frames, (32, 32), 16, 8)
         for axis, (window, length) in enumerate(zip(pixels[:, 0], (64, 80), strict=True)):
             window = window if axis == 0 else window.T
             falls = bool(window[0, 0] > window[1, 0])
