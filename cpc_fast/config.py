@@ -47,7 +47,7 @@ class Config:
     channels: int = 1  # 1: grayscale, 3: colour
     standardise: str = "set"  # "set": mean and spread of the training images; "image": by its own; or "imagenet"
     patch_size: int = 32
-    patch_stride: int = 16
+    patch_stride: int = 16  # a little less where the grid does not fit the image, so that it ends with it
     crop: int | None = None  # side of the square window seen in training, at most (None: just) the smallest image's
     made_for: int | None = None  # fit doubles the lengths above, and stem, for larger images: fitted_to
     # patches -> latents
