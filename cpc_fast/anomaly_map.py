@@ -13,8 +13,8 @@ from .shapes import AnomalyMap
 from .stages import stage
 
 
-@lru_cache(maxsize=16)
-def spread(length: int, size: int, stride: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=4)
+def pixel_weights(length: int, size: int, stride: int, device: torch.device) -> Tensor:
     """How much each patch along one axis counts at each of `length` pixels, (length, patches); 1 in all at each.
 
     A bell over every patch: its centre speaks louder than its edge.
@@ -40,7 +40,7 @@ def anomaly_map(
     >>> anomaly_map(torch.rand(7, 7), 32, 16, (128, 128), (300, 300)).shape
     torch.Size([300, 300])
     """
-    rows, columns = (spread(length, size, stride, scores.device) for length in resized)
+    rows, columns = (pixel_weights(length, size, stride, scores.device) for length in resized)
     pixels = rows @ scores @ columns.T
     if resized == original:
         return pixels

@@ -47,7 +47,7 @@ class Config:
     channels: int = 1  # 1: grayscale, 3: colour
     standardise: str = "set"  # "set": mean and spread of the training images; "image": by its own; or "imagenet"
     patch_size: int = 32
-    patch_stride: int = 16  # a little less where the grid does not fit the image, so that it ends with it
+    patch_stride: int = 16  # less where an image is no whole number of strides long, so that the grid ends with it
     crop: int | None = None  # side of the square window seen in training, at most (None: just) the smallest image's
     made_for: int | None = None  # fit doubles the lengths above, and stem, for larger images: fitted_to
     # patches -> latents
@@ -81,7 +81,7 @@ class Config:
     # "auto": bfloat16 where the device is fast at it; "float32": the same numbers everywhere, to rounding
     precision: str = "auto"
     # scoring
-    finer: int = 1  # grid cells of scoring in one of training, each way: 2 also looks at the patches halfway between
+    finer: int = 1  # grid cells of scoring in one of training, each way: 2 also looks at patches halfway between
     mirrored: bool = False  # three mirror images are scored too (test-time augmentation): 4 times the work; needs flips
     bank_size: int = 1024  # normal latents that test patches are compared with
     calibration_share: float = 0.2  # share of the normal images held out of training
@@ -115,6 +115,7 @@ class Config:
             if (value := getattr(self, name)) is not None:
                 need(value >= 1, name, "at least 1")
                 need(value <= most, name, f"at most {most}")
+        need(self.patch_stride <= self.patch_size, "patch_stride", f"at most patch_size, {self.patch_size}")
         need(self.skip <= 4096, "skip", "at most 4096")
         need(0 <= self.seed < 1 << 32, "seed", "from 0 to 4294967295")
         need(self.skip >= 0, "skip", "0 or more")
@@ -161,12 +162,14 @@ class Config:
         return self.patch_size / 32
 
     def window(self, smallest: int) -> int:
-        """Side of the square windows seen in training, pixels, of images whose smallest side is this.
+        """Side of the square windows seen in training, pixels, of images whose smallest side is this: whole strides, or
+        the grid would close up and nearer patches share pixels than `skip` leaves out.
 
-        >>> Config(crop=96).window(256), Config(crop=96).window(80), Config().window(256)
+        >>> Config(crop=96).window(256), Config(crop=96).window(90), Config().window(256)
         (96, 80, 256)
         """
-        return min(self.crop or smallest, smallest)
+        side = min(self.crop or smallest, smallest)
+        return side - (side - self.patch_size) % self.patch_stride
 
     @property
     def features(self) -> int:
@@ -266,7 +269,8 @@ PRESETS: dict[str, Config] = {
     ),
     # Parts that lie alike in every image: what belongs at a place is known, and learnt from what is too dark or bright.
     "aligned": _QUALITY.replace(
-        place=True, epochs=20, shift_copies=1, shifts=("intensity", "local-intensity"), finer=1, mirrored=True,
+        place=True, epochs=10, shift_copies=1, shifts=("curves", "intensity", "local-intensity"), finer=1,
+        mirrored=True,
     ),
     # One network with a coarser first convolution, fewer epochs, and patches only where training has them.
     "fast": _QUALITY.replace(stem=4, members=1, epochs=12, finer=1, made_for=256),

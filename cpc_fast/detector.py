@@ -249,7 +249,7 @@ class Detector:
                 "data": source,
                 "normal images": f"{len(images)} ({len(training)} to learn from, {len(held_out)} for the threshold)",
                 "image size": " and ".join(f"{h} x {w}" for h, w in sorted(shapes)) if len(shapes) < 4 else "varying",
-                "patches": f"{config.patch_size} x {config.patch_size} pixels, one every {config.patch_stride}",
+                "patches": f"{config.patch_size} x {config.patch_size} pixels, at most {config.patch_stride} apart",
                 "windows": f"{window} x {window} pixels",
                 "epochs": str(config.epochs),
                 "highest held out": _highest(scores, [short[i] for i in held_out]),
@@ -337,7 +337,8 @@ class Detector:
 
         Regions of fewer than `min_area` pixels are left out of mask and segments; the score is not changed. Colour is
         turned into grey for a model of one channel, and grey is repeated for one of three.
-        The answer depends on this image alone: to the last bit the same in any company and order.
+        The answer depends on this image alone: to the last bit the same in any company and order. One loss that is no
+        number makes the score and the whole map so.
         """
         prepared = prepare(image, self.config)
         surprise, spread = self.scorer.look(prepared, image.shape[:2])

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .anomaly_map import spread
+from .anomaly_map import pixel_weights
 from .bank import host_rows
 from .contexts import DIRECTIONS
 from .detector import Detector
@@ -36,6 +36,7 @@ from .patches import extract_patches, grid_shape, patch_places, places_turned_ov
 from .predictions import seen_turned
 from .saving import write_whole
 from .scoring import at_places
+from .shapes import Patches
 from .version import __version__
 
 NEVER = 1e30  # above any calibrated loss
@@ -62,7 +63,7 @@ class Program(nn.Module):
         super().__init__()
         config, found = detector.config, detector.calibration
         self.model = copy.deepcopy(detector.model).float().cpu().eval().requires_grad_(False)
-        self.config, self.size = config, size
+        self.config = config
         self.lengths = config.patch_size, config.scoring_stride
         self.gy, self.gx = grid_shape(*size, *self.lengths)
         for name, value in {
@@ -71,8 +72,8 @@ class Program(nn.Module):
             "step_spread": found.step_spread,
             "place_mean": at_places(found.place_mean, self.gy, self.gx),
             "place_spread": at_places(found.place_spread, self.gy, self.gx),
-            "rows": spread(size[0], *self.lengths, torch.device("cpu")),
-            "columns": spread(size[1], *self.lengths, torch.device("cpu")),
+            "rows": pixel_weights(size[0], *self.lengths, torch.device("cpu")),
+            "columns": pixel_weights(size[1], *self.lengths, torch.device("cpu")),
             "places": patch_places(torch.tensor([[0.0, 0.0, *size]]), size, *self.lengths),
         }.items():
             self.register_buffer(name, value.detach().float().cpu().clone())
@@ -96,14 +97,14 @@ class Program(nn.Module):
         """The mean over an image and its mirror images, (b, gy, gx)."""
         views = mirrors(self.config)
         usual = (t.chunk(len(views)) for t in (self.step_mean, self.step_spread))
-        grids = [self._view(pixels, axes, *own) for axes, *own in zip(views, *usual, strict=True)]
+        patches = extract_patches(pixels, *self.lengths)
+        grids = [self._view(turned_over(patches, axes), axes, *own) for axes, *own in zip(views, *usual, strict=True)]
         return torch.stack(grids).mean(0)
 
-    def _view(self, pixels: Tensor, axes: tuple[int, ...], step_mean: Tensor, step_spread: Tensor) -> Tensor:
+    def _view(self, patches: Patches, axes: tuple[int, ...], step_mean: Tensor, step_spread: Tensor) -> Tensor:
         """What the neighbours say of each patch, and its place where the model knows of places, with these axes of (c,
         h, w) turned over: (b, gy, gx), in the image as it was before."""
         gy, gx, config = self.gy, self.gx, self.config
-        patches = turned_over(extract_patches(pixels, *self.lengths), axes)
         abouts, mades, placed = [], [], []
         for member, bank, means, spreads in zip(
             self.model.members,
@@ -136,7 +137,7 @@ class Program(nn.Module):
             if member.place is not None:
                 places = places_turned_over(self.places, axes)
                 placed.append(loss(F.linear(member.place(places), weight[-1]), part, -1))
-        grid = pixels.new_zeros(pixels.shape[0], gy, gx)  # len would fix the batch
+        grid = patches.new_zeros(patches.shape[0], gy, gx)  # len would fix the batch
         if abouts:
             about, made = _median(abouts), _median(mades)
             grid = torch.where(about >= NEVER, made.where(made < NEVER, 0.0), about)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .model import CPC, whole_frames
+from .model import CPC
 from .patches import grid_shape, patch_places, window_start
 from .shapes import Places
 from .shifts import shift
@@ -69,5 +69,5 @@ class LatentCache:
             here = slice(top, top + self.cells[0]), slice(left, left + self.cells[1])
             windows.append(whole[here])
             shifted.append(copies)
-            places.append(patch_places(whole_frames(whole.new_empty(1, 1, *sides)), sides, size, stride)[0][here])
+            places.append(patch_places(whole.new_tensor([[0.0, 0.0, *sides]]), sides, size, stride)[0][here])
         return torch.cat([torch.stack(windows), *shifted]), torch.stack(places)

@@ -80,10 +80,10 @@ class Member(nn.Module):
             contexts = contexts.flip([axis + 1 for axis in axes])
         return self.predictor(contexts, apart, placed, axes)
 
-    def compare(self, latents: Latents, places: Places, seed: int = 0) -> StepResult:
-        """The loss of a batch from its latents; those without places, the last, are of shifted images."""
-        config, images = self.config, len(places)
-        own = latents[:images]
+    def compare(self, latents: Latents, images: int, places: Places | None = None, seed: int = 0) -> StepResult:
+        """The loss of a batch from its latents; those behind the first `images` are of shifted ones. places: of the
+        patches of those first, for a model that knows of places."""
+        config, own = self.config, latents[:images]
         predictions = self.predictions(own, places)
         loss = cpc_loss(
             predictions, latents, negatives=config.negatives, count=config.negatives_count, seed=seed,
@@ -168,14 +168,18 @@ class CPC(nn.Module):
         frames: where each image was cut from; they are whole by default.
         """
         members = len(self.members)
+        frames = whole_frames(images) if frames is None else frames
         lengths = self.config.patch_size, self.config.patch_stride
-        places = patch_places(whole_frames(images) if frames is None else frames, images.shape[2:], *lengths)
+        parts = [
+            (len(part), patch_places(part, images.shape[2:], *lengths) if self.config.place else None)
+            for part in frames.tensor_split(members)
+        ]
         everything = [images.tensor_split(members)]
         if shifted is not None:
             everything.append(shifted.tensor_split(members))
         results = [
-            member.compare(member.latents(torch.cat(own)), where, seed)
-            for member, where, *own in zip(self.members, places.tensor_split(members), *everything, strict=True)
+            member.compare(member.latents(torch.cat(own)), *part, seed)
+            for member, part, *own in zip(self.members, parts, *everything, strict=True)
         ]
         mean = [torch.stack([getattr(result, name) for result in results]).mean() for name in ("loss", "accuracy")]
         return StepResult(*mean)

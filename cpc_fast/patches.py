@@ -1,15 +1,17 @@
 """images -> patches: overlapping square windows on a grid from edge to edge.
 
-The grid's step is the stride where the image is so many strides long, and a little less where it is not: the last row
-and column end with the image, whose every pixel is in a patch, and no patch holds pixels that the image has not.
+Where an image is a whole number of strides long, that is the grid's step; where it is not, the grid closes up until its
+last row and column end with the image: every pixel is in a patch, and no patch holds pixels that the image has not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from .errors import CpcFastError
 from .shapes import Frames, Images, Patches, Places
@@ -42,7 +44,8 @@ def window_start(length: int, side: int, margin: int, generator: torch.Generator
 
 
 def patch_starts(length: int, size: int, stride: int) -> list[int]:
-    """Where the patches of `length` pixels begin: at most a stride apart, alike from both ends.
+    """Where the patches of `length` pixels begin: at most a stride apart, alike from both ends (where that takes half a
+    pixel, but for the one in the middle).
 
     >>> patch_starts(64, size=32, stride=16), patch_starts(100, size=32, stride=16)
     ([0, 16, 32], [0, 14, 27, 41, 54, 68])
@@ -51,6 +54,13 @@ def patch_starts(length: int, size: int, stride: int) -> list[int]:
     steps = max(1, -(-last // stride))
     fore = [(2 * i * last + steps) // (2 * steps) for i in range(steps // 2 + 1)]
     return fore + [last - start for start in reversed(fore[: -(-last // stride) + 1 - len(fore)])]
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what scoring made first, training can use too
+def starts_on(length: int, size: int, stride: int, device: torch.device) -> Tensor:
+    """patch_starts as a tensor, made and sent once."""
+    return torch.tensor(patch_starts(length, size, stride), device=device)
 
 
 @stage("patches")
@@ -65,7 +75,8 @@ def extract_patches(images: Images, size: int, stride: int) -> Patches:
         starts = patch_starts(images.shape[axis], size, stride)
         apart = {after - before for before, after in pairwise(starts)}
         if len(apart) > 1:
-            rows = torch.tensor(starts, device=images.device)[:, None] + torch.arange(size, device=images.device)
+            rows = starts_on(images.shape[axis], size, stride, images.device)[:, None]
+            rows = rows + torch.arange(size, device=images.device)
             images = images.index_select(axis, rows.flatten()).unflatten(axis, rows.shape).movedim(axis + 1, -1)
         else:  # evenly: no copy
             images = images.unfold(axis, size, *apart or (1,))
@@ -80,7 +91,7 @@ def patch_places(frames: Frames, window: Sequence[int], size: int, stride: int) 
     >>> patch_places(torch.tensor([[64.0, 0.0, 128.0, 256.0]]), (64, 64), size=32, stride=16)[0, 2, 1]
     tensor([0.8750, 0.1250])
     """
-    ys, xs = (frames.new_tensor(patch_starts(length, size, stride)) + size / 2 for length in window)
+    ys, xs = (starts_on(length, size, stride, frames.device).to(frames.dtype) + size / 2 for length in window)
     y = (frames[:, 0, None] + ys) / frames[:, 2, None]
     x = (frames[:, 1, None] + xs) / frames[:, 3, None]
     shape = (len(frames), len(ys), len(xs))
@@ -89,10 +100,9 @@ def patch_places(frames: Frames, window: Sequence[int], size: int, stride: int) 
 
 def turned_over(patches: Patches, axes: tuple[int, ...]) -> Patches:
     """The patches of an image of (c, h, w) with these axes turned over."""
-    return patches.flip([*axes, *(axis + 3 for axis in axes)])
+    return patches.flip([*axes, *(axis + 3 for axis in axes)]) if axes else patches  # flip copies
 
 
 def places_turned_over(places: Places, axes: tuple[int, ...]) -> Places:
     """Where each patch lies in the image with these axes (of c, h, w) turned over."""
-    over = torch.tensor([axis in axes for axis in (1, 2)], device=places.device)
-    return torch.where(over, 1 - places, places)
+    return torch.stack([1 - part if i + 1 in axes else part for i, part in enumerate(places.unbind(-1))], -1)

@@ -219,7 +219,8 @@ def train(
             draws = generator if rank == 0 else rank_generator(config.seed, step, rank)
             if cache is not None:
                 with autocast(device, config.precision):
-                    result = model.members[0].compare(*cache.batch(own, draws), seed=step)
+                    latents, places = cache.batch(own, draws)
+                    result = model.members[0].compare(latents, len(own), places, step)
             else:
                 batch, frames = make_batch(model, [images[j] for j in own], side, draws)
                 parts = batch.tensor_split(len(orders))

@@ -63,7 +63,7 @@ def test_the_loss_is_that_of_the_pixels():
     cache = LatentCache(model, IMAGES, side=48)
     latents, places = cache.batch([3, 1], torch.Generator().manual_seed(0))
     plain = model(torch.stack([model.standardise(IMAGES[i]) for i in (3, 1)]))
-    cached = model.members[0].compare(latents, places)
+    cached = model.members[0].compare(latents, 2, places)
     assert float(cached.loss.detach()) == pytest.approx(float(plain.loss.detach()), rel=1e-5)
 
 
