@@ -269,7 +269,7 @@ def scoring(device: torch.device, *, name: str = "cpu-demo", side: int = 256, **
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     bank = torch.randn(config.bank_size, config.features, generator=torch.Generator().manual_seed(0)).to(device)
     steps = config.directions * config.steps
-    one = torch.ones(1, 1, device=device)
+    one = torch.ones(1, 1, 1, device=device)
     calibration = Calibration(torch.zeros(steps, device=device), torch.ones(steps, device=device), 0 * one, one)
     scorers = {
         "ours": Scorer(model, bank, calibration),

@@ -71,8 +71,6 @@ class Form(CPC):
         width = examined[0][0].shape[-1]
         for (latents, told), rows in zip(examined, cycle(bank.split(width, 1)), strict=False):
             found.append(self._contrast(latents, told, rows))
-            if self.form == "nearest":
-                found[-1].zero_()
             if "nearest" in self.form:  # of each patch by itself, behind the predictions as a place's are
                 found.append(torch.cdist(latents.flatten(0, 2).float(), rows.float()).amin(1))
         return torch.cat(found)
@@ -100,6 +98,20 @@ class MeanScorer(Scorer):
             totals[i, 1].index_add_(0, index, torch.ones_like(losses))
         means = totals[:, 0] / totals[:, 1].clamp_min(1)
         return torch.where(totals[0, 1] > 0, means[0], means[1]).view(shape)
+
+
+class DistanceScorer(Scorer):
+    """Only the distance counts, which stands where the loss from a place would."""
+
+    def together(self, voices: Tensor) -> Tensor:
+        return voices[1]
+
+
+class BothScorer(Scorer):
+    """What neighbours say and the distance count alike."""
+
+    def together(self, voices: Tensor) -> Tensor:
+        return voices.mean(0)
 
 
 @dataclass(frozen=True)
@@ -157,10 +169,11 @@ class Reread(Baseline):
             if form.config.place:
                 raise ValueError(f"form {how.form} is for models that know of no places.")
             form.config = form.config.replace(place=True)
-        self.scorer = (MeanScorer if how.about == "mean" else Scorer)(form, bank)
+        kind = {"nearest": DistanceScorer, "loss and nearest": BothScorer}.get(how.form, Scorer)
+        self.scorer = (MeanScorer if how.about == "mean" else kind)(form, bank)
         normal = [images[i] for i in held_out]
         found = calibrate(self.scorer, [self.scorer.losses(image) for image in normal])
-        zero, one = found.step_mean.new_zeros(1, 1), found.step_mean.new_ones(1, 1)
+        zero, one = found.step_mean.new_zeros(1, 1, 1), found.step_mean.new_ones(1, 1, 1)
         if how.calibration == "step":
             found = Calibration(found.step_mean, found.step_spread, zero, one)
         elif how.calibration != "both":
@@ -177,10 +190,11 @@ class Reread(Baseline):
     def _places(self, flat: Calibration, normal: list[np.ndarray]) -> Calibration:
         """Means and spreads of each position, of losses as they are."""
         self.scorer.calibration = flat
-        grids = [self.scorer.surprise(image).grid for image in normal]
+        grids = [self.scorer.voices(self.scorer.losses(image)) for image in normal]
         if len({grid.shape for grid in grids}) > 1 or len(grids) < 2:
-            every = torch.cat([grid.flatten() for grid in grids])
-            return Calibration(flat.step_mean, flat.step_spread, every.mean()[None, None], every.std()[None, None])
+            every = torch.cat([grid.flatten(1) for grid in grids], 1)
+            middle, spread = (one[:, None, None] for one in (every.mean(1), every.std(1)))
+            return Calibration(flat.step_mean, flat.step_spread, middle, spread)
         stack = torch.stack(grids)
         return Calibration(flat.step_mean, flat.step_spread, stack.mean(0), stack.std(0).clamp_min(1e-6))
 

@@ -42,6 +42,7 @@ OnStep = Callable[[Progress], None] | None
 STORE, RUNS, SHEETS = RESULTS / "quality", ROOT / "runs" / "quality", ROOT / "docs" / "sheets"
 CPC, DEFAULT = "cpc", "quality"
 METHODS = (CPC, *BASELINES)
+CUT_PATCHES = (CPC, "latent neighbour", "patch PCA")
 
 
 class Reading(Protocol):
@@ -95,6 +96,8 @@ class Job:
             settings = config | {"neighbours of": "our latents"}
         else:
             settings = {name: config[name] for name in ("image_size", "channels", "seed")} | self.baseline().settings()
+        if self.bed.ragged and not self.reading and self.method in CUT_PATCHES:
+            settings |= {"grid": "edge to edge"}
         tests = self.bed.tests(self.data, self.part)
         return {
             "variant": self.variant, "set": self.bed.name, "method": self.method, "seed": self.config.seed,

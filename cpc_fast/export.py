@@ -89,12 +89,12 @@ class Program(nn.Module):
         else:
             centred = pixels - pixels.mean((1, 2, 3), keepdim=True)
             pixels = centred / centred.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1.0)
-        grid = (self._grid(pixels) - self.place_mean) / self.place_spread
+        grid = ((self._voices(pixels) - self.place_mean) / self.place_spread).amax(1)
         maps = self.rows @ grid @ self.columns.T
         return maps.amax((1, 2)), maps
 
-    def _grid(self, pixels: Tensor) -> Tensor:
-        """The mean over an image and its mirror images, (b, gy, gx)."""
+    def _voices(self, pixels: Tensor) -> Tensor:
+        """The mean over an image and its mirror images, (b, voices, gy, gx)."""
         views = mirrors(self.config)
         usual = (t.chunk(len(views)) for t in (self.step_mean, self.step_spread))
         patches = extract_patches(pixels, *self.lengths)
@@ -103,7 +103,7 @@ class Program(nn.Module):
 
     def _view(self, patches: Patches, axes: tuple[int, ...], step_mean: Tensor, step_spread: Tensor) -> Tensor:
         """What the neighbours say of each patch, and its place where the model knows of places, with these axes of (c,
-        h, w) turned over: (b, gy, gx), in the image as it was before."""
+        h, w) turned over: (b, voices, gy, gx), in the image as it was before."""
         gy, gx, config = self.gy, self.gx, self.config
         abouts, mades, placed = [], [], []
         for member, bank, means, spreads in zip(
@@ -141,7 +141,7 @@ class Program(nn.Module):
         if abouts:
             about, made = _median(abouts), _median(mades)
             grid = torch.where(about >= NEVER, made.where(made < NEVER, 0.0), about)
-        return (grid + sum(placed) / len(placed)) / 2 if placed else grid
+        return torch.stack([grid, torch.stack(placed).mean(0)] if placed else [grid], 1)
 
 
 def size_for(detector: Detector, size: tuple[int, int] | None) -> tuple[int, int]:

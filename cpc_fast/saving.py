@@ -191,7 +191,7 @@ def load_run(
         specs["bank"] = (torch.float32, (-1, features))
         for name in ("mean", "spread"):
             specs[f"calibration.step_{name}"] = (torch.float32, (steps,))
-            specs[f"calibration.place_{name}"] = (torch.float32, (-1, -1))
+            specs[f"calibration.place_{name}"] = (torch.float32, (1 + config.place, -1, -1))
         return specs
 
     tensors, about = read_tensors(run / DETECTOR, "detector", expect, leave)

@@ -2,8 +2,8 @@
 
 loss of each prediction -> minus its normal mean, over its normal spread     (for each view, member, direction, step)
 -> median over the predictions about a patch -> mean over the views
-   (what neighbours say and what the place says count alike, where the model knows of places)
 -> minus its normal mean, over its normal spread                             (for each place of the grid)
+   (where the model knows of places: what neighbours say and what the place says, each for itself; the higher counts)
 -> anomaly map
 
 Views: the image, and its mirror images where the config says so.
@@ -40,7 +40,9 @@ class Calibration:
 
     step_mean: Tensor  # (views * members * (directions * K + place),)
     step_spread: Tensor  # the same
-    place_mean: Tensor  # (gy, gx), or odd (n, n) of places by their distance from the edges, where grids differ
+    # (voices, gy, gx), or odd (voices, n, n) of places by their distance from the edges, where grids differ; voices:
+    # the neighbours and, where the model knows of places, the place
+    place_mean: Tensor
     place_spread: Tensor
 
 
@@ -51,7 +53,7 @@ class Surprise:
     values: Tensor  # (n,) calibrated loss of each prediction
     targets: Tensor  # (n,) flat grid index
     counts: list[int]  # predictions of each (view, member, direction, step)
-    grid: Tensor  # (gy, gx) median over the predictions about a patch, mean over the views
+    grid: Tensor  # (gy, gx) median over the predictions about a patch, mean over the views, the higher of the voices
 
 
 class Scorer(nn.Module):
@@ -87,32 +89,47 @@ class Scorer(nn.Module):
 
     def judge(self, found: Found) -> Surprise:
         """The losses of an image, calibrated."""
-        losses, sources, targets, counts, (gy, gx) = found
+        losses, sources, targets, counts, shape = self.by_steps(found)
+        voices = self.voices((losses, sources, targets, counts, shape))
+        if self.calibration is not None:
+            mean, spread = (at_places(t, *shape) for t in (self.calibration.place_mean, self.calibration.place_spread))
+            voices = (voices - mean) / spread
+        return Surprise(losses, targets, counts, self.together(voices))
+
+    def by_steps(self, found: Found) -> Found:
+        """The same with losses less the normal mean of their steps, over the normal spread."""
+        losses, sources, targets, counts, shape = found
         if self.calibration is not None:
             steps = steps_of(counts, losses.device)
             losses = (losses - self.calibration.step_mean[steps]) / self.calibration.step_spread[steps]
-        views = len(mirrors(self.config))
-        grids = [
-            self._about_patches(own, made, about, counts[: len(counts) // views], (gy, gx))
-            for own, made, about in zip(*(told.chunk(views) for told in (losses, sources, targets)), strict=True)
-        ]
-        grid = torch.stack(grids).mean(0)
-        if self.calibration is not None:
-            mean, spread = (at_places(t, gy, gx) for t in (self.calibration.place_mean, self.calibration.place_spread))
-            grid = (grid - mean) / spread
-        return Surprise(losses, targets, counts, grid)
+        return losses, sources, targets, counts, shape
 
-    def _about_patches(
+    def voices(self, found: Found) -> Tensor:
+        """From losses that are calibrated by their steps what is said of each patch, (voices, gy, gx), the mean over
+        the views: by its neighbours and, where the model knows of places, by its place."""
+        losses, sources, targets, counts, shape = found
+        views = len(mirrors(self.config))
+        return torch.stack(
+            [
+                self._of_view(own, made, about, counts[: len(counts) // views], shape)
+                for own, made, about in zip(*(told.chunk(views) for told in (losses, sources, targets)), strict=True)
+            ]
+        ).mean(0)
+
+    def _of_view(
         self, losses: Tensor, sources: Tensor, targets: Tensor, counts: list[int], shape: tuple[int, int]
     ) -> Tensor:
-        """One number for each patch, (gy, gx): what its neighbours say of it, and its place, which counts as much."""
         if not self.config.place:
-            return self.about_patches(losses, sources, targets, counts, shape)
+            return self.about_patches(losses, sources, targets, counts, shape)[None]
         members, kinds = self.config.members, len(self.config.predicts)
         cut = sum(counts[: kinds - 1])  # a member's predictions from places are its last
         ahead = [column.view(members, -1)[:, :cut].flatten() for column in (losses, sources, targets)]
-        grid = self.about_patches(ahead[0], ahead[1], ahead[2], counts[: kinds - 1] * members, shape)
-        return (grid + losses.view(members, -1)[:, cut:].mean(0).view(shape)) / 2
+        neighbours = self.about_patches(ahead[0], ahead[1], ahead[2], counts[: kinds - 1] * members, shape)
+        return torch.stack([neighbours, losses.view(members, -1)[:, cut:].mean(0).view(shape)])
+
+    def together(self, voices: Tensor) -> Tensor:
+        """(voices, gy, gx) -> (gy, gx): a patch is as strange as the voice says that finds it stranger."""
+        return voices.amax(0)
 
     def about_patches(
         self, losses: Tensor, sources: Tensor, targets: Tensor, counts: list[int], shape: tuple[int, int]
@@ -176,8 +193,8 @@ def places(length: int, size: int) -> list[int]:
 
 
 def at_places(table: Tensor, gy: int, gx: int) -> Tensor:
-    """What a table over calibrated places says about each place of another grid, (gy, gx)."""
-    return table[places(gy, table.shape[0])][:, places(gx, table.shape[1])]
+    """What tables over calibrated places say about each place of another grid, (voices, gy, gx)."""
+    return table[:, places(gy, table.shape[1])][:, :, places(gx, table.shape[2])]
 
 
 def calibrate(scorer: Scorer, found: Sequence[Found]) -> Calibration:
@@ -194,23 +211,26 @@ def calibrate(scorer: Scorer, found: Sequence[Found]) -> Calibration:
     steps = [step if len(step) > 1 else nothing.expand(2) for step in steps]  # a step too long for the grid
     mean = torch.stack([step.mean() for step in steps])
     spread = torch.stack([step.std() for step in steps]).clamp_min(1e-6)
-    neutral = (mean.new_zeros(1, 1), mean.new_ones(1, 1))
+    neutral = (mean.new_zeros(1, 1, 1), mean.new_ones(1, 1, 1))
     partly = copy.copy(scorer)
     partly.calibration = Calibration(mean, spread, *neutral)
-    grids = [partly.judge(one).grid for one in found]
-    everything = torch.cat([grid.flatten() for grid in grids])
-    middle, variance = everything.mean(), everything.var().clamp_min(1e-12)
+    grids = [partly.voices(partly.by_steps(one)) for one in found]
+    everything = torch.cat([grid.flatten(1) for grid in grids], 1)
+    middle, variance = everything.mean(1)[:, None, None], everything.var(1).clamp_min(1e-12)[:, None, None]
     if len(grids) < 2:
-        return Calibration(mean, spread, middle[None, None], variance.sqrt()[None, None])
+        return Calibration(mean, spread, middle, variance.sqrt())
     # as far as the number of predictions about a patch depends on the edge
     edge = 2 * max(scorer.config.offsets) * scorer.config.finer + 1
-    size = grids[0].shape if len({grid.shape for grid in grids}) == 1 else torch.Size((edge, edge))
-    sums = torch.zeros(3, *size, dtype=torch.float64, device=middle.device)  # of 1, x and x^2
+    size = grids[0].shape[1:] if len({grid.shape for grid in grids}) == 1 else torch.Size((edge, edge))
+    sums = torch.zeros(3, len(middle), *size, dtype=torch.float64, device=middle.device)  # of 1, x and x^2
     for grid in grids:
-        rows, columns = (torch.tensor(places(n, m), device=grid.device) for n, m in zip(grid.shape, size, strict=True))
+        rows, columns = (
+            torch.tensor(places(n, m), device=grid.device) for n, m in zip(grid.shape[1:], size, strict=True)
+        )
         x = (grid - middle).double()
         for total, power in zip(sums, (torch.ones_like(x), x, x**2), strict=True):
-            total.index_put_((rows[:, None], columns), power, accumulate=True)
+            for into, part in zip(total, power, strict=True):
+                into.index_put_((rows[:, None], columns), part, accumulate=True)
     count = sums[0]
     means = sums[1] / count.clamp_min(1)
     variances = (sums[2] - count * means**2).clamp_min(0) / (count - 1).clamp_min(1)

@@ -18,7 +18,7 @@ from cpc_fast.config import Config
 from cpc_fast.detector import Detector, Threshold, prepare
 from cpc_fast.errors import CpcFastError, UsageError
 from cpc_fast.model import CPC
-from cpc_fast.patches import extract_patches
+from cpc_fast.patches import extract_patches, patch_starts
 from cpc_fast.scoring import Scorer, calibrate, held_out_scores
 from cpc_fast.train import Progress
 
@@ -36,7 +36,7 @@ def test_the_shapes_of_the_signatures_are_checked_here():
 
 
 def test_a_score_is_the_same_to_the_last_bit_whatever_the_company(detector):
-    images = [texture(50), holed(51)[0], texture(52), texture(53, 40, 64)]
+    images = [texture(50), holed(51)[0], texture(52), texture(53, 43, 61)]
     alone = [detector.predict([image]) for image in images]
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 0, 3]):
         together = detector.predict([images[i] for i in order])
@@ -122,7 +122,7 @@ def test_sizes_that_an_older_run_does_not_say_stay_unknown(detector, tmp_path):
 
 
 def test_a_calibration_of_two_shapes_or_none_is_refused(detector, tmp_path):
-    for shapes in (((2, 2), (1, 1)), ((0, 1), (0, 1))):
+    for shapes in (((1, 2, 2), (1, 1, 1)), ((1, 0, 1), (1, 0, 1))):
         tensors = [torch.ones(shape) for shape in shapes]
         places = dict(zip(("place_mean", "place_spread"), tensors, strict=True))
         changed = Detector(
@@ -187,6 +187,15 @@ def test_an_explanation_points_at_the_patch(detector):
     assert answer.why == (found if answer.flagged else None)
 
 
+def test_an_explanation_at_the_edge_of_an_image_that_the_grid_does_not_fit(detector):
+    image = texture(3, 47, 59)
+    image[-10:, -10:] = 255
+    found = detector.explain(image)
+    top, left = patch_starts(47, 16, 8)[found.patch[0]], patch_starts(59, 16, 8)[found.patch[1]]
+    assert found.patch[1] == 6  # the last column
+    assert found.box == (top, left, top + 16, 59)
+
+
 def parts(seed: int, ring: tuple[int, int] = (16, 16)) -> np.ndarray:
     """A grainy plate with one dark square, where it belongs unless told otherwise."""
     image = np.random.default_rng(seed).normal(160, 8, (64, 64, 1))
@@ -207,6 +216,10 @@ def test_what_lies_in_another_place_is_strange():
     assert there[4, 5] > there.median() + 3
     assert there[2, 2] > there.median() + 3
     assert detector.inspect(image).score > max(detector.inspect(parts(i)).score for i in range(101, 106))
+    found = detector.calibration
+    ahead, place = (surprise.values[own].view(-1, 7) for own in (slice(35), slice(35, None)))
+    said = torch.stack([torch.cat([ahead[:2], ahead]), place])  # the first two rows are not predicted, but predict
+    torch.testing.assert_close(surprise.grid, ((said - found.place_mean) / found.place_spread).amax(0))
 
 
 def test_members_learn_apart_and_are_averaged():
@@ -369,7 +382,7 @@ def test_images_of_several_sizes_are_calibrated_from_their_edges():
     images = [texture(i, 56 + 8 * (i % 3)) for i in range(12)]
     detector = Detector.fit(images, TINY_CONFIG)
     n = 2 * max(TINY_CONFIG.offsets) + 1
-    assert detector.calibration.place_mean.shape == detector.calibration.place_spread.shape == (n, n)
+    assert detector.calibration.place_mean.shape == detector.calibration.place_spread.shape == (1, n, n)
     for side in (48, 64, 96):
         assert np.isfinite(detector.inspect(texture(50, side)).map).all()
 

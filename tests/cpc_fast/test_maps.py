@@ -135,10 +135,10 @@ def test_sizes_of_shifts_grow_with_the_patch():
 
 def test_images_of_several_sizes_share_the_places_at_their_edges():
     for size in (3, 9):
-        table = torch.arange(float(size * size)).view(size, size)
+        table = torch.arange(2.0 * size * size).view(2, size, size)
         assert torch.equal(at_places(table, size, size), table)
     table = torch.arange(49.0).view(7, 7)
-    large = at_places(table, 12, 9)
+    large = at_places(table[None], 12, 9)[0]
     assert torch.equal(large[:3, :3], table[:3, :3])
     assert torch.equal(large[-3:, -3:], table[-3:, -3:])
     assert (large[3:9, 3:6] == table[3, 3]).all()
