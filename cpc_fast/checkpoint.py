@@ -141,7 +141,8 @@ class Checkpoint:
                 f"{name}: {saved[name]} there, {now[name]} now" for name in now if saved[name] != now[name]
             )
             raise UsageError(
-                f"{quoted(self.path.parent)} was begun with another config ({differ}); resume it with the same choices."
+                f"{quoted(self.path.parent)} was begun with another config ({differ}); resume it with the same "
+                "choices, which --resume finds by itself where no --preset is named."
             )
         position = _position(self.path, about)
         specs: dict[str, Spec] = {

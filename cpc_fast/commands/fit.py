@@ -60,8 +60,6 @@ def fit(
 ) -> int:
     """Learn what is normal, and from where on a score is anomalous."""
     check_device(device)
-    from ..images import read_image
-    from ..inputs import has_colour
     from ..layouts import find_test, find_train
     from ..runs import CHECKPOINT, need_checkpoint, refuse_run
 
@@ -73,18 +71,8 @@ def fit(
     config = choose_config(preset, options, settings, resume=out if resume else None)
     finished = resume and _finished(out, fitted_to_files(config, images))
     if not (finished or launched()[0]):
-        some = images[:: -(-len(images) // LOOKED_AT)]
-        seen = [(has_colour(pixels), pixels.shape[:2]) for pixels in map(read_image, some)]
-        coloured, shapes = sum(colour for colour, _ in seen), sorted({shape for _, shape in seen})
-        looked_at = f"Of {len(some)} images{' looked at' if len(some) < len(images) else ''}, "
-        if config.channels == 1 and coloured:
-            say(f"{looked_at}{coloured} are in colour; this fit sees grey values only. --set channels=3 sees colour.")
-        if config.place and _differ(shapes, config.image_size is not None):
-            sizes = " to ".join(f"{h} x {w}" for h, w in (shapes[0], shapes[-1]))
-            say(
-                f"{looked_at}sizes go from {sizes} pixels. A place is a share of height and width; where that is not "
-                "the same part in every image: --set place=false."
-            )
+        for doubt in doubts(config, images):
+            say(f"Of {doubt}")
     torch_device = choose_device(device)
     again = ["cpc-fast", "fit", str(data), "--out", str(out)]
     more = ["--device", device] if device != "auto" else []
@@ -133,6 +121,28 @@ def fit(
     for lead, command in zip(("Next:", "  or:"), commands, strict=False):
         say(f"{lead} {shlex.join(['cpc-fast', *command])}")
     return 0
+
+
+def doubts(config: Config, paths: Sequence[Path]) -> list[str]:
+    """What some of the images say against the config."""
+    from ..images import read_image
+    from ..inputs import has_colour
+
+    some, said = paths[:: -(-len(paths) // LOOKED_AT)], []
+    seen = [(has_colour(pixels), pixels.shape[:2]) for pixels in map(read_image, some)]
+    coloured, shapes = sum(colour for colour, _ in seen), sorted({shape for _, shape in seen})
+    looked_at = f"{len(some)} images{' looked at' if len(some) < len(paths) else ''}, "
+    if config.channels == 1 and coloured:
+        said.append(
+            f"{looked_at}{coloured} are in colour; this fit sees grey values only. --set channels=3 sees colour."
+        )
+    if config.place and _differ(shapes, config.image_size is not None):
+        sizes = " to ".join(f"{h} x {w}" for h, w in (shapes[0], shapes[-1]))
+        said.append(
+            f"{looked_at}sizes go from {sizes} pixels. A place is a share of height and width; where that is not the "
+            "same part in every image: --set place=false."
+        )
+    return said
 
 
 def _differ(shapes: Sequence[tuple[int, ...]], scaled: bool) -> bool:
@@ -241,4 +251,6 @@ def fit_or_go_on(name: str, data: Path, run: Path, config: Config, device: torch
     resume = (run / CHECKPOINT).exists()
     if resume and checkpoint_config(run)[0] != config:
         raise UsageError(f"{run} was begun with another config; fit anew with --fresh, or choose another folder.")
+    for doubt in doubts(config, paths):
+        say(f"{name}: of {doubt}")
     return fit_run(name, data, run, config, device, resume)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from samples import SET_TINY, make_set
+from samples import SET_TINY, make_set, save, texture
 from test_layouts import make_ad2
 
 from cpc_fast.cli import run
@@ -36,6 +36,11 @@ def test_every_category_is_fitted_once_and_told(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert run(command) == 0
     assert "nut: fitted before, so only evaluated" in capsys.readouterr().out
+    save(tmp_path / "parts" / "nut" / "train" / "good" / "wide.png", texture(9, 48, 64))
+    assert run([*command, "--set", "place=true", "--fresh"]) == 0
+    said = capsys.readouterr().out
+    assert "nut: of 7 images, sizes go from 48 x 48 to 48 x 64 pixels. A place is a share of height and width" in said
+    assert "bolt: of" not in said
     assert run([*command, "--set", "width=16"]) == 2
     assert "was fitted with another config; fit anew with --fresh" in capsys.readouterr().err
     assert run([*command, "--submission", "maps"]) == 2
@@ -77,6 +82,11 @@ def test_terminated_while_it_scores(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Detector, "inspect", inspect)
     assert run(command) == 0
     assert "nut: fitted before, so only evaluated" in capsys.readouterr().out
+    save(tmp_path / "parts" / "nut" / "train" / "good" / "wide.png", texture(9, 48, 64))
+    assert run([*command, "--set", "place=true", "--fresh"]) == 0
+    said = capsys.readouterr().out
+    assert "nut: of 7 images, sizes go from 48 x 48 to 48 x 64 pixels. A place is a share of height and width" in said
+    assert "bolt: of" not in said
 
 
 def test_the_tree_for_the_server(tmp_path, capsys):
