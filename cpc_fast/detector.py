@@ -386,6 +386,8 @@ class Detector:
             for name, loss, target in zip(config.predicts, losses, targets, strict=True)
             if (target == worst).any()
         }
+        by_place = bool(surprise.voices[:, row, column].argmax())
+        heard = {name: loss for name, loss in about.items() if (name == "place") == by_place} or about
         zoom = original[0] / prepared[0]
         starts = (patch_starts(length, config.patch_size, config.scoring_stride) for length in prepared[:2])
         corner = [begins[at] for begins, at in zip(starts, (row, column), strict=True)]
@@ -396,7 +398,7 @@ class Detector:
             losses={name: float(loss.mean()) for name, loss in zip(config.predicts, losses, strict=True) if len(loss)},
             patch=(row, column),
             box=(top, left, bottom, right),
-            worst=max(about, key=lambda name: about[name]) if about else "never predicted",
+            worst=max(heard, key=lambda name: heard[name]) if heard else "never predicted",
         )
 
 

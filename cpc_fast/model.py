@@ -184,17 +184,19 @@ class CPC(nn.Module):
         mean = [torch.stack([getattr(result, name) for result in results]).mean() for name in ("loss", "accuracy")]
         return StepResult(*mean)
 
-    def examine(self, image: Tensor, axes: tuple[int, ...] = ()) -> list[tuple[Latents, Predictions]]:
-        """For each member the latents of one image (c, h, w) on the grid of scoring, and the predictions about them;
-        with axes, as they are found in the mirror image that has these turned over, patch for patch."""
+    def examine(self, image: Tensor) -> list[tuple[Latents, Predictions]]:
+        """For each view of one image (c, h, w) and each member the latents on the grid of scoring, and the predictions
+        about them; of a mirror image as they lie in the image, patch for patch."""
         lengths, places, found = (self.config.patch_size, self.config.scoring_stride), None, []
-        patches = turned_over(extract_patches(image[None], *lengths), axes)
+        patches = extract_patches(image[None], *lengths)
         if self.config.place:
             places = patch_places(whole_frames(image[None]), image.shape[1:], *lengths)
-            places = places_turned_over(places, axes)
-        for member in self.members:
-            latents = encode(member.encoder, patches)
-            found.append((latents.flip(axes), member.predictions(latents, places, lengths[1], axes)))
+        for axes in mirrors(self.config):
+            seen = turned_over(patches, axes)
+            where = None if places is None else places_turned_over(places, axes)
+            for member in self.members:
+                latents = encode(member.encoder, seen)
+                found.append((latents.flip(axes), member.predictions(latents, where, lengths[1], axes)))
         return found
 
     def losses(self, examined: Sequence[tuple[Latents, Predictions]], bank: Bank) -> Losses:
@@ -210,7 +212,7 @@ class CPC(nn.Module):
         stands where it lies in the image: looking down in one that is upside down is looking up.
         """
         config, views = self.config, mirrors(self.config)
-        losses = self.losses([one for axes in views for one in self.examine(image, axes)], bank)
+        losses = self.losses(self.examine(image), bank)
         gy, gx = grid_shape(image.shape[1], image.shape[2], config.patch_size, config.scoring_stride)
         ahead = tuple(offset * config.finer for offset in config.offsets)
         sources, targets, counts = geometry((1, gy, gx), ahead, config.directions, image.device, place=config.place)

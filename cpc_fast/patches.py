@@ -51,9 +51,9 @@ def patch_starts(length: int, size: int, stride: int) -> list[int]:
     ([0, 16, 32], [0, 14, 27, 41, 54, 68])
     """
     last = length - size
-    steps = max(1, -(-last // stride))
-    fore = [(2 * i * last + steps) // (2 * steps) for i in range(steps // 2 + 1)]
-    return fore + [last - start for start in reversed(fore[: -(-last // stride) + 1 - len(fore)])]
+    steps = -(-last // stride)
+    fore = [(2 * i * last + steps) // (2 * steps or 1) for i in range(steps // 2 + 1)]
+    return fore + [last - start for start in reversed(fore[: steps + 1 - len(fore)])]
 
 
 @lru_cache(maxsize=64)

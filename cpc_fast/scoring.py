@@ -53,7 +53,8 @@ class Surprise:
     values: Tensor  # (n,) calibrated loss of each prediction
     targets: Tensor  # (n,) flat grid index
     counts: list[int]  # predictions of each (view, member, direction, step)
-    grid: Tensor  # (gy, gx) median over the predictions about a patch, mean over the views, the higher of the voices
+    voices: Tensor  # (voices, gy, gx) median over the predictions about a patch, mean over the views; its place
+    grid: Tensor  # (gy, gx) the higher of the voices
 
 
 class Scorer(nn.Module):
@@ -94,7 +95,7 @@ class Scorer(nn.Module):
         if self.calibration is not None:
             mean, spread = (at_places(t, *shape) for t in (self.calibration.place_mean, self.calibration.place_spread))
             voices = (voices - mean) / spread
-        return Surprise(losses, targets, counts, self.together(voices))
+        return Surprise(losses, targets, counts, voices, self.together(voices))
 
     def by_steps(self, found: Found) -> Found:
         """The same with losses less the normal mean of their steps, over the normal spread."""

@@ -82,11 +82,6 @@ def test_terminated_while_it_scores(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Detector, "inspect", inspect)
     assert run(command) == 0
     assert "nut: fitted before, so only evaluated" in capsys.readouterr().out
-    save(tmp_path / "parts" / "nut" / "train" / "good" / "wide.png", texture(9, 48, 64))
-    assert run([*command, "--set", "place=true", "--fresh"]) == 0
-    said = capsys.readouterr().out
-    assert "nut: of 7 images, sizes go from 48 x 48 to 48 x 64 pixels. A place is a share of height and width" in said
-    assert "bolt: of" not in said
 
 
 def test_the_tree_for_the_server(tmp_path, capsys):

@@ -219,7 +219,13 @@ def test_what_lies_in_another_place_is_strange():
     found = detector.calibration
     ahead, place = (surprise.values[own].view(-1, 7) for own in (slice(35), slice(35, None)))
     said = torch.stack([torch.cat([ahead[:2], ahead]), place])  # the first two rows are not predicted, but predict
-    torch.testing.assert_close(surprise.grid, ((said - found.place_mean) / found.place_spread).amax(0))
+    voices = (said - found.place_mean) / found.place_spread
+    torch.testing.assert_close(surprise.voices, voices)
+    torch.testing.assert_close(surprise.grid, voices.amax(0))
+    cell = divmod(int(surprise.grid.argmax()), 7)
+    for heard in (voices, voices.flip(0)):  # the voice that made the score is named, whatever the other's losses are
+        told = detector._explanation(replace(surprise, voices=heard), image.shape, image.shape)
+        assert (told.worst == "place") == bool(heard[1][cell] > heard[0][cell])
 
 
 def test_members_learn_apart_and_are_averaged():
