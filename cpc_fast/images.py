@@ -112,6 +112,8 @@ def read_image(path: str | os.PathLike, data: bytes | None = None) -> np.ndarray
     """
     path = Path(path)
     pixels = _decode(path, data)
+    if pixels.dtype != np.uint8:
+        pixels = (pixels >> 8).astype(np.uint8)
     if min(pixels.shape[:2]) < MIN_SIDE:
         raise ImageError(
             f"{quoted(path)} is {_size(pixels.shape)} px; at least {MIN_SIDE} x {MIN_SIDE} are needed. "
@@ -132,7 +134,7 @@ def read_mask(path: str | os.PathLike, size: tuple[int, int], labels: bool = Fal
     path = Path(path)
     if os.path.isdir(path):
         return np.any([read_mask(one, size, labels) for one in find_images(path)], axis=0)
-    values = _decode(path).max(axis=2)  # (H, W)
+    values = _decode(path).max(axis=2)  # (H, W); 16 bits are not cut to 8: a label may be in the low ones
     if values.shape != tuple(size):
         raise ImageError(
             f"The mask {quoted(path)} is {_size(values.shape)} px, but its image is {_size(size)} px (height x width); "
@@ -140,12 +142,13 @@ def read_mask(path: str | os.PathLike, size: tuple[int, int], labels: bool = Fal
         )
     if labels:
         return values > 0
-    if 0 < values.max() < 128:
+    top = np.iinfo(values.dtype).max
+    if 0 < values.max() <= top // 2:
         raise ImageError(
-            f"The mask {quoted(path)} holds values up to {values.max()} of 255, so nothing reaches half of the range; "
-            "save it with 0 for normal and 255 for defective."
+            f"The mask {quoted(path)} holds values up to {values.max()} of {top}, so nothing reaches half of the range; "
+            "save it with 8 bits, 0 for normal and 255 for defective."
         )
-    return values >= 128
+    return values > top // 2
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -354,7 +357,7 @@ class ImageCache(Sequence[np.ndarray]):
 
 
 def _decode(path: Path, data: bytes | None = None) -> np.ndarray:
-    """uint8 (H, W, C) of any size within the limit."""
+    """uint8 (H, W, C), or uint16 (H, W, 1), of any size within the limit."""
     try:
         if (size := _size_of_file(path) if data is None else len(data)) == 0:
             raise ImageError(f"{quoted(path)} is empty ({size} bytes); copy it again, or remove it.")
@@ -424,7 +427,7 @@ def _tiff_tag(picture: Image.Image, tag: int) -> Any:
 
 
 def _to_array(path: Path, picture: Image.Image) -> np.ndarray:
-    """uint8 (H, W, C) of a loaded picture of any mode."""
+    """uint8 (H, W, C) of a loaded picture of any mode, uint16 (H, W, 1) of 16-bit grey."""
     mode = picture.mode
     if mode.startswith("I"):  # I;16 and its byte orders, or 32-bit
         values = np.asarray(picture)
@@ -432,8 +435,8 @@ def _to_array(path: Path, picture: Image.Image) -> np.ndarray:
             raise ImageError(
                 f"{quoted(path)} holds whole numbers from {values.min()} to {values.max()}; save it with 8 or 16 bits."
             )
-        values = (values >> 8).astype(np.uint8)[..., None]
-        return 255 - values if _tiff_tag(picture, 262) == 0 else values  # 0 is white: Pillow minds that at 8 bits only
+        values = values.astype(np.uint16)[..., None]
+        return 65535 - values if _tiff_tag(picture, 262) == 0 else values  # 0 is white: Pillow minds that at 8 bits only
     if mode == "F":
         raise ImageError(f"{quoted(path)} holds floating-point values; save it with 8 or 16 bits.")
     if mode in ("P", "PA", "RGBa", "La"):

@@ -285,6 +285,15 @@ def test_mask_of_labels(tmp_path):
     refused(path, "up to 1 of 255", "255 for defective", read=lambda p: read_mask(p, (16, 16)))
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+@pytest.mark.parametrize("value", [1, 255])
+def test_a_mask_of_16_bits_is_judged_by_all_of_them(tmp_path, suffix, value):
+    values = np.eye(16, dtype=np.uint16) * value
+    path = save(tmp_path / f"m.{suffix}", values)
+    refused(path, f"up to {value} of 65535", "8 bits", "255 for defective", read=lambda p: read_mask(p, (16, 16)))
+    np.testing.assert_array_equal(read_mask(path, (16, 16), labels=True), values > 0)
+
+
 # Finding
 
 
