@@ -361,10 +361,9 @@ def _decode(path: Path, data: bytes | None = None) -> np.ndarray:
     try:
         if (size := _size_of_file(path) if data is None else len(data)) == 0:
             raise ImageError(f"{quoted(path)} is empty ({size} bytes); copy it again, or remove it.")
-        source = path if data is None else io.BytesIO(data)
-        with _quiet, warnings.catch_warnings():
+        with open(path, "rb") if data is None else io.BytesIO(data) as source, _quiet, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow only warns about is checked below, or is harmless (odd EXIF)
-            with Image.open(source, formats=FORMATS) as picture:
+            with Image.open(source, formats=FORMATS) as picture:  # not the path: Pillow maps it and turns grey TIFFs wrong
                 _check(path, picture)
                 picture.load()
                 return _turned(_to_array(path, picture), picture)

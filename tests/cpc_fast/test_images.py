@@ -125,13 +125,17 @@ def test_an_image_in_memory_is_read_like_a_file(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
+@pytest.mark.parametrize("kind", ["grey", "16 bits", "colour"])
+def test_exif_orientation_is_applied(tmp_path, orientation, suffix, kind):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = save(tmp_path / f"x.{suffix}", ramp(channels=3), exif=exif)
-    with Image.open(path) as picture:
-        expected = np.asarray(ImageOps.exif_transpose(picture))
-    np.testing.assert_array_equal(read_image(path), expected)
+    pixels = ramp(channels=3 if kind == "colour" else 1)
+    stored = pixels[..., 0].astype(np.uint16) * 256 if kind == "16 bits" else pixels
+    path = save(tmp_path / f"x.{suffix}", stored, exif=exif)
+    upright = Image.fromarray(pixels.squeeze())
+    upright.getexif()[0x0112] = orientation
+    expected = np.asarray(ImageOps.exif_transpose(upright))
+    np.testing.assert_array_equal(read_image(path).squeeze(), expected)
     assert read_image(path).shape[:2] == ((24, 32) if orientation < 5 else (32, 24))
 
 
