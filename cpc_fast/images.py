@@ -145,8 +145,8 @@ def read_mask(path: str | os.PathLike, size: tuple[int, int], labels: bool = Fal
     top = np.iinfo(values.dtype).max
     if 0 < values.max() <= top // 2:
         raise ImageError(
-            f"The mask {quoted(path)} holds values up to {values.max()} of {top}, so nothing reaches half of the range; "
-            "save it with 8 bits, 0 for normal and 255 for defective."
+            f"The mask {quoted(path)} holds values up to {values.max()} of {top}, so nothing reaches half of the "
+            "range; save it with 8 bits, 0 for normal and 255 for defective."
         )
     return values > top // 2
 
@@ -363,7 +363,7 @@ def _decode(path: Path, data: bytes | None = None) -> np.ndarray:
             raise ImageError(f"{quoted(path)} is empty ({size} bytes); copy it again, or remove it.")
         with open(path, "rb") if data is None else io.BytesIO(data) as source, _quiet, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow only warns about is checked below, or is harmless (odd EXIF)
-            with Image.open(source, formats=FORMATS) as picture:  # not the path: Pillow maps it and turns grey TIFFs wrong
+            with Image.open(source, formats=FORMATS) as picture:  # a path is mapped, and grey TIFFs turned wrong
                 _check(path, picture)
                 picture.load()
                 return _turned(_to_array(path, picture), picture)
@@ -428,14 +428,17 @@ def _tiff_tag(picture: Image.Image, tag: int) -> Any:
 def _to_array(path: Path, picture: Image.Image) -> np.ndarray:
     """uint8 (H, W, C) of a loaded picture of any mode, uint16 (H, W, 1) of 16-bit grey."""
     mode = picture.mode
-    if mode.startswith("I"):  # I;16 and its byte orders, or 32-bit
+    if mode.startswith("I"):  # I;16 and its byte orders, or I, which 16 bits may come as, too
         values = np.asarray(picture)
-        if values.min() < 0 or values.max() > 65535:
+        bits = max(_tiff_tag(picture, 258) or (16,))
+        if bits > 16 or values.min() < 0 or values.max() > 65535:
             raise ImageError(
-                f"{quoted(path)} holds whole numbers from {values.min()} to {values.max()}; save it with 8 or 16 bits."
+                f"{quoted(path)} holds whole numbers of {bits} bits, from {values.min()} to {values.max()}; save it "
+                "with 8 or 16 bits, from 0 on."
             )
         values = values.astype(np.uint16)[..., None]
-        return 65535 - values if _tiff_tag(picture, 262) == 0 else values  # 0 is white: Pillow minds that at 8 bits only
+        white_is_0 = _tiff_tag(picture, 262) == 0  # Pillow minds that at 8 bits only
+        return 65535 - values if white_is_0 else values
     if mode == "F":
         raise ImageError(f"{quoted(path)} holds floating-point values; save it with 8 or 16 bits.")
     if mode in ("P", "PA", "RGBa", "La"):

@@ -228,6 +228,13 @@ def test_values_that_do_not_fit(tmp_path):
     refused(tmp_path / "f.tif", "floating-point", "8 or 16 bits")
     Image.fromarray(np.full((16, 16), 1 << 20, np.int32)).save(tmp_path / "i.tif")
     refused(tmp_path / "i.tif", "1048576", "8 or 16 bits")
+    for dtype in (np.int32, np.uint32):  # small values do not make them 16 bits: their high byte says nothing
+        tifffile.imwrite(tmp_path / "i.tif", np.arange(1024, dtype=dtype).reshape(32, 32))
+        refused(tmp_path / "i.tif", "32 bits, from 0 to 1023", "8 or 16 bits")
+    tifffile.imwrite(tmp_path / "i.tif", np.full((16, 16), -1, np.int16))
+    refused(tmp_path / "i.tif", "16 bits, from -1 to -1", "from 0 on")
+    tifffile.imwrite(tmp_path / "i.tif", np.full((16, 16), 513, np.int16))
+    assert (read_image(tmp_path / "i.tif") == 2).all()
 
 
 def test_things_that_are_not_files(tmp_path):
