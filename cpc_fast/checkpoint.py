@@ -42,11 +42,14 @@ class Checkpoint:
     def __init__(self, run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> None:
         self.path, self.best = run / CHECKPOINT, run / BEST
         self.model, self.optimizer, self.config = model, optimizer, config
+        self._replaced: tuple[Path, ...] = ()  # files of an earlier run, which go once the first state is on disk
 
-    def begin(self, resume: bool) -> Position:
-        """Where to go on. Without `resume`, a run that exists is not touched."""
+    def begin(self, resume: bool, fresh: bool = False) -> Position:
+        """Where to go on. A run that exists and is not resumed is refused, or kept until the first save (`fresh`)."""
         run = self.path.parent
-        if not resume:
+        if fresh:
+            self._replaced = (run / DETECTOR, run / "config.json", self.best)
+        elif not resume:
             refuse_run(run)
         for path in (self.path, self.best, run / DETECTOR, run / "config.json"):
             remove_asides(path)
@@ -115,6 +118,9 @@ class Checkpoint:
             "slots": sorted(name for name in tensors if name.startswith("optimizer.")),
         }  # fmt: skip
         write_tensors(self.path, tensors, record)
+        while self._replaced:
+            self._replaced[0].unlink(missing_ok=True)
+            self._replaced = self._replaced[1:]
         self._keep_best(position)
 
     @property

@@ -158,6 +158,7 @@ class Detector:
         *,
         out: str | os.PathLike | None = None,
         resume: bool = False,
+        fresh: bool = False,
         device: str | torch.device = "cpu",
         encoder: nn.Module | None = None,
         on_step: Callable[[Progress], None] | None = None,
@@ -175,6 +176,7 @@ class Detector:
             config: a Config or the name of a preset; `changes` replace some of its fields.
             out: a run folder: a checkpoint after every epoch, and at the end the detector. One process at a time.
             resume: go on from the checkpoint in `out`, to the same weights as without the interruption.
+            fresh: replace the run in `out`, if there is one, by this one's first checkpoint; until then it is kept.
             device: where to compute, "cpu" or "cuda".
             encoder: a module that maps patches (n, c, p, p) to vectors (n, d), in place of the built-in ResNet; the
                 detector then has one member.
@@ -212,7 +214,7 @@ class Detector:
             position = Position()
             for turn in range(min(world, 2)):  # the first rank may tidy the folder before the others read it
                 if checkpoint and turn == min(rank, 1):
-                    position = checkpoint.begin(resume)
+                    position = checkpoint.begin(resume, fresh)
                 if world > 1:
                     dist.barrier()
             pace: float | None = None

@@ -189,8 +189,9 @@ def learnt_nothing(epoch: Sequence[Progress]) -> str:
 
 
 def fit_run(
-    name: str, data: Path, run: Path, config: Config, device: torch.device, resume: bool, tensorboard: bool = False
-) -> Detector:
+    name: str, data: Path, run: Path, config: Config, device: torch.device, resume: bool, tensorboard: bool = False,
+    fresh: bool = False,
+) -> Detector:  # fmt: skip
     """Fit with a line of progress that begins with `name`, and say so where nothing was learnt."""
     from ..detector import Detector
     from ..progress import training
@@ -221,7 +222,9 @@ def fit_run(
                     writer.add_scalar("accuracy", step.accuracy, at)
                     writer.add_scalar("images per second", step.images_per_s, at)
 
-            detector = Detector.fit(data, config, out=run, resume=resume, device=device, on_step=on_step, stop=stop)
+            detector = Detector.fit(
+                data, config, out=run, resume=resume, fresh=fresh, device=device, on_step=on_step, stop=stop
+            )
         if lack := learnt_nothing(epoch):
             say(f"{name}: {lack}")
         return detector
@@ -236,21 +239,18 @@ def fit_or_go_on(name: str, data: Path, run: Path, config: Config, device: torch
     from ..detector import Detector
     from ..layouts import find_train
     from ..runs import CHECKPOINT, DETECTOR
-    from ..saving import clear_run
 
     paths = find_train(data)
     config = fitted_to_files(config, paths)
-    if fresh:
-        clear_run(run)
-    elif (run / DETECTOR).exists():
+    if not fresh and (run / DETECTOR).exists():
         detector = Detector.load(run, device)
         if detector.config == config:
             say(f"{name}: fitted before, so only evaluated (--fresh fits anew)")
             return detector
         raise UsageError(f"{run} was fitted with another config; fit anew with --fresh, or choose another folder.")
-    resume = (run / CHECKPOINT).exists()
+    resume = not fresh and (run / CHECKPOINT).exists()
     if resume and checkpoint_config(run)[0] != config:
         raise UsageError(f"{run} was begun with another config; fit anew with --fresh, or choose another folder.")
     for doubt in doubts(config, paths):
         say(f"{name}: of {doubt}")
-    return fit_run(name, data, run, config, device, resume)
+    return fit_run(name, data, run, config, device, resume, fresh=fresh)

@@ -41,6 +41,13 @@ def test_every_category_is_fitted_once_and_told(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "nut: of 7 images, sizes go from 48 x 48 to 48 x 64 pixels. A place is a share of height and width" in said
     assert "bolt: of" not in said
+    image = tmp_path / "parts" / "bolt" / "train" / "good" / "003.png"
+    whole, before = image.read_bytes(), {p: p.read_bytes() for p in (tmp_path / "runs/parts/bolt").iterdir()}
+    image.write_bytes(whole[: len(whole) // 2])
+    assert run([*command, "--fresh"]) == 1
+    assert "003.png' is damaged or cut short" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in (tmp_path / "runs/parts/bolt").iterdir()} == before
+    image.write_bytes(whole)
     assert run([*command, "--set", "width=16"]) == 2
     assert "was fitted with another config; fit anew with --fresh" in capsys.readouterr().err
     assert run([*command, "--submission", "maps"]) == 2

@@ -94,6 +94,28 @@ def test_a_long_epoch_is_saved_on_the_way(tmp_path, monkeypatch):
     assert seen == [(0, 1), (1, 0), (1, 1), (2, 0)]
 
 
+def test_a_fresh_fit_keeps_the_run_that_is_there_until_its_own_first_state(tmp_path):
+    Detector.fit(IMAGES, CONFIG, epochs=1, out=tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def kept() -> bool:
+        return before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "run.lock"}
+
+    def interrupt(_: object) -> None:
+        assert kept()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Detector.fit(IMAGES, CONFIG, seed=1, out=tmp_path, fresh=True, on_step=interrupt)
+    assert kept()
+    with pytest.raises(Stopped):  # which saves
+        Detector.fit(IMAGES, CONFIG, seed=1, out=tmp_path, fresh=True, stop=lambda: True)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+    Detector.fit(IMAGES, CONFIG, seed=1, out=tmp_path, resume=True)
+    Detector.fit(IMAGES, CONFIG, seed=1, out=tmp_path / "other")
+    assert same(tmp_path / "model.safetensors", tmp_path / "other" / "model.safetensors")
+
+
 # Losses that are no numbers
 
 
