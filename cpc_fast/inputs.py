@@ -10,8 +10,8 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from .errors import UsageError
-from .images import SUFFIXES, quoted
+from .errors import CpcFastError, UsageError
+from .images import SUFFIXES, quoted, read_image
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,12 @@ def find_inputs(
     """Files and folders (searched to the bottom, without ground_truth) as (path, NAME) in the order given, each
     path and each NAME once.
 
-    Raises UsageError for a folder without images.
+    Raises UsageError for a path that does not exist, and for a folder without images.
     """
     found: list[tuple[Path, PurePath]] = []
     for given in map(Path, images):
         if not os.path.isdir(given):
+            _need(given)
             found.append((given, PurePath(given.name)))
             continue
         inside = sorted(_walk(given))
@@ -104,9 +105,32 @@ def find_inputs(
     return inputs
 
 
+def need_readable(inputs: Sequence[tuple[str, str]], out: Path) -> None:
+    """Raises CpcFastError where none of the images can be read, before the answers in `out` are given up for theirs."""
+    why: CpcFastError | None = None
+    for path, _ in inputs:
+        try:
+            read_image(path)
+            return
+        except CpcFastError as error:
+            why = why or error
+    raise CpcFastError(f"No image can be read, so the answers of before stay in {quoted(out)}. The first: {why}")
+
+
 def has_colour(image: np.ndarray) -> bool:
     """Whether uint8 (h, w, c) shows any colour: one saved as RGB may be grey all over."""
     return image.shape[2] == 3 and bool((image[..., :1] != image[..., 1:]).any())
+
+
+def _need(path: Path) -> None:
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        if any(c in "*?[" for c in os.fspath(path)):  # a shell hands on what matches nothing
+            raise UsageError(f"No file matches {quoted(path)}; check the pattern.") from None
+        raise UsageError(f"There is no file or folder {quoted(path)}; check the path.") from None
+    except (OSError, ValueError):  # said when it is read
+        pass
 
 
 def _walk(folder: Path) -> list[Path]:

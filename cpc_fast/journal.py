@@ -21,7 +21,7 @@ from typing import Any
 
 from .errors import CpcFastError, UsageError
 from .images import quoted
-from .inputs import Shard, answer_kinds, sources_in
+from .inputs import Shard, answer_kinds, need_readable, sources_in
 from .saving import locked, write_whole
 
 SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing that was written
@@ -34,7 +34,7 @@ def agree_on_inputs(out: Path, asked: dict[str, Any], find: Callable[[], Inputs]
     """The images to answer: found once and written down, so that all shards, and a run that goes on, see the same.
 
     Raises UsageError where `out` holds answers that this call must not mix with its own: about something else, or of
-    this shard to its end; CpcFastError where it would replace what another process is writing.
+    this shard to its end; CpcFastError where it would replace what another process is writing, or answers by none.
     """
     folder = out / "progress"
     path = folder / "inputs.jsonl"
@@ -67,6 +67,7 @@ def agree_on_inputs(out: Path, asked: dict[str, Any], find: Callable[[], Inputs]
             for name in sorted(names):
                 stack.enter_context(locked(folder, f"{name}.lock"))
             if path.exists():
+                need_readable(inputs, out)
                 _remove_answers(out, path, sources_in(out, inputs))
             for name in names:
                 (folder / f"{name}.jsonl").unlink(missing_ok=True)

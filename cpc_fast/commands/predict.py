@@ -63,8 +63,7 @@ def predict(
     from ..progress import counting
 
     detector = Detector.load(run, torch_device)
-    if not resume and part.count == 1 and (earlier := answers_in(out)):
-        say(f"Replacing the answers that an earlier call left in {out} (images: {earlier}).")
+    earlier = 0 if resume or part.count > 1 else answers_in(out)
     again = shlex.join([*again_as(run, images, out, tiff, min_area, scores_only, shard, device), "--resume"])
     try:
         with terminable() as stop, counting("predict") as on_image:
@@ -76,6 +75,8 @@ def predict(
         raise Stopped(f"{why} Their answers are in {out}. Go on with: {again}") from None
     except KeyboardInterrupt:
         return stopped(f"Stopped; the answers so far are in {out}. Go on with: {again}")
+    if earlier:
+        say(f"Replaced the answers that an earlier call left in {out} (images: {earlier}).")
     if found.skipped:
         complain(f"{found.skipped} of {found.skipped + found.images} images were skipped; see above.")
     if found.images:

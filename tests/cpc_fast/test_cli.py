@@ -317,7 +317,7 @@ def test_an_image_given_twice_is_answered_once(fitted, data, tmp_path, capsys):
 
 def test_predict_says_what_it_replaces(fitted, data, tmp_path, capsys):
     command = ["predict", str(fitted), str(data / "test" / "good"), "--out", str(tmp_path), "--scores-only"]
-    replaces = f"Replacing the answers that an earlier call left in {tmp_path} (images: 3)."
+    replaces = f"Replaced the answers that an earlier call left in {tmp_path} (images: 3)."
     for more, said in [([], False), ([], True), (["--resume"], False)]:
         assert cli.run([*command, *more]) == 0
         assert (replaces in capsys.readouterr().out) == said

@@ -112,15 +112,25 @@ def test_predict_skips_bad_images_and_goes_on(fitted, tmp_path, capsys):
     for i, kind in enumerate(BAD):
         spoil(save(tmp_path / "in" / f"{i}.png", texture(i)), kind)
     save(tmp_path / "in" / "z.png", texture(9))
-    missing = tmp_path / "missing.png"
-    assert cli.run(["predict", str(fitted / "run"), str(tmp_path / "in"), str(missing), "--out", str(tmp_path)]) == 1
+    assert cli.run(["predict", str(fitted / "run"), str(tmp_path / "in"), "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().err
     for i, words in enumerate(BAD.values()):
         assert any(f"{i}.png" in line and words in line for line in said.splitlines()), (i, words, said)
-    assert "missing.png" in said
     record = json.loads((tmp_path / "predictions.json").read_text())
     assert [entry["name"] for entry in record["images"]] == ["z"]
-    assert len(record["skipped"]) == len(BAD) + 1
+    assert len(record["skipped"]) == len(BAD)
+
+
+def test_predict_keeps_earlier_answers_where_it_has_none(fitted, tmp_path, capsys):
+    out, bad = tmp_path / "out", tmp_path / "bad.png"
+    predict = ["predict", fitted / "run", "--out", out]
+    assert cli.run([*map(str, predict), str(fitted / "data" / "test" / "good")]) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    fails(capsys, [*predict, tmp_path / "new.png"], 2, "There is no file or folder", "new.png'; check the path.")
+    fails(capsys, [*predict, tmp_path / "new" / "*.png"], 2, "No file matches", "/new/*.png'; check the pattern.")
+    bad.write_text("not an image")
+    fails(capsys, [*predict, bad], 1, "No image can be read, so the answers of before stay in", "bad.png' is not an")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_predict_wants_images(fitted, tmp_path, capsys):
