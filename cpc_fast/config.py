@@ -190,8 +190,9 @@ class Config:
         """The config for images with these shorter sides (pixels, after image_size), its lengths final.
 
         patch_size, patch_stride, crop and stem are doubled as long as the typical (median) image keeps 7/8 of the size
-        they were made for in units of a patch, and the smallest holds four patches side by side; they are halved only
-        until it does. So in larger images a patch keeps its share, and scoring costs the same at any resolution.
+        they were made for in units of a patch, and the smallest is as wide as predictions reach; they are halved only
+        until it is, or stem is 1. So in larger images a patch keeps its share, and scoring costs the same at any
+        resolution.
 
         Raises CpcFastError, with the name of the first, where a few images (a tenth, or one) of less than half the
         typical side would make the patches of all the others smaller.
@@ -218,8 +219,8 @@ class Config:
 
     def _doubled(self, typical: float, smallest: int) -> Config:
         assert self.made_for is not None
-        four = self.patch_size + 3 * self.patch_stride
-        factor = min(max(typical / (0.875 * self.made_for), 1.0), smallest / four)
+        reach = self.patch_size + self.offsets[-1] * self.patch_stride
+        factor = min(max(typical / (0.875 * self.made_for), 1.0), smallest / reach)
         power = math.floor(math.log2(max(factor, 1e-9)))
         power = min(max(power, -int(math.log2(self.stem))), int(math.log2(8 // self.stem)))
 

@@ -29,7 +29,7 @@ from .errors import CpcFastError, Stopped, UsageError
 from .images import ImageCache, check_pixels, described, is_one_image, quoted, read_image, resize, to_channels
 from .layouts import find_train
 from .model import CPC
-from .patches import patch_starts
+from .patches import grid_shape, patch_starts
 from .runs import DETECTOR
 from .saving import load_run, locked, save_run
 from .scoring import Calibration, Scorer, Surprise, held_out_scores
@@ -430,7 +430,7 @@ def _highest(scores: Sequence[float], names: Sequence[str]) -> str:
 
 
 def _check_sizes(images: Sequence[np.ndarray], names: Sequence[str], config: Config) -> None:
-    """Every image can be cut into patches, or none is trained on."""
+    """Every image can be cut into patches, and windows of training hold every step, or none is trained on."""
     for name, image in zip(names, images, strict=True):
         h, w = image.shape[:2]
         if min(h, w) < config.patch_size:
@@ -438,6 +438,19 @@ def _check_sizes(images: Sequence[np.ndarray], names: Sequence[str], config: Con
                 f"{name} is {h} x {w} pixels, smaller than one patch of {config.patch_size} pixels; "
                 "remove it, set image_size to enlarge all images, or make patch_size smaller."
             )
+    smallest = min(range(len(images)), key=lambda i: min(images[i].shape[:2]))
+    h, w = images[smallest].shape[:2]
+    side = config.window(min(h, w))
+    across, far = grid_shape(side, side, config.patch_size, config.patch_stride)[0], config.offsets[-1]
+    if far >= across:  # what such a step predicts with would stay as it was drawn, and vote
+        cropped = config.crop is not None and config.crop <= min(h, w)
+        cause = f"crop is {config.crop}" if cropped else f"{names[smallest]} is {h} x {w} pixels"
+        fewer = f", or set steps={across - 1 - config.skip}" if across - 1 > config.skip else ""
+        raise CpcFastError(
+            f"{cause}, so windows of training are {side} pixels wide and hold {across} patches side by side: too few "
+            f"to look {far} patches ahead (skip {config.skip}, steps {config.steps}). Make patches smaller, or "
+            f"{'crop' if cropped else 'image_size'} at least {config.patch_size + far * config.patch_stride}{fewer}."
+        )
 
 
 def prepare(image: np.ndarray, config: Config) -> np.ndarray:

@@ -208,8 +208,6 @@ def calibrate(scorer: Scorer, found: Sequence[Found]) -> Calibration:
     steps = [
         torch.cat(parts) for parts in zip(*(losses.split(counts) for losses, _, _, counts, _ in found), strict=True)
     ]
-    nothing = found[0][0].new_zeros(1)
-    steps = [step if len(step) > 1 else nothing.expand(2) for step in steps]  # a step too long for the grid
     mean = torch.stack([step.mean() for step in steps])
     spread = torch.stack([step.std() for step in steps]).clamp_min(1e-6)
     neutral = (mean.new_zeros(1, 1, 1), mean.new_ones(1, 1, 1))

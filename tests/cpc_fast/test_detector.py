@@ -56,7 +56,7 @@ def test_a_prediction_agrees_with_itself(detector):
 
 
 def test_maps_have_the_resolution_of_the_image():
-    detector = Detector.fit(IMAGES, TINY_CONFIG.replace(image_size=32, epochs=1))
+    detector = Detector.fit(IMAGES, TINY_CONFIG.replace(image_size=40, epochs=1))
     for shape in ((48, 48), (50, 75), (33, 32)):
         assert detector.inspect(texture(0, *shape)).map.shape == shape
 
@@ -98,7 +98,7 @@ def test_what_is_no_list_and_no_image_is_told_how_to_become_one(detector):
     assert len(detector.predict(np.stack([texture(1), texture(2)])).scores) == 2
 
 
-@pytest.mark.parametrize("changes", [{}, {"image_size": 32}, {"members": 2}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"image_size": 40}, {"members": 2}], ids=str)
 def test_saved_and_loaded_it_says_the_same(tmp_path, changes):
     detector = Detector.fit(IMAGES, TINY_CONFIG, epochs=1, **changes)
     detector.save(tmp_path / "run")
@@ -355,7 +355,7 @@ def test_a_frozen_encoder_stays_as_it_is():
         {"shifts": ("quarter-turn", "magnify", "noise", "blur", "intensity", "sharpen", "shuffle")},
         {"standardise": "image"},
         {"channels": 3},
-        {"crop": 32, "flips": True, "jitter": 0.0},
+        {"crop": 40, "flips": True, "jitter": 0.0},
         {"skip": 0, "steps": 1},
         {"stem": 1},
         {"finer": 2},
@@ -404,8 +404,8 @@ def test_an_image_of_one_patch_is_neutral(changes):
 
 
 def test_a_record_says_how_large_the_windows_were():
-    for crop, side in ((32, 32), (96, 40)):
-        found = Detector.fit([*IMAGES[:4], texture(9, 40, 60)], TINY_CONFIG, crop=crop, epochs=1, seed=1)
+    for crop, side in ((40, 40), (96, 48)):
+        found = Detector.fit([*IMAGES[:4], texture(9, 52, 60)], TINY_CONFIG, crop=crop, epochs=1, seed=1)
         assert found.config.crop == crop  # what was asked for, at most
         assert found.trained_on["windows"] == f"{side} x {side} pixels"
 
@@ -413,6 +413,15 @@ def test_a_record_says_how_large_the_windows_were():
 def test_a_crop_smaller_than_a_patch_is_no_config():
     with pytest.raises(UsageError, match="crop is 8; it must be at least patch_size"):
         Config(crop=8)
+
+
+def test_steps_that_no_window_of_training_holds_are_refused():
+    says = r"^crop is 32, so windows of training are 32 pixels wide and hold 3 .* crop at least 40, or set steps=1\.$"
+    with pytest.raises(CpcFastError, match=says):  # W_k of the second would stay as it was drawn, and vote
+        Detector.fit(IMAGES, TINY_CONFIG, crop=32)
+    says = r"^Image 10 is 24 x 60 pixels, so windows .* too few to look 3 patches ahead .* image_size at least 40\.$"
+    with pytest.raises(CpcFastError, match=says):
+        Detector.fit([*IMAGES, texture(9, 24, 60)], TINY_CONFIG)
 
 
 def test_the_threshold_rests_on_images_calibrated_by_the_others(detector):

@@ -22,18 +22,12 @@ CHOICES = [
     {"context": "masked-conv", "directions": 1, "standardise": "image", "finer": 2, "place": True, "members": 2},
     {"context": "masked-conv", "mirrored": True, "flips": True, "finer": 2, "place": True, "members": 2},
     {"mirrored": True, "flips": True, "directions": 2},
-    {
-        "channels": 3,
-        "standardise": "imagenet",
-        "norm": "layer",
-        "patch_stride": 7,
-        "steps": 9,
-    },  # some steps reach past the grid
+    {"channels": 3, "standardise": "imagenet", "norm": "layer", "patch_stride": 7, "steps": 3},
 ]
 
 
 @pytest.mark.parametrize("changes", CHOICES, ids=str)
-@pytest.mark.parametrize("size", [(48, 48), (43, 61)])
+@pytest.mark.parametrize("size", [(48, 48), (27, 61)])  # some steps reach past the smaller grid
 def test_the_program_says_what_the_detector_says(changes, size):
     detector = Detector.fit(IMAGES, TINY_CONFIG, epochs=1, precision="float32", **changes)
     images = np.stack([texture(i, *size).repeat(detector.config.channels, 2) for i in range(50, 53)])
