@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -87,6 +88,7 @@ def find_inputs(
             raise UsageError(f"{quoted(given)} holds no images ({' '.join(SUFFIXES)}); name images, or another folder.")
         found += [(path, path.relative_to(given)) for path in inside]
     taken: set[str] = set()
+    counts: dict[str, int] = defaultdict(lambda: 1)  # the last number that each name was given
     seen: set[str] = set()
     inputs = []
     for path, below in found:
@@ -96,10 +98,9 @@ def find_inputs(
             continue
         seen.add(place)
         name = first = "/".join(_harmless(part) for part in below.with_suffix("").parts) or "image"
-        count = 1
         while name.casefold() in taken:
-            count += 1
-            name = f"{first}_{count}"
+            counts[first.casefold()] += 1
+            name = f"{first}_{counts[first.casefold()]}"
         taken.add(name.casefold())
         inputs.append((os.fspath(path), name))
     return inputs

@@ -246,6 +246,15 @@ def test_names_are_text_and_each_is_once(tmp_path):
     save(tmp_path / "b" / "x.jpg", texture(0))
     found = find_inputs([tmp_path / "a", tmp_path / "b"])
     assert found == [(str(tmp_path / "a" / "x.png"), "x"), (str(tmp_path / "b" / "x.jpg"), "x_2")]
+    given = ["a/x.png", "b/X.png", "c/x_3.png", "d/x.png", "e/x_3.png", "f/x.png"]
+    assert [name for _, name in find_inputs(given)] == ["x", "X_2", "x_3", "x_4", "x_3_2", "x_5"]
+
+
+def test_naming_many_images_of_one_name_takes_no_time():
+    folders = [f"{i}/image.png" for i in range(20_000)]  # a minute, where each name is sought from _2 on
+    start = time.process_time()
+    assert find_inputs(folders)[-1][1] == "image_20000"
+    assert time.process_time() - start < 20
 
 
 def test_a_circle_of_links_ends(detector, folder, tmp_path):
