@@ -52,7 +52,7 @@ def plan(
 
     Raises UsageError where an answer would overwrite an image that was given, and as find_inputs does.
     """
-    inputs = find_inputs(images, on_repeat)
+    inputs = find_inputs(images, on_repeat, out)
     sources = sources_in(out, inputs)
     targets = (out / kind / f"{name}{suffix}" for _, name in inputs for kind, suffix in kinds.items())
     for target in (*targets, out / "scores.csv", out / "predictions.json") if sources else ():
@@ -70,10 +70,10 @@ def sources_in(out: Path, inputs: Sequence[tuple[str, str]]) -> set[str]:
 
 
 def find_inputs(
-    images: Sequence[str | os.PathLike], on_repeat: Callable[[str], None] | None = None
+    images: Sequence[str | os.PathLike], on_repeat: Callable[[str], None] | None = None, out: Path | None = None
 ) -> list[tuple[str, str]]:
-    """Files and folders (searched to the bottom, without ground_truth) as (path, NAME) in the order given, each
-    path and each NAME once.
+    """Files and folders (searched to the bottom, without ground_truth and `out`) as (path, NAME) in the order given,
+    each path and each NAME once.
 
     Raises UsageError for a path that does not exist, and for a folder without images.
     """
@@ -83,7 +83,7 @@ def find_inputs(
             _need(given)
             found.append((given, PurePath(given.name)))
             continue
-        inside = sorted(_walk(given))
+        inside = sorted(_walk(given, out))
         if not inside:
             raise UsageError(f"{quoted(given)} holds no images ({' '.join(SUFFIXES)}); name images, or another folder.")
         found += [(path, path.relative_to(given)) for path in inside]
@@ -134,14 +134,17 @@ def _need(path: Path) -> None:
         pass
 
 
-def _walk(folder: Path) -> list[Path]:
+def _walk(folder: Path, out: Path | None) -> list[Path]:
+    answers = None if out is None else os.path.realpath(out)
+
     def refuse(error: OSError) -> None:
         raise UsageError(f"Cannot list the folder {quoted(error.filename)}: {error.strerror}.")
 
     found = []
     for here, folders, files in os.walk(folder, onerror=refuse):
-        # masks are no parts
+        # masks are no parts, nor are the answers of a call before
         folders[:] = [name for name in folders if not name.startswith(".") and name != "ground_truth"]
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(here, name)) != answers]
         found += [
             Path(here, name) for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
         ]

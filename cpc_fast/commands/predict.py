@@ -18,7 +18,7 @@ def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that fit wrote.")],
     images: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGES...", help="Images, and folders of them (a folder's ground_truth is left out)."),
+        typer.Argument(metavar="IMAGES...", help="Images, and folders of them (without ground_truth and OUT)."),
     ],
     out: Annotated[
         Path,

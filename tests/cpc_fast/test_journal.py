@@ -166,6 +166,18 @@ def test_a_new_call_leaves_no_pictures_of_the_one_before(detector, folder, tmp_p
     assert not list((out / "masks").rglob("*.png"))
 
 
+def test_answers_among_the_images_are_no_images(detector, folder, tmp_path):
+    parts = Path(shutil.copytree(folder, tmp_path / "parts"))
+    (tmp_path / "link").symlink_to(parts)
+    for out in (parts / "answers", tmp_path / "link" / "answers"):
+        assert answers.predict(detector, [parts], out).images == 8
+    shutil.rmtree(parts / "answers")
+    for n in (1, 2):  # the second finds the pictures of the first
+        found = answers.predict(detector, [tmp_path / "link"], parts / "answers", shard=Shard(n, 2))
+    assert found.listed
+    assert [name for _, name in find_inputs([parts / "answers" / "masks"], out=parts / "answers")] == list("01235678")
+
+
 def test_a_forged_list_of_inputs_removes_nothing_elsewhere(detector, folder, tmp_path):
     out = tmp_path / "out"
     answers.predict(detector, [folder], out)
