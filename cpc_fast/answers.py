@@ -32,7 +32,7 @@ from .detector import Detector, Prediction
 from .errors import CpcFastError, Stopped
 from .images import quoted, read_image
 from .inputs import Shard, answer_kinds, has_colour, plan
-from .journal import agree_on_inputs, entries, journal, whole
+from .journal import entries, journal, whole
 from .report import mask_outline, overlay, printable
 from .saving import locked, remove_asides, write_whole
 from .segments import outline
@@ -97,8 +97,7 @@ def predict(
         "version": __version__, "detector": fingerprint(detector), "kinds": list(kinds), "min_area": min_area,
         "images": [os.fspath(image) for image in images],
     }  # fmt: skip
-    inputs = agree_on_inputs(out, asked, lambda: plan(images, out, kinds), shard, resume)
-    with journal(out, shard, inputs, resume) as kept:
+    with journal(out, asked, lambda: plan(images, out, kinds), shard, resume) as (inputs, kept):
         mine = inputs[shard.number - 1 :: shard.count]
         if kept.done < len(mine):
             for kind, suffix in kinds.items():  # what a kill may have left of these

@@ -30,49 +30,49 @@ SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing 
 Inputs = list[tuple[str, str]]  # (path, NAME)
 
 
-def agree_on_inputs(out: Path, asked: dict[str, Any], find: Callable[[], Inputs], shard: Shard, resume: bool) -> Inputs:
+def _agree_on_inputs(
+    out: Path, asked: dict[str, Any], find: Callable[[], Inputs], shard: Shard, resume: bool
+) -> Inputs:
     """The images to answer: found once and written down, so that all shards, and a run that goes on, see the same.
 
-    Raises UsageError where `out` holds answers that this call must not mix with its own: about something else, or of
-    this shard to its end; CpcFastError where it would replace what another process is writing, or answers by none.
+    Only under the locks of the inputs and of this shard; raises as journal does.
     """
     folder = out / "progress"
     path = folder / "inputs.jsonl"
-    with locked(folder, "inputs.lock", wait=True):
-        if path.exists() and (resume or shard.count > 1):
-            was, inputs = _read_inputs(path)
-            differ = ", ".join(name for name in asked if was.get(name) != asked[name])
-            if not differ and not resume and find() != inputs:
-                differ = "the images found"
-            if differ:
-                raise UsageError(
-                    f"{quoted(out)} holds answers of another call (different: {differ}); choose another --out, or ask "
-                    "for the same again."
-                )
-            if not resume and _ended(folder / f"{shard}.jsonl"):  # the others would be mixed with answers from before
-                raise UsageError(
-                    f"Shard {shard.number} of {shard.count} in {quoted(out)} is done; do the rest with --resume, or "
-                    f"remove {quoted(folder)} to answer all images anew."
-                )
-            return inputs
-        inputs = find()
-
-        def write(aside: Path) -> None:
-            with open(aside, "w", encoding="ascii") as file:
-                file.write(json.dumps(asked) + "\n")
-                file.writelines(json.dumps(pair) + "\n" for pair in inputs)
-
-        with ExitStack() as stack:  # nothing is removed where a process is still writing
-            names = {old.stem for kind in ("jsonl", "lock") for old in folder.glob(f"*-of-*.{kind}")}
-            for name in sorted(names):
-                stack.enter_context(locked(folder, f"{name}.lock"))
-            if path.exists():
-                need_readable(inputs, out)
-                _remove_answers(out, path, sources_in(out, inputs))
-            for name in names:
-                (folder / f"{name}.jsonl").unlink(missing_ok=True)
-            write_whole(path, write)
+    if path.exists() and (resume or shard.count > 1):
+        was, inputs = _read_inputs(path)
+        differ = ", ".join(name for name in asked if was.get(name) != asked[name])
+        if not differ and not resume and find() != inputs:
+            differ = "the images found"
+        if differ:
+            raise UsageError(
+                f"{quoted(out)} holds answers of another call (different: {differ}); choose another --out, or ask "
+                "for the same again."
+            )
+        if not resume and _ended(folder / f"{shard}.jsonl"):  # the others would be mixed with answers from before
+            raise UsageError(
+                f"Shard {shard.number} of {shard.count} in {quoted(out)} is done; do the rest with --resume, or "
+                f"remove {quoted(folder)} to answer all images anew."
+            )
         return inputs
+    inputs = find()
+
+    def write(aside: Path) -> None:
+        with open(aside, "w", encoding="ascii") as file:
+            file.write(json.dumps(asked) + "\n")
+            file.writelines(json.dumps(pair) + "\n" for pair in inputs)
+
+    with ExitStack() as stack:  # nothing is removed where a process is still writing
+        names = {old.stem for kind in ("jsonl", "lock") for old in folder.glob(f"*-of-*.{kind}")}
+        for name in sorted(names - {str(shard)}):
+            stack.enter_context(locked(folder, f"{name}.lock"))
+        if path.exists():
+            need_readable(inputs, out)
+            _remove_answers(out, path, sources_in(out, inputs))
+        for name in names:
+            (folder / f"{name}.jsonl").unlink(missing_ok=True)
+        write_whole(path, write)
+    return inputs
 
 
 def answers_in(out: Path) -> int:
@@ -188,16 +188,27 @@ class Journal:
 
 
 @contextmanager
-def journal(out: Path, shard: Shard, inputs: Inputs, resume: bool) -> Iterator[Journal]:
-    """The journal of one shard, held against other processes."""
+def journal(
+    out: Path, asked: dict[str, Any], find: Callable[[], Inputs], shard: Shard, resume: bool
+) -> Iterator[tuple[Inputs, Journal]]:
+    """The images to answer, of all shards, and the journal of one, held against other processes.
+
+    asked: what this call is about; find: finds the images where `out` does not say yet which they are.
+
+    Raises UsageError where `out` holds answers that this call must not mix with its own: about something else, or of
+    this shard to its end; CpcFastError where it would replace what another process is writing, or answers by none.
+    """
     folder = out / "progress"
-    with locked(folder, f"{shard}.lock"):
+    with ExitStack() as held:
+        with locked(folder, "inputs.lock", wait=True):
+            held.enter_context(locked(folder, f"{shard}.lock"))  # and kept: nobody comes between clearing and writing
+            inputs = _agree_on_inputs(out, asked, find, shard, resume)
         path = folder / f"{shard}.jsonl"
         if not resume:
             path.unlink(missing_ok=True)
         kept = Journal(path, len(range(shard.number - 1, len(inputs), shard.count)))
         try:
-            yield kept
+            yield inputs, kept
         finally:
             kept.close()
 

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from samples import SET_TINY, TINY_CONFIG, make_set, save, texture
 
-from cpc_fast import answers, cli
+from cpc_fast import answers, cli, journal
 from cpc_fast.detector import Detector
 from cpc_fast.errors import CpcFastError, Stopped, UsageError
 from cpc_fast.inputs import Shard, find_inputs
@@ -215,6 +216,23 @@ def test_two_processes_do_not_write_one_shard(detector, folder, tmp_path):
     answers.predict(detector, [folder], tmp_path, on_image=again)
 
 
+def test_nobody_comes_between_the_list_of_images_and_the_first_answer(detector, folder, tmp_path, monkeypatch):
+    locked, tried = journal.locked, []
+
+    @contextmanager
+    def watched(place: Path, name: str, wait: bool = False):
+        with locked(place, name, wait=wait):
+            yield
+        if name == "inputs.lock" and not tried:
+            tried.append(name)
+            with pytest.raises(CpcFastError, match="by another process"):
+                answers.predict(detector, [folder / "0.png"], tmp_path)
+
+    monkeypatch.setattr(journal, "locked", watched)
+    assert answers.predict(detector, [folder], tmp_path).images == 8
+    assert tried
+
+
 def test_a_full_disk_keeps_the_answers_before(detector, folder, whole, tmp_path, monkeypatch):
     written = os.pwrite
 
@@ -258,11 +276,13 @@ def test_names_are_text_and_each_is_once(tmp_path):
     save(tmp_path / "b" / "x.jpg", texture(0))
     found = find_inputs([tmp_path / "a", tmp_path / "b"])
     assert found == [(str(tmp_path / "a" / "x.png"), "x"), (str(tmp_path / "b" / "x.jpg"), "x_2")]
-    given = ["a/x.png", "b/X.png", "c/x_3.png", "d/x.png", "e/x_3.png", "f/x.png"]
-    assert [name for _, name in find_inputs(given)] == ["x", "X_2", "x_3", "x_4", "x_3_2", "x_5"]
+    given = [tmp_path / name for name in ("c/x.png", "d/X.png", "e/x_3.png", "f/x.png", "g/x_3.png", "h/x.png")]
+    names = [name for _, name in find_inputs([save(path, texture(0)) for path in given])]
+    assert names == ["x", "X_2", "x_3", "x_4", "x_3_2", "x_5"]
 
 
-def test_naming_many_images_of_one_name_takes_no_time():
+def test_naming_many_images_of_one_name_takes_no_time(monkeypatch):
+    monkeypatch.setattr("cpc_fast.inputs._need", lambda path: None)
     folders = [f"{i}/image.png" for i in range(20_000)]  # a minute, where each name is sought from _2 on
     start = time.process_time()
     assert find_inputs(folders)[-1][1] == "image_20000"
