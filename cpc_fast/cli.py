@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from .commands import data
-from .commands.console import complain, say, stopped
+from .commands.console import complain, say
 from .commands.demo import demo
 from .commands.doctor import doctor
 from .commands.evaluate import evaluate
@@ -62,23 +62,27 @@ def run(arguments: list[str]) -> int:
     try:
         code = app(arguments, prog_name="cpc-fast", standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:  # what typer makes of Ctrl-C where the command had nothing to say about it
+            complain("Stopped.")
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
-        return stopped("Stopped.")
+        complain("Stopped.")
+        return 130
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if debug:
-            raise
         if isinstance(error, Stopped):
             complain(str(error))
             return error.exit_code
+        if debug:
+            raise
         if isinstance(error, CpcFastError):
             complain(f"Error: {error}")
             return error.exit_code
         if type(error).__name__ == "Abort":  # how some versions of typer report Ctrl-C
-            return stopped("Stopped.")
+            complain("Stopped.")
+            return 130
         if hasattr(error, "format_message"):  # typer's own: an option or argument that does not fit
             context = getattr(error, "ctx", None)
             where = context.command_path if context else "cpc-fast"

@@ -17,3 +17,9 @@ class Stopped(CpcFastError):
     """Not an error: it was asked to stop (SIGTERM), and what was done is saved. The command line exits with 0."""
 
     exit_code = 0
+
+
+class Interrupted(Stopped):
+    """The same after Ctrl-C. The command line exits with 130."""
+
+    exit_code = 130

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from .console import print_table, say, stopped, stopping, terminable
+from .console import print_table, say, stopping, terminable
 from .evaluate import evaluate_run, make_section
 from .fit import fit_or_go_on
 from .options import choose_config, choose_device
@@ -24,7 +24,7 @@ def evaluate_all(
     submission: Path | None,
 ) -> int:  # fmt: skip
     """A run for each category, fitted where none is; its metrics and report in it; the table in `runs`."""
-    from ..errors import Stopped, UsageError
+    from ..errors import Interrupted, Stopped, UsageError
     from ..images import quoted
     from ..layouts import find_categories, find_private, find_test, find_train
 
@@ -71,7 +71,7 @@ def evaluate_all(
     except Stopped as why:
         raise Stopped(f"{why} All of it is saved in {runs}. Go on with: {shlex.join(again)}") from None
     except KeyboardInterrupt:
-        return stopped(f"Stopped; every finished epoch is in {runs}. Go on with: {shlex.join(again)}")
+        raise Interrupted(f"Stopped; every finished epoch is in {runs}. Go on with: {shlex.join(again)}") from None
     rows = summary(metrics)
     write_metrics(runs / "summary.json", mean_metrics(list(metrics.values())))
     write_text(runs / "table.md", markdown(rows))

@@ -25,12 +25,6 @@ def complain(text: str) -> None:
     print(" ".join(str(text).split()), file=sys.stderr, flush=True)
 
 
-def stopped(text: str) -> int:
-    """The exit code after Ctrl-C."""
-    complain(text)
-    return 130
-
-
 @contextmanager
 def terminable() -> Iterator[Callable[[], bool]]:
     """Whether SIGTERM has come, as it does before a job is preempted; inside, it stops nothing by itself."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import config as configs
-from ..errors import Stopped
-from .console import number, print_table, say, share, stopped, terminable
+from ..errors import Interrupted, Stopped
+from .console import number, print_table, say, share, terminable
 from .evaluate import evaluate_run, make_section
 from .fit import fit_or_go_on
 from .options import Device, Settings, check_device, choose_config, choose_device
@@ -60,7 +60,7 @@ def demo(
     except Stopped as why:
         raise Stopped(f"{why} All of it is saved in {out}. Go on with: {again}") from None
     except KeyboardInterrupt:
-        return stopped(f"Stopped; every finished epoch is in {out}. Go on with: {again}")
+        raise Interrupted(f"Stopped; every finished epoch is in {out}. Go on with: {again}") from None
     write_metrics(out / "summary.json", mean_metrics([e.metrics for e in evaluations.values()]))
     write_report(out / "report.html", sections)
     _write_contact_sheet(out / "maps.png", sections)

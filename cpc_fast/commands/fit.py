@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import CpcFastError, Stopped, UsageError
+from ..errors import CpcFastError, Interrupted, Stopped, UsageError
 from ..torchrun import launched, may_restart, together
-from .console import say, stopped, terminable
+from .console import say, terminable
 from .options import Device, Settings, by_preset, check_device, choose_config, choose_device
 
 if TYPE_CHECKING:
@@ -96,12 +96,14 @@ def fit(
         try:
             done = checkpoint_config(out)[1].epoch
         except CpcFastError:
-            return stopped("Stopped before the end of the first epoch, so nothing is saved. Begin again when you like.")
+            raise Interrupted(
+                "Stopped before the end of the first epoch, so nothing is saved. Begin again when you like."
+            ) from None
         command = shlex.join([*again, "--resume", *more])
         saved = (
             f"{done} of {config.epochs} epochs are saved" if done < config.epochs else "only the threshold is missing"
         )
-        return stopped(f"Stopped; {saved} in {out}. Go on with: {command}")
+        raise Interrupted(f"Stopped; {saved} in {out}. Go on with: {command}") from None
     if launched()[0]:  # the first process speaks for all
         return 0
     on = f"on {detector.trained_on['normal images']} normal images."

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from ..errors import Stopped
+from ..errors import Interrupted, Stopped
 from ..torchrun import launched, own_gpu
-from .console import complain, note_colour, note_size, say, stopped, terminable
+from .console import complain, note_colour, note_size, say, terminable
 from .options import Device, check_device, choose_device
 
 
@@ -74,7 +74,7 @@ def predict(
     except Stopped as why:
         raise Stopped(f"{why} Their answers are in {out}. Go on with: {again}") from None
     except KeyboardInterrupt:
-        return stopped(f"Stopped; the answers so far are in {out}. Go on with: {again}")
+        raise Interrupted(f"Stopped; the answers so far are in {out}. Go on with: {again}") from None
     if earlier:
         say(f"Replaced the answers that an earlier call left in {out} (images: {earlier}).")
     if found.skipped:

@@ -347,6 +347,15 @@ def test_a_run_folder_that_cannot_be_made(fitted, tmp_path, capsys):
 # Ctrl-C
 
 
+def test_stopped_anywhere_it_says_so_once(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cpc_fast.doctor.examine", interrupted)
+    assert cli.run(["doctor"]) == 130
+    assert capsys.readouterr().err == "Stopped.\n"
+
+
 def test_stopped_while_it_seeks_the_threshold_it_says_what_is_missing(fitted, tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
