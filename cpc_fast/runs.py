@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,20 @@ def need_file(run: Path, name: str, what: str) -> None:
     """Raises CpcFastError where the file is missing; `what` says in a word what it would hold."""
     if not (run / name).is_file():
         raise CpcFastError(f"There is no {what} in {quoted(run)} ({name} is missing); run fit first.")
+
+
+def need_writable(folder: Path) -> None:
+    """Raises CpcFastError where no file can be written there, as far as can be seen without writing one."""
+    there = folder
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not os.path.isdir(there):
+        raise CpcFastError(
+            f"Could not write in the folder {quoted(folder)}: {quoted(there)} is none; choose another one."
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        why = "its file system is read-only" if os.statvfs(there).f_flag & os.ST_RDONLY else "you have no right to"
+        raise CpcFastError(f"Could not write in the folder {quoted(folder)}: {why}; choose another one.")
 
 
 def refuse_swapped(run: Path, others: Sequence[Path], command: str) -> None:

@@ -14,7 +14,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +54,18 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    except BaseException as error:
+        with suppress(OSError):
+            aside.unlink()
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
+        reason, number = getattr(error, "strerror", None) or str(error), getattr(error, "errno", None)
+        full = number in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         kept = " The file that was there before is untouched." if path.exists() else ""
         raise CpcFastError(
-            f"Could not write {quoted(path)}: {reason}. Free some space or choose another folder.{kept}"
+            f"Could not write {quoted(path)}: {reason}. {'Free some space or choose' if full else 'Choose'} another "
+            f"folder.{kept}"
         ) from None
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def remove_asides(path: Path) -> None:

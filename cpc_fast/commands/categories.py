@@ -27,6 +27,7 @@ def evaluate_all(
     from ..errors import Interrupted, Stopped, UsageError
     from ..images import quoted
     from ..layouts import find_categories, find_private, find_test, find_train
+    from ..runs import need_writable
 
     config = choose_config(preset, {}, settings)
     categories = find_categories(root)
@@ -37,6 +38,9 @@ def evaluate_all(
             raise UsageError(
                 f"{quoted(category)} has no test_private: only MVTec AD 2 takes --submission; leave it out."
             )
+    for folder in (runs, submission):
+        if folder:
+            need_writable(folder)
     torch_device = choose_device(device)
     from ..evaluate import mean_metrics, write_metrics
     from ..progress import counting

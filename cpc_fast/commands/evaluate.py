@@ -68,7 +68,7 @@ def evaluate(
     from ..images import find_images, quoted
     from ..inputs import has_colour
     from ..layouts import find_test
-    from ..runs import need_detector, refuse_swapped
+    from ..runs import need_detector, need_writable, refuse_swapped
 
     refuse_swapped(run, [data], "evaluate RUN DATA")
     need_detector(run)
@@ -82,6 +82,7 @@ def evaluate(
             f"{quoted(data)} is a flat folder of images: nothing says which are good, so there is nothing to compare "
             f"with. To score them: {command}"
         ) from None
+    need_writable(out)
     torch_device = choose_device(device)
     from ..detector import Detector
     from ..evaluate import write_metrics

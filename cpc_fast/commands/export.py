@@ -36,7 +36,7 @@ def export(
     ] = None,
 ) -> int:
     """Write the detector as a program for torch or ONNX."""
-    from ..runs import need_detector
+    from ..runs import need_detector, need_writable
 
     if format not in ("torch", "onnx"):
         raise UsageError(f"--format is {format!r}; it must be torch or onnx.")
@@ -44,6 +44,7 @@ def export(
     if match is None:
         raise UsageError(f"--size is {size!r}; a height of 128 and a width of 256 pixels are 128x256.")
     need_detector(run)
+    need_writable(out.parent if out else run)
     import torch
 
     from ..detector import Detector

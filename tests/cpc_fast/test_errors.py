@@ -1,5 +1,6 @@
 """Whatever is handed in: one sentence (what, where, what to do), the right exit code, and nothing good is lost."""
 
+import errno
 import json
 import os
 import shutil
@@ -332,6 +333,30 @@ def test_a_write_that_fails_anywhere_leaves_no_litter(tmp_path, monkeypatch):
                 saving.write_text(path, "bad")
         assert path.read_text() == "good"
         assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_system_that_is_read_only(fitted, tmp_path, monkeypatch, capsys):
+    """Told before the work where it can be seen, and as a sentence where not."""
+    run = copy_of(fitted, tmp_path)
+    evaluate, export = ["evaluate", run, fitted / "data", "--device", "cpu"], ["export", run]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)
+        patch.setattr("cpc_fast.detector.Detector.load", lambda *_: pytest.fail("it begins to work"))
+        words = ("Could not write in the folder", str(run), "you have no right to; choose another one.")
+        for command in (evaluate, export, ["evaluate", "--all", tmp_path, "--runs", run]):
+            if "--all" in command:
+                shutil.copytree(fitted / "data", tmp_path / "all" / "parts")
+                command[2] = tmp_path / "all"
+            fails(capsys, command, 1, *words)
+        fails(capsys, [*evaluate, "--out", run / "config.json" / "x"], 1, "config.json' is none; choose another one.")
+
+    def refuse(path: Path, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    for step in ("write_text", "unlink"):
+        monkeypatch.setattr(Path, step, refuse)
+    with pytest.raises(CpcFastError, match=r"x\.json': Read-only file system\. Choose another folder\.$"):
+        saving.write_text(tmp_path / "x.json", "x")
 
 
 def test_a_run_folder_that_cannot_be_made(fitted, tmp_path, capsys):
