@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import logging
 import os
@@ -239,8 +240,9 @@ def _batch() -> dict[str, dict[int, object]]:
 
 def _as_torch(program: Program, example: Tensor, path: Path, about: str) -> None:
     exported = torch.export.export(program, (example,), dynamic_shapes=_batch())
-    with open(path, "wb") as file:
-        torch.export.save(exported, file, extra_files={"about.json": about})
+    file = io.BytesIO()  # torch's writer ends the process where a disk is full
+    torch.export.save(exported, file, extra_files={"about.json": about})
+    path.write_bytes(file.getbuffer())
 
 
 def _torch_runner(path: Path) -> Runner:

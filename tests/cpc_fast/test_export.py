@@ -1,6 +1,7 @@
 """A detector as a program: the same scores and maps in torch.export and in onnxruntime, for any batch."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -122,6 +123,25 @@ def test_onnxruntime_says_the_same(tmp_path, changes, caplog):
     with pytest.raises(Exception, match="Got invalid dimensions"):  # as the command says
         session.run(None, {"images": np.zeros((1, 1, 40, 48), np.uint8)})
     assert [p.name for p in tmp_path.iterdir()] == ["detector.onnx"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_does_not_end_the_process():
+    code = f"""
+import sys, torch
+sys.path[:] = {sys.path!r}
+from pathlib import Path
+from cpc_fast.export import _as_torch
+class Program(torch.nn.Module):
+    def forward(self, images):
+        return images.float()
+try:
+    _as_torch(Program(), torch.zeros(2, 3), Path("/dev/full"), "about")
+except OSError as error:
+    print(error.strerror)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "No space left on device\n"), done.stderr
 
 
 def test_what_cannot_be_exported(tmp_path, monkeypatch, capsys):
