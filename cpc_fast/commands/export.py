@@ -27,7 +27,9 @@ CALLS = {  # how to load it, how to call it, and what images of another size end
 
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that fit wrote.")],
-    format: Annotated[str, typer.Option(help="torch (torch.export) or onnx.")] = "torch",
+    format: Annotated[
+        str | None, typer.Option(help="torch (torch.export) or onnx; as --out ends (.pt2, .onnx), else torch.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write; RUN/detector.pt2 or RUN/detector.onnx by default.")
     ] = None,
@@ -38,8 +40,15 @@ def export(
     """Write the detector as a program for torch or ONNX."""
     from ..runs import need_detector, need_writable
 
-    if format not in ("torch", "onnx"):
+    ends = {".pt2": "torch", ".onnx": "onnx"}.get(out.suffix.lower()) if out else None
+    if format is None:
+        format = ends or "torch"
+    if format not in CALLS:
         raise UsageError(f"--format is {format!r}; it must be torch or onnx.")
+    if ends not in (None, format):
+        raise UsageError(f"--out {out} ends as a file of {ends}, and --format is {format}; leave one of them out.")
+    if out and out.is_dir():
+        raise UsageError(f"--out {out} is a folder; name the file to write.")
     match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size or "1x1")
     if match is None:
         raise UsageError(f"--size is {size!r}; a height of 128 and a width of 256 pixels are 128x256.")

@@ -125,6 +125,21 @@ def test_onnxruntime_says_the_same(tmp_path, changes, caplog):
     assert [p.name for p in tmp_path.iterdir()] == ["detector.onnx"]
 
 
+def test_the_name_says_the_format(tmp_path, capsys, monkeypatch):
+    Detector.fit(IMAGES, TINY_CONFIG, epochs=1, out=tmp_path)
+    formats = []
+    monkeypatch.setattr(sys.modules["cpc_fast.export"], "export", lambda d, p, format, s: formats.append(format) or 0.0)
+    for options in (["--out", "x.onnx"], ["--out", "x.PT2"], ["--out", "x.bin"], ["--out", "x", "--format", "onnx"]):
+        assert cli.run(["export", str(tmp_path), *options]) == 0
+    assert formats == ["onnx", "torch", "torch", "onnx"]
+    capsys.readouterr()
+    assert cli.run(["export", str(tmp_path), "--out", "x.onnx", "--format", "torch"]) == 2
+    assert "--out x.onnx ends as a file of onnx, and --format is torch; leave one" in capsys.readouterr().err
+    assert cli.run(["export", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "is a folder; name the file to write." in capsys.readouterr().err
+    assert len(formats) == 4
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 def test_a_full_disk_does_not_end_the_process():
     code = f"""
