@@ -53,7 +53,7 @@ class Config:
     # patches -> latents
     width: int = 32  # channels of the first residual stage; latents have 4 * width features
     stem: int = 4  # stride of the first convolution
-    members: int = 1  # networks that learn side by side and are averaged in scoring; 1 with an encoder of one's own
+    members: int = 1  # networks that learn side by side and score together; 1 with an encoder of one's own
     norm: str = "group"
     # latents -> contexts -> predictions
     context: str = "none"

@@ -36,7 +36,7 @@ from .model import IMAGENET, mirrors
 from .patches import extract_patches, grid_shape, patch_places, places_turned_over, turned_over
 from .predictions import seen_turned
 from .saving import write_whole
-from .scoring import at_places
+from .scoring import at_places, mean_of_squares
 from .shapes import Patches
 from .version import __version__
 
@@ -95,18 +95,18 @@ class Program(nn.Module):
         return maps.amax((1, 2)), maps
 
     def _voices(self, pixels: Tensor) -> Tensor:
-        """The mean over an image and its mirror images, (b, voices, gy, gx)."""
+        """Of an image and its mirror images, seen by each member, (b, voices, gy, gx)."""
         views = mirrors(self.config)
         usual = (t.chunk(len(views)) for t in (self.step_mean, self.step_spread))
         patches = extract_patches(pixels, *self.lengths)
-        grids = [self._view(turned_over(patches, axes), axes, *own) for axes, *own in zip(views, *usual, strict=True)]
-        return torch.stack(grids).mean(0)
+        seen = [self._view(turned_over(patches, axes), axes, *own) for axes, *own in zip(views, *usual, strict=True)]
+        return mean_of_squares(torch.stack([way for ways in seen for way in ways]))
 
-    def _view(self, patches: Patches, axes: tuple[int, ...], step_mean: Tensor, step_spread: Tensor) -> Tensor:
+    def _view(self, patches: Patches, axes: tuple[int, ...], step_mean: Tensor, step_spread: Tensor) -> list[Tensor]:
         """What the neighbours say of each patch, and its place where the model knows of places, with these axes of (c,
-        h, w) turned over: (b, voices, gy, gx), in the image as it was before."""
+        h, w) turned over: of each member (b, voices, gy, gx), in the image as it was before."""
         gy, gx, config = self.gy, self.gx, self.config
-        abouts, mades, placed = [], [], []
+        members = []
         for member, bank, means, spreads in zip(
             self.model.members,
             self.bank.chunk(config.members, -1),
@@ -119,6 +119,7 @@ class Program(nn.Module):
                 others = torch.logsumexp(predicted @ bank.T, -1)
                 return (F.softplus(others - (predicted * target).sum(-1)) - means[i]) / spreads[i]
 
+            abouts, mades, placed = [], [], []
             part = encode(member.encoder, patches)  # (b, gy, gx, d)
             contexts, weight = member.context(part, config.finer), member.predictor.weight
             contexts = contexts.flip([axis + 1 for axis in axes])
@@ -138,11 +139,12 @@ class Program(nn.Module):
             if member.place is not None:
                 places = places_turned_over(self.places, axes)
                 placed.append(loss(F.linear(member.place(places), weight[-1]), part, -1))
-        grid = patches.new_zeros(patches.shape[0], gy, gx)  # len would fix the batch
-        if abouts:
-            about, made = _median(abouts), _median(mades)
-            grid = torch.where(about >= NEVER, made.where(made < NEVER, 0.0), about)
-        return torch.stack([grid, torch.stack(placed).mean(0)] if placed else [grid], 1)
+            grid = patches.new_zeros(patches.shape[0], gy, gx)  # len would fix the batch
+            if abouts:
+                about, made = _median(abouts), _median(mades)
+                grid = torch.where(about >= NEVER, made.where(made < NEVER, 0.0), about)
+            members.append(torch.stack([grid, *placed], 1))
+        return members
 
 
 def size_for(detector: Detector, size: tuple[int, int] | None) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 images -> patches -> for each member: latents, contexts, predictions -> losses
 
 Members learn the same, from other weights at the start and other batches. What one of them misses another may see, and
-their false alarms do not agree, so their losses are averaged in scoring.
+their false alarms do not agree: see scoring.py for how they are put together.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from .model import CPC, mirrors
 from .runs import BEST, CHECKPOINT, DETECTOR, need_file, need_run
 from .version import __version__
 
-FORMAT = 3  # of the run folder; raised when an older reader would misread it
+FORMAT = 4  # of the run folder; raised when an older reader would misread it
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 

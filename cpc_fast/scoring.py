@@ -1,7 +1,7 @@
 """One image against a bank of normal latents: calibrated losses and the anomaly map.
 
 loss of each prediction -> minus its normal mean, over its normal spread     (for each view, member, direction, step)
--> median over the predictions about a patch -> mean over the views
+-> median over the predictions about a patch -> root mean square over the views and the members
 -> minus its normal mean, over its normal spread                             (for each place of the grid)
    (where the model knows of places: what neighbours say and what the place says, each for itself; the higher counts)
 -> anomaly map
@@ -53,7 +53,7 @@ class Surprise:
     values: Tensor  # (n,) calibrated loss of each prediction
     targets: Tensor  # (n,) flat grid index
     counts: list[int]  # predictions of each (view, member, direction, step)
-    voices: Tensor  # (voices, gy, gx) median over the predictions about a patch, mean over the views; its place
+    voices: Tensor  # (voices, gy, gx) neighbours and, where the model knows of places, place
     grid: Tensor  # (gy, gx) the higher of the voices
 
 
@@ -106,27 +106,23 @@ class Scorer(nn.Module):
         return losses, sources, targets, counts, shape
 
     def voices(self, found: Found) -> Tensor:
-        """From losses that are calibrated by their steps what is said of each patch, (voices, gy, gx), the mean over
-        the views: by its neighbours and, where the model knows of places, by its place."""
+        """From losses that are calibrated by their steps what is said of each patch, (voices, gy, gx), by its
+        neighbours and, where the model knows of places, by its place; each member's view of it counts by its square."""
         losses, sources, targets, counts, shape = found
-        views = len(mirrors(self.config))
-        return torch.stack(
-            [
-                self._of_view(own, made, about, counts[: len(counts) // views], shape)
-                for own, made, about in zip(*(told.chunk(views) for told in (losses, sources, targets)), strict=True)
-            ]
-        ).mean(0)
+        times = len(mirrors(self.config)) * self.config.members
+        ways = [part.chunk(times) for part in (losses, sources, targets)]
+        counts = counts[: len(counts) // times]
+        return mean_of_squares(torch.stack([self._of_one(*way, counts, shape) for way in zip(*ways, strict=True)]))
 
-    def _of_view(
+    def _of_one(
         self, losses: Tensor, sources: Tensor, targets: Tensor, counts: list[int], shape: tuple[int, int]
     ) -> Tensor:
+        """(voices, gy, gx), of one member in one view."""
         if not self.config.place:
             return self.about_patches(losses, sources, targets, counts, shape)[None]
-        members, kinds = self.config.members, len(self.config.predicts)
-        cut = sum(counts[: kinds - 1])  # a member's predictions from places are its last
-        ahead = [column.view(members, -1)[:, :cut].flatten() for column in (losses, sources, targets)]
-        neighbours = self.about_patches(ahead[0], ahead[1], ahead[2], counts[: kinds - 1] * members, shape)
-        return torch.stack([neighbours, losses.view(members, -1)[:, cut:].mean(0).view(shape)])
+        cut = sum(counts[:-1])  # predictions from places are the last
+        ahead = self.about_patches(losses[:cut], sources[:cut], targets[:cut], counts[:-1], shape)
+        return torch.stack([ahead, losses[cut:].view(shape)])
 
     def together(self, voices: Tensor) -> Tensor:
         """(voices, gy, gx) -> (gy, gx): a patch is as strange as the voice says that finds it stranger."""
@@ -149,6 +145,16 @@ class Scorer(nn.Module):
 
     def map(self, image: np.ndarray, original: tuple[int, int]) -> AnomalyMap:
         return self.look(image, original)[1]
+
+
+def mean_of_squares(surprises: Tensor) -> Tensor:
+    """The root mean square over the first dimension of what lies above normal, and the mean of what lies below: one
+    that is startled is heard, where their mean would drown it.
+
+    >>> mean_of_squares(torch.tensor([[7.0, -1.0], [1.0, -1.0]]))
+    tensor([ 5., -1.])
+    """
+    return surprises.clamp_min(0).square().mean(0).sqrt() + surprises.clamp_max(0).mean(0)
 
 
 def steps_of(counts: list[int], device: torch.device) -> Tensor:
