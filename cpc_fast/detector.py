@@ -196,8 +196,10 @@ class Detector:
             source, paths = str(data), find_train(data)
             images: Sequence[np.ndarray] = ImageCache(paths, size=config.image_size, channels=config.channels)
             names, short = [quoted(path) for path in paths], [path.name for path in paths]
+            originals = images.originals
         else:
             source, images = f"{len(data)} arrays", [prepare(image, config) for image in data]
+            originals = {i: image.shape[:2] for i, image in enumerate(data)}
             names = short = [f"Image {i}" for i in range(len(images))]
         if not images:
             raise UsageError("There are no images to fit on (got an empty list); give at least 3 normal ones.")
@@ -237,7 +239,7 @@ class Detector:
                     yield images[i]
 
             scorer = Scorer(model, place_bank(_make_bank(model, read(training), config), device))
-            scores, calibration = held_out_scores(scorer, read(held_out))
+            scores, calibration = held_out_scores(scorer, read(held_out), [originals[i] for i in held_out])
             if not np.isfinite(scores).all():
                 odd = names[held_out[int(np.flatnonzero(~np.isfinite(scores))[0])]]
                 raise CpcFastError(

@@ -300,6 +300,7 @@ class ImageCache(Sequence[np.ndarray]):
         if size is not None and size < MIN_SIDE:
             raise UsageError(f"ImageCache: size must be None or at least {MIN_SIDE} px. Got {size}.")
         self.paths, self.size, self.channels, self.memory = [Path(path) for path in paths], size, channels, memory
+        self.originals: dict[int, tuple[int, int]] = {}  # (H, W) before scaling, of the images used so far
         self._held: dict[int, np.ndarray] = {}
         self._spilt: dict[int, tuple[int, tuple[int, ...]]] = {}  # offset in the file, shape
         self._held_bytes = self._spilt_bytes = 0
@@ -316,6 +317,7 @@ class ImageCache(Sequence[np.ndarray]):
             if i in self._spilt:
                 return self._read_back(*self._spilt[i])
             image = to_channels(read_image(self.paths[i]), self.channels)
+            self.originals[i] = (image.shape[0], image.shape[1])
             if self.size is not None:
                 try:
                     image = resize(image, self.size)

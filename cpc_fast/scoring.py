@@ -110,9 +110,9 @@ class Scorer(nn.Module):
         neighbours and, where the model knows of places, by its place; each member's view of it counts by its square."""
         losses, sources, targets, counts, shape = found
         times = len(mirrors(self.config)) * self.config.members
-        ways = [part.chunk(times) for part in (losses, sources, targets)]
         counts = counts[: len(counts) // times]
-        return mean_of_squares(torch.stack([self._of_one(*way, counts, shape) for way in zip(*ways, strict=True)]))
+        ways = zip(losses.chunk(times), sources.chunk(times), targets.chunk(times), strict=True)
+        return mean_of_squares(torch.stack([self._of_one(*way, counts, shape) for way in ways]))
 
     def _of_one(
         self, losses: Tensor, sources: Tensor, targets: Tensor, counts: list[int], shape: tuple[int, int]
@@ -244,9 +244,13 @@ def calibrate(scorer: Scorer, found: Sequence[Found]) -> Calibration:
     return Calibration(mean, spread, (middle + trust * means).float(), variances.sqrt().float())
 
 
-def held_out_scores(scorer: Scorer, images: Iterable[np.ndarray]) -> tuple[list[float], Calibration]:
+def held_out_scores(
+    scorer: Scorer, images: Iterable[np.ndarray], originals: Sequence[tuple[int, int]]
+) -> tuple[list[float], Calibration]:
     """Scores of held-out normal images for a threshold, each calibrated by the others, a fold at a time; and the
     calibration by all of them, which the scorer is left with.
+
+    originals: their (h, w) before they were resized, at which a new image gets its score, too.
 
     By means and spreads that they are part of, images score lower than new ones do, the more so the fewer they are.
     """
@@ -256,6 +260,6 @@ def held_out_scores(scorer: Scorer, images: Iterable[np.ndarray]) -> tuple[list[
         others = [one for i, one in enumerate(found) if i % folds != fold]
         scorer.calibration = calibrate(scorer, others or found)
         for i in range(fold, len(found), folds):
-            scores[i] = scorer.spread(scorer.judge(found[i]), sizes[i], sizes[i]).max().item()
+            scores[i] = scorer.spread(scorer.judge(found[i]), sizes[i], originals[i]).max().item()
     scorer.calibration = calibration = calibrate(scorer, found)
     return scores, calibration
