@@ -88,8 +88,8 @@ def predict(
         stop: asked after each image whether to stop there.
 
     Raises UsageError where nothing can be found, an input would be overwritten, or `out` holds answers of another call,
-    CpcFastError where `out` cannot be written or another process writes there, Stopped where `stop` said so. On Ctrl-C
-    the answers so far are written.
+    CpcFastError where `out` cannot be written or another process writes there, Stopped where `stop` said so. Then, and
+    on Ctrl-C, the lists of the answers so far are written, unless this is one shard of several.
     """
     out = Path(out)
     kinds = answer_kinds(tiff, pictures)
@@ -114,7 +114,7 @@ def predict(
                 if stop and stop() and kept.done < kept.total:
                     raise Stopped(f"Stopped after {kept.done} of {kept.total} images.")
             kept.finish()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Stopped):
             if shard.count == 1 and kept.done:
                 _write_lists(detector, out, 1, min_area)
             raise

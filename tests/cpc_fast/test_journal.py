@@ -62,12 +62,26 @@ def test_stopped_after_every_image_the_lists_come_out_the_same(detector, folder,
     for done in range(1, 9):
         with pytest.raises(Stopped, match=f"Stopped after {done} of 9 images"):
             answers.predict(detector, [folder], tmp_path, resume=done > 1, stop=lambda: True)
-        assert lists(tmp_path) == {}
+        assert len(json.loads(lists(tmp_path)["predictions.json"])["images"]) == done - (done > 4)
     found = answers.predict(detector, [folder], tmp_path, resume=True)
     assert found == answers.Answers(8, 0, 1, 0, other_size=8, listed=True)
     assert lists(tmp_path) == whole
     assert answers.predict(detector, [folder], tmp_path, resume=True) == found  # nothing is left to do
     assert lists(tmp_path) == whole
+
+
+def test_ctrl_c_and_sigterm_leave_the_same_lists(detector, folder, tmp_path):
+    def interrupted() -> bool:
+        raise KeyboardInterrupt
+
+    for place, stop, error in (("c", interrupted, KeyboardInterrupt), ("term", lambda: True, Stopped)):
+        with pytest.raises(error):
+            answers.predict(detector, [folder], tmp_path / place, stop=stop)
+    assert set(lists(tmp_path / "c")) == set(LISTS)
+    assert lists(tmp_path / "c") == lists(tmp_path / "term")
+    with pytest.raises(Stopped):  # the lists are of all shards
+        answers.predict(detector, [folder], tmp_path / "part", shard=Shard(1, 2), stop=lambda: True)
+    assert lists(tmp_path / "part") == {}
 
 
 @pytest.mark.parametrize("tail", [b'{"path": "', b'{"path": "x", "sco\n', b"\0\0\0\0", b"[1]\n"])
