@@ -180,8 +180,6 @@ def contact_sheet(
     columns: int = 6,
     *,
     pixel_threshold: float | None = None,
-    low: float | None = None,
-    high: float | None = None,
     size: int = 160,
 ) -> np.ndarray:
     """Tile images, anomaly maps and masks: one column per image, `columns` in a row of three pictures.
@@ -190,7 +188,6 @@ def contact_sheet(
         scored: the images, drawn in the order given; each picture is fitted into a square.
         columns: images side by side.
         pixel_threshold: outlines the predicted mask in cyan, below the white of ground truth; None draws truth alone.
-        low, high: map values at the two ends of the colours; None takes those the report would take for these images.
         size: side of one picture in pixels.
 
     Returns: uint8 (H, W, 3), about (3 size + 40) rows for every `columns` images, on white.
@@ -207,8 +204,7 @@ def contact_sheet(
         )
     for item in scored:
         _check(item)
-    default_low, default_high = _map_limits(scored, math.inf if pixel_threshold is None else pixel_threshold)
-    low, high = default_low if low is None else low, default_high if high is None else high
+    low, high = _map_limits(scored, math.inf if pixel_threshold is None else pixel_threshold)
     columns = min(columns, len(scored))
     gap, margin, caption = max(4, size // 32), max(52, size // 2), max(34, size // 5)
     bands = math.ceil(len(scored) / columns)
