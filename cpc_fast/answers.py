@@ -30,7 +30,7 @@ from PIL import Image
 from .bank import host_blocks
 from .detector import Detector, Prediction
 from .errors import CpcFastError, Stopped
-from .images import quoted, read_image
+from .images import naming, read_image
 from .inputs import Shard, answer_kinds, has_colour, plan
 from .journal import entries, journal, whole
 from .report import mask_outline, overlay, printable
@@ -144,13 +144,13 @@ def _answer(detector: Detector, path: str, name: str, min_area: int, pictures: d
     of its normal spread.
     """
     try:
-        image = read_image(path)
-        answer = detector.inspect(image, min_area)
-        if not math.isfinite(answer.score):
-            raise CpcFastError(f"its score is {answer.score}; look at the image, and at the detector.")
+        with naming(path):
+            image = read_image(path)
+            answer = detector.inspect(image, min_area)
+            if not math.isfinite(answer.score):
+                raise CpcFastError(f"its score is {answer.score}; look at the image, and at the detector.")
     except CpcFastError as error:
-        reason = str(error) if quoted(path) in str(error) else f"{quoted(path)}: {error}"
-        return {"path": _text(path), "reason": printable(reason)}
+        return {"path": _text(path), "reason": printable(str(error))}
     _write_pictures(detector, image, answer, pictures)
     return {
         "path": _text(path),

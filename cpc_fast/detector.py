@@ -26,7 +26,7 @@ from .bank import Bank, StreamedBank, host_rows, place_bank, reservoir
 from .checkpoint import Checkpoint
 from .config import Config, preset
 from .errors import CpcFastError, Stopped, UsageError
-from .images import ImageCache, check_pixels, described, is_one_image, quoted, read_image, resize, to_channels
+from .images import ImageCache, check_pixels, described, is_one_image, naming, quoted, read_image, resize, to_channels
 from .layouts import find_train
 from .model import CPC
 from .patches import grid_shape, patch_starts
@@ -369,7 +369,13 @@ class Detector:
             raise UsageError(
                 f"predict takes a list of images. Got {described(images)}; for one, write predict([image])."
             )
-        answers = [self.inspect(image) for image in load_images(images)]
+        answers = []
+        for image in images:
+            if isinstance(image, (str, os.PathLike)):
+                with naming(image):
+                    answers.append(self.inspect(read_image(image)))
+            else:
+                answers.append(self.inspect(image))
         return Predictions([a.score for a in answers], [a.map for a in answers], [a.mask for a in answers])
 
     def explain(self, image: np.ndarray) -> Explanation:
@@ -404,12 +410,6 @@ class Detector:
             box=(top, left, bottom, right),
             worst=max(heard, key=lambda name: heard[name]) if heard else "never predicted",
         )
-
-
-def load_images(images: Sequence[str | os.PathLike | np.ndarray]) -> Iterator[np.ndarray]:
-    """Paths or arrays, one after another as uint8 (h, w, c)."""
-    for image in images:
-        yield read_image(image) if isinstance(image, (str, os.PathLike)) else image
 
 
 def split(count: int, config: Config) -> tuple[list[int], list[int]]:

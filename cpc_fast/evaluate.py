@@ -27,8 +27,7 @@ import numpy as np
 from cpc_kernels.capabilities import device_name
 
 from .detector import Detector, Prediction
-from .errors import CpcFastError
-from .images import TestImage, quoted, read_image, read_mask
+from .images import TestImage, naming, read_image, read_mask
 from .layouts import find_test
 from .metrics import image_metrics, pixel_metrics
 from .saving import write_text
@@ -130,10 +129,8 @@ def score_all(
             truth = read_mask(test.mask_path, image.shape[:2], test.labels)
         elif test.defect == "good" and has_masks:
             truth = np.broadcast_to(np.False_, image.shape[:2])  # nothing is wrong with it, and it costs no memory
-        try:
+        with naming(test.path):
             answer = inspect(image)
-        except CpcFastError as error:
-            raise type(error)(f"{quoted(test.path)}: {error}") from None
         scored.append(Scored(test.path.name, test.defect, image, answer.score, answer.map, truth))
         if on_image:
             on_image(done, len(tests))

@@ -15,7 +15,8 @@ import tempfile
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,24 @@ class TestImage:
 def quoted(path: str | os.PathLike) -> str:
     """A path fit for one line of a message: newlines and bytes that are not UTF-8 are escaped."""
     return repr(os.fspath(path))
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """What is raised about an image inside names its path, in front where the message does not.
+
+    >>> with naming("one.png"):
+    ...     raise CpcFastError("It is too small.")
+    Traceback (most recent call last):
+        ...
+    cpc_fast.errors.CpcFastError: 'one.png': It is too small.
+    """
+    try:
+        yield
+    except CpcFastError as error:
+        if quoted(path) in str(error):
+            raise
+        raise type(error)(f"{quoted(path)}: {error}") from None
 
 
 def described(value: object) -> str:
@@ -319,10 +338,8 @@ class ImageCache(Sequence[np.ndarray]):
             image = to_channels(read_image(self.paths[i]), self.channels)
             self.originals[i] = (image.shape[0], image.shape[1])
             if self.size is not None:
-                try:
+                with naming(self.paths[i]):
                     image = resize(image, self.size)
-                except ImageError as error:
-                    raise ImageError(f"{quoted(self.paths[i])}: {error}") from None
             image = np.ascontiguousarray(image)
             image.flags.writeable = False
             if os.getpid() == self._owner:

@@ -18,7 +18,7 @@ import tifffile
 from PIL import Image
 
 from .errors import UsageError
-from .images import quoted, read_image
+from .images import naming, quoted, read_image
 from .layouts import PRIVATE, find_private
 from .saving import write_whole
 
@@ -50,7 +50,8 @@ def write_submission(
             f"{quoted(category)} has no images in {' or '.join(PRIVATE)}: only MVTec AD 2 is submitted; leave this out."
         )
     for done, path in enumerate(paths, start=1):
-        found = detector.inspect(read_image(path))
+        with naming(path):
+            found = detector.inspect(read_image(path))
         place = Path(category.resolve().name, path.parent.name, path.name)
         map = found.map.clip(-LARGEST, LARGEST).astype(np.float16)
         mask = Image.fromarray(found.mask.astype(np.uint8) * 255)

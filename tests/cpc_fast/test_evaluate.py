@@ -1,16 +1,19 @@
 """metrics.json: its form, its numbers, and what it says where a set cannot tell."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from samples import TINY_CONFIG, make_set, save, texture
 
 from cpc_fast import metrics as metric
+from cpc_fast.answers import predict
 from cpc_fast.detector import Detector
 from cpc_fast.errors import CpcFastError, UsageError
 from cpc_fast.evaluate import evaluate, mean_metrics, write_metrics
 from cpc_fast.images import ImageError
+from cpc_fast.submission import write_submission
 
 FORM = {
     "version": None, "config": None, "device": None, "data": None,
@@ -114,6 +117,14 @@ def test_what_cannot_be_scored_is_named(detector, tmp_path):
     save(root / "test" / "good" / "small.png", texture(7, 12, 60))
     with pytest.raises(CpcFastError, match=r"small\.png'.*12 x 60 pixels is smaller than one patch"):
         evaluate(detector, root)
+    small = save(tmp_path / "can" / "test_private" / "small.png", texture(7, 12, 60))
+    named = rf"^{re.escape(repr(str(small)))}: An image of 12 x 60 pixels is smaller than one patch"
+    with pytest.raises(CpcFastError, match=named):
+        detector.predict([small])
+    with pytest.raises(CpcFastError, match=named):
+        write_submission(detector, tmp_path / "can", tmp_path / "maps")
+    predict(detector, [small], tmp_path / "out")
+    assert re.match(named, json.loads((tmp_path / "out" / "predictions.json").read_text())["skipped"][0]["reason"])
     save(root / "test" / "good" / "small.png", texture(7))
     save(root / "ground_truth" / "hole" / "001_mask.png", np.zeros((48, 40), np.uint8))
     with pytest.raises(ImageError, match=r"001_mask\.png' is 48 x 40 px, but its image is 48 x 48"):
