@@ -25,7 +25,7 @@ import torch
 
 from cpc_fast.config import Config, preset, read_settings
 from cpc_fast.errors import UsageError
-from cpc_fast.saving import write_text
+from cpc_fast.files import write_text
 
 from .ledger import slug
 from .quality import find_beds, of_group, parse

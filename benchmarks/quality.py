@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from cpc_fast.config import preset, read_settings
+from cpc_fast.files import write_text
 from cpc_fast.progress import duration
-from cpc_fast.saving import write_text
 
 from .baselines import BASELINES
 from .ledger import slug

@@ -24,11 +24,12 @@ from cpc_fast.config import Config
 from cpc_fast.detector import Detector
 from cpc_fast.errors import CpcFastError
 from cpc_fast.evaluate import evaluate, measure, score_all
+from cpc_fast.files import write_text, write_whole
 from cpc_fast.images import ImageCache, shorter_sides
 from cpc_fast.layouts import find_train
 from cpc_fast.progress import duration
 from cpc_fast.report import contact_sheet
-from cpc_fast.saving import clear_run, write_text, write_whole
+from cpc_fast.saving import clear_run
 from cpc_fast.scored import Scored
 from cpc_fast.train import Progress
 

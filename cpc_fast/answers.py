@@ -30,11 +30,11 @@ from PIL import Image
 from .bank import host_blocks
 from .detector import Detector, Prediction
 from .errors import CpcFastError, Stopped
+from .files import locked, remove_asides, write_whole
 from .images import naming, read_image
 from .inputs import Shard, answer_kinds, has_colour, plan
 from .journal import entries, journal, whole
 from .report import mask_outline, overlay, printable
-from .saving import locked, remove_asides, write_whole
 from .segments import outline
 from .version import __version__
 

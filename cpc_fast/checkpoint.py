@@ -19,9 +19,10 @@ from torch import nn
 
 from .config import Config
 from .errors import CpcFastError, UsageError
+from .files import remove_asides
 from .images import quoted
 from .runs import BEST, CHECKPOINT, DETECTOR, need_checkpoint, refuse_run
-from .saving import FORMAT, Spec, read_config, read_tensors, remove_asides, versions, write_tensors
+from .saving import FORMAT, Spec, read_config, read_tensors, versions, write_tensors
 from .train import Position
 
 

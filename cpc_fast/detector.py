@@ -26,12 +26,13 @@ from .bank import Bank, StreamedBank, host_rows, place_bank, reservoir
 from .checkpoint import Checkpoint
 from .config import Config, preset
 from .errors import CpcFastError, Stopped, UsageError
+from .files import locked
 from .images import ImageCache, check_pixels, described, is_one_image, naming, quoted, read_image, resize, to_channels
 from .layouts import find_train
 from .model import CPC
 from .patches import grid_shape, patch_starts
 from .runs import DETECTOR
-from .saving import load_run, locked, save_run
+from .saving import load_run, save_run
 from .scoring import Calibration, Scorer, Surprise, held_out_scores
 from .segments import Segment, find_segments
 from .train import Position, Progress, autocast, make_optimizer, train

@@ -27,10 +27,10 @@ import numpy as np
 from cpc_kernels.capabilities import device_name
 
 from .detector import Detector, Prediction
+from .files import write_text
 from .images import TestImage, naming, read_image, read_mask
 from .layouts import find_test
 from .metrics import image_metrics, pixel_metrics
-from .saving import write_text
 from .scored import Scored
 from .version import __version__
 

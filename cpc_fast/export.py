@@ -30,12 +30,12 @@ from .bank import host_rows
 from .contexts import DIRECTIONS
 from .detector import Detector
 from .errors import CpcFastError, UsageError
+from .files import write_whole
 from .images import quoted
 from .latents import encode
 from .model import IMAGENET, mirrors
 from .patches import extract_patches, grid_shape, patch_places, places_turned_over, turned_over
 from .predictions import seen_turned
-from .saving import write_whole
 from .scoring import at_places, mean_of_squares
 from .shapes import Patches
 from .version import __version__

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CpcFastError, UsageError
+from .files import locked, write_whole
 from .images import quoted
 from .inputs import Shard, answer_kinds, need_readable, sources_in
-from .saving import locked, write_whole
 
 SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing that was written
 

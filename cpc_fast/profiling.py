@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 
 from .detector import Detector, prepare
-from .saving import write_whole
+from .files import write_whole
 from .train import Position, make_optimizer, train
 
 PHASES = ("training step", "scoring an image")

@@ -15,7 +15,6 @@ one rule: an image is flagged when its score is above the threshold, a pixel is 
 """
 
 import base64
-import contextlib
 import hashlib
 import io
 import math
@@ -33,6 +32,7 @@ from scipy import ndimage
 from skimage.measure import approximate_polygon, find_contours
 
 from cpc_fast.errors import CpcFastError
+from cpc_fast.files import write_text
 from cpc_fast.metrics import Curve, pro_curve, roc_curve
 from cpc_fast.scored import Scored
 from cpc_fast.version import __version__
@@ -51,7 +51,7 @@ BINS = 48
 
 
 class ReportError(CpcFastError):
-    """The report could not be made from what was given, or could not be written."""
+    """The report could not be made from what was given."""
 
 
 @dataclass(frozen=True)
@@ -497,8 +497,8 @@ def write_report(path: str | os.PathLike[str], sections: Sequence[Section]) -> N
         path: the file to write; an existing one is replaced only once the new one is complete.
         sections: one per data set, at least one; each needs at least one scored image.
 
-    Raises: ReportError (CpcFastError) for an empty section, images and maps of different sizes, scores that are not
-        finite, or a file that cannot be written.
+    Raises: ReportError (CpcFastError) for an empty section, images and maps of different sizes, or scores that are not
+        finite, CpcFastError where the file cannot be written.
 
     Example:
         >>> import tempfile
@@ -533,18 +533,7 @@ def write_report(path: str | os.PathLike[str], sections: Sequence[Section]) -> N
         policy=policy, style=Markup(style), script=Markup(script), version=__version__,
         sections=[_section(s, budget) for s in sections], heat=[HEAT[n] for n in range(0, 256, 17)],
     )  # fmt: skip
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        aside.write_text(html, encoding="utf-8", newline="\n")
-        os.replace(aside, path)
-    except OSError as error:
-        raise ReportError(
-            f"report: cannot write {path} ({error.strerror}). Choose a folder that exists and has room."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
+    write_text(Path(path), html)
 
 
 def _hex(color: Sequence[int]) -> str:

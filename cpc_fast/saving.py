@@ -7,14 +7,9 @@ RUN/checkpoint.safetensors  the state of the training (checkpoint.py)
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import glob
 import json
-import os
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +20,7 @@ from torch import Tensor, nn
 
 from .config import Config
 from .errors import CpcFastError, UsageError
+from .files import locked, write_text, write_whole
 from .images import quoted
 from .model import CPC, mirrors
 from .runs import BEST, CHECKPOINT, DETECTOR, need_file, need_run
@@ -37,48 +33,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 Spec = tuple[torch.dtype | None, tuple[int, ...]]  # what a tensor in a file is; None: of a type not written here
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file aside, bring it to the disk, and rename it into place, so that the old one stays until then.
-
-    Raises CpcFastError when the disk is full or the folder cannot be written; what was there before is untouched.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException as error:
-        with suppress(OSError):
-            aside.unlink()
-        if not isinstance(error, (OSError, SafetensorError)):
-            raise
-        reason, number = getattr(error, "strerror", None) or str(error), getattr(error, "errno", None)
-        full = number in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        kept = " The file that was there before is untouched." if path.exists() else ""
-        raise CpcFastError(
-            f"Could not write {quoted(path)}: {reason}. {'Free some space or choose' if full else 'Choose'} another "
-            f"folder.{kept}"
-        ) from None
-
-
-def remove_asides(path: Path) -> None:
-    """Remove what killed processes left of their attempts to write `path`; only under the lock of its folder."""
-    for aside in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        aside.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, whole or not at all."""
-    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """A safetensors file with `about` as JSON in its header, whole or not at all."""
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
@@ -86,7 +40,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any])
     def write(aside: Path) -> None:
         aside.touch()  # with the rights that the user gives new files; save_file keeps its own to the owner
         rights = aside.stat().st_mode
-        save_file(plain, aside, {"about": json.dumps(about)})
+        try:
+            save_file(plain, aside, {"about": json.dumps(about)})
+        except SafetensorError as error:  # most likely a full disk
+            raise OSError(str(error)) from None
         aside.chmod(rights)
 
     write_whole(path, write)
@@ -219,56 +176,6 @@ def read_config(run: Path, about: dict[str, Any]) -> Config:
         return Config.from_json(about["config"])
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
         raise CpcFastError(f"The config in {quoted(run)} cannot be read ({_short(error)}); fit again.") from None
-
-
-@contextmanager
-def locked(folder: Path, name: str = "run.lock", wait: bool = False) -> Iterator[None]:
-    """Hold a folder for one writing process; the system lets go of it when the process ends, however it ends.
-
-    With `wait`, wait for another process to let go. Raises CpcFastError where another process holds it (without
-    `wait`), or where the folder cannot be written.
-    """
-    path = folder / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed below, or held)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                file.seek(0)
-                holder = _short(file.read(100)) or "of unknown number"
-                file.close()
-                raise CpcFastError(
-                    f"{quoted(folder)} is being written by another process ({holder}); wait for its end, stop it, or "
-                    "choose another folder."
-                ) from None
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise
-                break  # a file system without locks
-            if _same(file.fileno(), path):
-                break
-            file.close()  # its last holder has just removed it
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-    except OSError as error:
-        raise CpcFastError(
-            f"Could not write in the folder {quoted(folder)}: {error.strerror}; choose another one."
-        ) from None
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
-
-
-def _same(file: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _short(what: object) -> str:

@@ -18,9 +18,9 @@ import tifffile
 from PIL import Image
 
 from .errors import UsageError
+from .files import write_whole
 from .images import naming, quoted, read_image
 from .layouts import PRIVATE, find_private
-from .saving import write_whole
 
 if TYPE_CHECKING:
     from .detector import Detector

@@ -13,7 +13,7 @@ PACKAGE, KERNELS = ROOT / "cpc_fast", ROOT / "kernels" / "cpc_kernels"
 # A module imports only from modules to its left. A new module finds its place here first.
 ORDER = (
     "version", "errors", "torchrun", "shapes", "config", "stages",
-    "images", "layouts", "inputs", "runs", "datasets",
+    "images", "files", "layouts", "inputs", "runs", "datasets",
     "patches", "shifts", "latents", "contexts", "predictions", "loss", "bank", "anomaly_map", "segments",
     "scored", "metrics", "report",
     "model", "latent_cache", "train", "scoring", "saving", "checkpoint", "detector", "evaluate", "journal",
@@ -130,6 +130,10 @@ def test_commands_import_late_what_is_slow(path):
         if isinstance(node, ast.ImportFrom) and node.level:
             modules = {node.module} if node.module else {alias.name for alias in node.names}
             assert modules <= quick, f"{path.name} imports {modules} at its top"
+
+
+def test_files_are_written_and_reports_drawn_without_torch():
+    assert fresh("import sys, cpc_fast.files, cpc_fast.report; print('torch' in sys.modules)") == "False\n"
 
 
 def test_the_package_loads_what_it_exports_when_asked():

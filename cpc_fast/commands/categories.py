@@ -43,9 +43,9 @@ def evaluate_all(
             need_writable(folder)
     torch_device = choose_device(device)
     from ..evaluate import mean_metrics, write_metrics
+    from ..files import write_text
     from ..progress import counting
     from ..report import write_report
-    from ..saving import write_text
     from ..submission import write_submission
 
     again = ["cpc-fast", "evaluate", "--all", str(root), "--runs", str(runs)]

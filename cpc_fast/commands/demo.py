@@ -79,8 +79,8 @@ def _write_contact_sheet(path: Path, sections: list[Section]) -> None:
     import numpy as np
     from PIL import Image
 
+    from ..files import write_whole
     from ..report import contact_sheet
-    from ..saving import write_whole
 
     bands = []
     for section in sections:

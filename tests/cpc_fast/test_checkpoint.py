@@ -17,6 +17,7 @@ from cpc_fast import checkpoint, cli, saving, train
 from cpc_fast.checkpoint import checkpoint_config
 from cpc_fast.detector import Detector
 from cpc_fast.errors import CpcFastError, Stopped, UsageError
+from cpc_fast.files import locked
 
 IMAGES = [texture(i) for i in range(10)]
 CONFIG = TINY_CONFIG.replace(epochs=3, shifts=("noise",), flips=True)
@@ -43,7 +44,7 @@ def test_a_run_is_not_cleared_while_it_is_written(tmp_path):
     names = {"model.safetensors", "checkpoint.safetensors", "best.safetensors", "config.json"}
     for name in names:
         (tmp_path / name).touch()
-    with saving.locked(tmp_path), pytest.raises(CpcFastError, match="by another process"):
+    with locked(tmp_path), pytest.raises(CpcFastError, match="by another process"):
         saving.clear_run(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == names
     saving.clear_run(tmp_path)
@@ -244,7 +245,7 @@ def test_what_torchrun_starts_again_goes_on_only_when_told_to(tmp_path, capsys, 
 HOLD = """
 import sys, time
 from pathlib import Path
-from cpc_fast.saving import locked
+from cpc_fast.files import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

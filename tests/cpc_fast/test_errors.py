@@ -19,8 +19,9 @@ from samples import SET_TINY, make_set, save, texture
 from cpc_fast import cli, saving
 from cpc_fast.checkpoint import checkpoint_config
 from cpc_fast.errors import CpcFastError, UsageError
+from cpc_fast.files import write_text
 from cpc_fast.images import find_train
-from cpc_fast.saving import write_tensors, write_text
+from cpc_fast.saving import write_tensors
 
 CLI = [sys.executable, "-m", "cpc_fast.cli"]
 
@@ -325,12 +326,12 @@ def test_images_in_a_folder_good_are_pointed_at(tmp_path):
 
 def test_a_write_that_fails_anywhere_leaves_no_litter(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
-    saving.write_text(path, "good")
+    write_text(path, "good")
     for step in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(os, step, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             with pytest.raises(CpcFastError, match=r"x\.json.*No space left on device.*untouched"):
-                saving.write_text(path, "bad")
+                write_text(path, "bad")
         assert path.read_text() == "good"
         assert list(tmp_path.iterdir()) == [path]
 
@@ -356,7 +357,7 @@ def test_a_file_system_that_is_read_only(fitted, tmp_path, monkeypatch, capsys):
     for step in ("write_text", "unlink"):
         monkeypatch.setattr(Path, step, refuse)
     with pytest.raises(CpcFastError, match=r"x\.json': Read-only file system\. Choose another folder\.$"):
-        saving.write_text(tmp_path / "x.json", "x")
+        write_text(tmp_path / "x.json", "x")
 
 
 def test_a_run_folder_that_cannot_be_made(fitted, tmp_path, capsys):
