@@ -120,12 +120,15 @@ class Ablations:
         return (base if row is None else row.config(base)).replace(**bed.changes if bed else {})
 
     def asks_nothing(self, row: Row, bed: Bed | None = None) -> bool:
-        """Whether the base is what the row asks for, or cannot be read that way."""
+        """Whether the base is what the row asks for, or cannot have it."""
         if row.read.get("mirrored"):
             return self.config(None, bed).mirrored
         if "nearest" in row.read.get("form", ""):  # the distance stands where the loss from a place would
             return self.config(None, bed).place
-        return not row.reads and self.config(row, bed) == self.config(None, bed)
+        try:
+            return not row.reads and self.config(row, bed) == self.config(None, bed)
+        except UsageError:  # as 1 direction with mirror images
+            return True
 
     def jobs(self, beds: Sequence[tuple[Bed, Path]], rows: Sequence[Row], seeds: int, part: str) -> list[Job]:
         """The base first, then each row that asks for something."""
@@ -190,7 +193,7 @@ def tables(ablations: Ablations, part: str = "validation") -> str:
         f"{table(head, rows)}\n\nPreset `{ablations.preset}`{changed}; in brackets the difference from it; seeds "
         f"{', '.join(map(str, sorted(seeds)))}; {devices}, commit {commits}."
     )
-    for title, names in (("The preset's own choice by now", same), ("Not measured yet", missing)):
+    for title, names in (("Not tried, as the preset has it so or cannot have it", same), ("Not measured yet", missing)):
         text += f"\n\n{title}: {'; '.join(names)}." if names else ""
     return text
 

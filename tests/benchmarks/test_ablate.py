@@ -79,6 +79,12 @@ def test_the_table_of_the_repository_asks_for_what_there_is():
     assert left_out >= set(preset("quality").shifts) - {"none"}
 
 
+def test_a_row_that_the_base_cannot_have_is_left_out():
+    ablations = Ablations("aligned", {}, 1, Ablations.read().rows)  # scores mirror images, which takes 2 directions
+    one = next(row for row in ablations.rows if row.name == "1 direction")
+    assert ablations.asks_nothing(one)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -123,7 +129,7 @@ def test_rows_are_carried_out_and_told(data, tmp_path, monkeypatch, capsys):
     ):
         assert cell in text
     assert "(+0." in text or "(-0." in text
-    assert "The preset's own choice by now: norm: group." in text
+    assert "Not tried, as the preset has it so or cannot have it: norm: group." in text
     kept = tmp_path / "store" / "small" / "magnetic-tiles" / "cpc-0-validation.json"
     assert kept.exists()  # the base is the preset's own, on the other half
     runs = sorted(path.parent.name for path in (tmp_path / "runs").rglob("*/*/model.safetensors"))
