@@ -1,14 +1,19 @@
 """The flow from images to losses: shapes, geometry, and that nothing can be seen that should not be."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from samples import TINY_CONFIG
 
 from cpc_fast.bank import bank_losses
 from cpc_fast.config import PRESETS, Config, preset
 from cpc_fast.contexts import DIRECTIONS, ContextNet
 from cpc_fast.errors import CpcFastError, UsageError
+from cpc_fast.latents import ResidualBlock
 from cpc_fast.loss import accuracy, cpc_loss
 from cpc_fast.model import CPC
 from cpc_fast.patches import extract_patches, grid_shape, patch_places, patch_starts
@@ -190,6 +195,28 @@ def test_what_scoring_has_seen_can_be_trained_on():
     with torch.inference_mode():
         model.surprise(image[0], torch.randn(9, SMALL.features))
     model(image).loss.backward()
+
+
+NARROW = """
+import torch
+from cpc_fast.latents import PatchEncoder
+for width in (2, 3, 1, 7):
+    encoder = PatchEncoder(1, width, stem=2).to(memory_format=torch.channels_last)
+    for _ in range(6):
+        encoder(torch.randn(200, 1, 32, 32)).square().sum().backward()
+"""
+
+
+def test_narrow_encoders_learn():
+    """In a process of its own: what writes past its memory may crash, or hang, long after."""
+    subprocess.run([sys.executable, "-c", NARROW], check=True, timeout=120)
+
+
+def test_a_shortcut_with_a_stride_leaves_rows_and_columns_out():
+    block, x = ResidualBlock(8, 16, 2, "group"), torch.randn(3, 8, 7, 6)
+    assert block.shortcut is not None
+    rest = block.conv2(F.relu(block.norm2(block.conv1(F.relu(block.norm1(x))))))
+    torch.testing.assert_close(block(x), rest + F.conv2d(x, block.shortcut.weight, stride=2))
 
 
 @pytest.mark.parametrize("name", PRESETS)
