@@ -69,7 +69,6 @@ def choose_config(
     base = configs.preset(preset or "cpu-demo")
     changes = configs.read_settings(settings or [])
     changes |= {name: value for name, value in options.items() if value is not None}
-    base.replace(**changes)  # refused before torch is loaded to read the checkpoint
     if resume is not None and preset is None:
         from ..checkpoint import checkpoint_config
 

@@ -98,6 +98,14 @@ def test_a_finished_run_is_not_fitted_again(fitted, data, tmp_path, capsys, monk
     assert "Fitted on 10 (" in capsys.readouterr().out
 
 
+def test_settings_of_a_run_to_resume_are_those_of_its_config(data, tmp_path, capsys):
+    """Not of cpu-demo, whose patches are larger than this crop."""
+    fit = ["fit", str(data), "--out", str(tmp_path / "run"), "--set", "crop=24"]
+    assert cli.run([*fit, *SET_TINY, "--epochs", "1", "--set", "skip=0", "--set", "steps=1"]) == 0
+    assert cli.run([*fit, "--resume"]) == 0
+    assert "was finished already" in capsys.readouterr().out
+
+
 def test_a_flat_folder_is_not_sent_to_evaluate(data, tmp_path, capsys):
     flat = str(data / "train" / "good")
     assert cli.run(["fit", flat, "--out", str(tmp_path), *SET_TINY]) == 0
