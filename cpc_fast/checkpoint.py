@@ -22,18 +22,18 @@ from .errors import CpcFastError, UsageError
 from .files import remove_asides
 from .images import quoted
 from .runs import BEST, CHECKPOINT, DETECTOR, need_checkpoint, refuse_run
-from .saving import FORMAT, Spec, read_config, read_tensors, versions, write_tensors
+from .saving import FORMAT, Spec, read_config, read_record, read_tensors, versions, write_tensors
 from .train import Position
 
 
 def checkpoint_config(run: Path) -> tuple[Config, Position]:
     """The config of an interrupted run, and how far it is saved.
 
-    Raises UsageError where there is no checkpoint.
+    Only its record is read. Raises UsageError where there is no checkpoint.
     """
     need_checkpoint(run)
     path = run / CHECKPOINT
-    _, about = read_tensors(path, "checkpoint")
+    about = read_record(path, "checkpoint")
     return read_config(run, about), _position(path, about)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,28 +59,41 @@ def read_tensors(
     they are compared with the header before a tensor is read; the tensor called `leave` is not read. Raises
     CpcFastError for a file that is missing, damaged, other than expected, or not finite.
     """
-    need_file(path.parent, path.name, what)
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            if not isinstance(about, dict):
-                raise ValueError("its record is no JSON object")
-            names = file.keys()
-            if expect is not None:
-                slices = {name: file.get_slice(name) for name in names}
-                found = {name: (DTYPES.get(s.get_dtype()), tuple(s.get_shape())) for name, s in slices.items()}
-                _compare(path, found, expect(about))
-            tensors = {name: file.get_tensor(name) for name in names if name != leave}
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CpcFastError(
-            f"{quoted(path)} is damaged ({_short(error)}); restore it from a copy, or fit again."
-        ) from None
+    with _opened(path, what) as (file, about):
+        names = file.keys()
+        if expect is not None:
+            slices = {name: file.get_slice(name) for name in names}
+            found = {name: (DTYPES.get(s.get_dtype()), tuple(s.get_shape())) for name, s in slices.items()}
+            _compare(path, found, expect(about))
+        tensors = {name: file.get_tensor(name) for name in names if name != leave}
     for name, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise CpcFastError(
                 f"{quoted(path)} holds weights that are not finite ({name}); restore a copy, or fit again."
             )
     return tensors, about
+
+
+def read_record(path: Path, what: str) -> dict[str, Any]:
+    """The record in such a file; no tensor is read. Raises CpcFastError for a file that is missing or cut short."""
+    with _opened(path, what) as (_, about):
+        return about
+
+
+@contextmanager
+def _opened(path: Path, what: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The open file and its record; what cannot be read inside is damage."""
+    need_file(path.parent, path.name, what)
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            if not isinstance(about, dict):
+                raise ValueError("its record is no JSON object")
+            yield file, about
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise CpcFastError(
+            f"{quoted(path)} is damaged ({_short(error)}); restore it from a copy, or fit again."
+        ) from None
 
 
 def _compare(path: Path, found: dict[str, Spec], expected: dict[str, Spec]) -> None:

@@ -84,6 +84,23 @@ def test_the_best_state_is_kept_and_can_be_resumed(tmp_path):
     Detector.fit(IMAGES, CONFIG, out=tmp_path, resume=True)
 
 
+def test_the_config_of_a_run_is_read_without_its_weights(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.safetensors"
+    Detector.fit(IMAGES, CONFIG, epochs=1, out=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "isfinite", lambda _: pytest.fail("weights are looked through"))
+        assert checkpoint_config(tmp_path)[0] == CONFIG.replace(epochs=1)
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:100], b"", b"no" * 50):
+        path.unlink()  # it may be one file with the best
+        path.write_bytes(damaged)
+        with pytest.raises(CpcFastError, match=r"checkpoint\.safetensors' is damaged \(.*; restore it from a copy"):
+            checkpoint_config(tmp_path)
+    save_file({}, path, {"about": "[]"})
+    with pytest.raises(CpcFastError, match=r"is damaged \(its record is no JSON object"):
+        checkpoint_config(tmp_path)
+
+
 def test_a_long_epoch_is_saved_on_the_way(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
     seen = []
