@@ -98,7 +98,11 @@ def make_batch(
     windows, frames = [], []
     for image in images:
         start = [window_start(length, side, config.patch_size, generator) for length in image.shape[:2]]
-        window = model.standardise(image)[:, start[0] : start[0] + side, start[1] : start[1] + side]
+        rows, columns = (slice(first, first + side) for first in start)
+        if config.standardise == "image":  # by the mean and spread of all of it
+            window = model.standardise(image)[:, rows, columns]
+        else:
+            window = model.standardise(image[rows, columns])
         if config.flips:
             axes = [axis for axis in (1, 2) if torch.rand((), generator=generator) < 0.5]
             window = window.flip(axes)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import TINY_CONFIG
+from samples import TINY_CONFIG, texture
 
 from cpc_fast.bank import bank_losses
 from cpc_fast.config import PRESETS, Config, preset
@@ -378,6 +378,18 @@ def test_a_place_speaks_about_its_own_patch(kind):
     assert predictions.counts[-1] == 24
     torch.testing.assert_close(made(predictions)[-24:], placed.flatten(0, 2) @ predictions.weight[-1].T)
     assert predictions.targets[-24:].tolist() == list(range(24))
+
+
+@pytest.mark.parametrize("standardise", ["set", "image", "imagenet"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_windows_are_cut_from_standardised_images(standardise, channels):
+    """To the last bit, whether the pixels or the standardised values are cut."""
+    model = CPC(TINY_CONFIG.replace(standardise=standardise, channels=channels, jitter=0.0))
+    images = [np.repeat(texture(i, 61, 80), channels, 2) for i in range(3)]
+    model.measure_pixels(images)
+    batch, frames = make_batch(model, images, 32, torch.Generator().manual_seed(3))
+    for image, window, (top, left) in zip(images, batch, frames[:, :2].int().tolist(), strict=True):
+        assert torch.equal(window, model.standardise(image)[:, top : top + 32, left : left + 32])
 
 
 def test_windows_know_where_they_lie_in_the_image_as_it_is_shown():
