@@ -10,6 +10,8 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,23 @@ def checkpoint_config(run: Path) -> tuple[Config, Position]:
     """
     need_checkpoint(run)
     path = run / CHECKPOINT
-    about = read_record(path, "checkpoint")
-    return read_config(run, about), _position(path, about)
+    with _best_named(run):
+        about = read_record(path, "checkpoint")
+        return read_config(run, about), _position(path, about)
+
+
+@contextmanager
+def _best_named(run: Path) -> Iterator[None]:
+    """What is wrong with the checkpoint, and whether there is another state."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except CpcFastError as error:
+        path, best = run / CHECKPOINT, run / BEST
+        if not best.is_file() or os.path.samefile(path, best):
+            raise
+        raise CpcFastError(f"{error} {quoted(best)} is another state of it: copy it to {quoted(path)}.") from None
 
 
 class Checkpoint:
@@ -56,13 +73,8 @@ class Checkpoint:
             remove_asides(path)
         if not resume:
             return Position()
-        try:
+        with _best_named(run):
             tensors, about = read_tensors(self.path, "checkpoint to resume from", self._expected)
-        except UsageError:
-            raise
-        except CpcFastError as error:
-            kept = f" {quoted(self.best)} is another state of it: copy it there." if self.best.is_file() else ""
-            raise CpcFastError(f"{error}{kept}") from None
         self.model.load_state_dict(
             {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
         )

@@ -32,7 +32,7 @@ from .layouts import find_train
 from .model import CPC
 from .patches import grid_shape, patch_starts
 from .runs import DETECTOR
-from .saving import load_run, save_run
+from .saving import in_short, load_run, remedy, save_run
 from .scoring import Calibration, Scorer, Surprise, held_out_scores
 from .segments import Segment, find_segments
 from .train import Position, Progress, autocast, make_optimizer, train
@@ -322,9 +322,8 @@ class Detector:
             if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
                 raise ValueError("a number that is none")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = ascii(str(error)[:100])
             raise CpcFastError(
-                f"The record in {quoted(run)} cannot be read ({reason}); restore it from a copy, or fit again."
+                f"The record in {quoted(run)} cannot be read ({in_short(error)}); {remedy(Path(run) / DETECTOR)}."
             ) from None
         model = CPC(config, encoder).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         model.load_state_dict({n.removeprefix("model."): v for n, v in tensors.items() if n.startswith("model.")})

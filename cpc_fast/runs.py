@@ -19,9 +19,14 @@ def need_run(run: Path) -> None:
 
 
 def need_file(run: Path, name: str, what: str) -> None:
-    """Raises CpcFastError where the file is missing; `what` says in a word what it would hold."""
-    if not (run / name).is_file():
-        raise CpcFastError(f"There is no {what} in {quoted(run)} ({name} is missing); run fit first.")
+    """Raises UsageError where the file is missing; `what` says in a word what it would hold."""
+    if (run / name).is_file():
+        return
+    if name == DETECTOR and (run / CHECKPOINT).is_file():
+        raise UsageError(
+            f"The fit in {quoted(run)} was not finished ({name} is missing); go on with cpc-fast fit ... --resume."
+        )
+    raise UsageError(f"There is no {what} in {quoted(run)} ({name} is missing); run fit first.")
 
 
 def need_writable(folder: Path) -> None:

@@ -68,9 +68,7 @@ def read_tensors(
         tensors = {name: file.get_tensor(name) for name in names if name != leave}
     for name, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise CpcFastError(
-                f"{quoted(path)} holds weights that are not finite ({name}); restore a copy, or fit again."
-            )
+            raise CpcFastError(f"{quoted(path)} holds weights that are not finite ({name}); {remedy(path)}.")
     return tensors, about
 
 
@@ -91,9 +89,14 @@ def _opened(path: Path, what: str) -> Iterator[tuple[Any, dict[str, Any]]]:
                 raise ValueError("its record is no JSON object")
             yield file, about
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CpcFastError(
-            f"{quoted(path)} is damaged ({_short(error)}); restore it from a copy, or fit again."
-        ) from None
+        raise CpcFastError(f"{quoted(path)} is damaged ({in_short(error)}); {remedy(path)}.") from None
+
+
+def remedy(path: Path) -> str:
+    """What to do about a file that is no good."""
+    if path.name == DETECTOR and (path.parent / CHECKPOINT).is_file():
+        return "cpc-fast fit ... --resume makes it anew from the checkpoint"
+    return "restore it from a copy, or fit again"
 
 
 def _compare(path: Path, found: dict[str, Spec], expected: dict[str, Spec]) -> None:
@@ -116,7 +119,7 @@ def _compare(path: Path, found: dict[str, Spec], expected: dict[str, Spec]) -> N
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CpcFastError(
-            f"The weights in {quoted(path)} do not fit its config ({_short('; '.join(wrong[:3]))}{more}); "
+            f"The weights in {quoted(path)} do not fit its config ({in_short('; '.join(wrong[:3]))}{more}); "
             "if it was fitted with an encoder of your own, hand the same one to load, else fit again."
         )
 
@@ -172,7 +175,7 @@ def load_run(
     if mean != spread or 0 in mean:
         raise CpcFastError(
             f"The calibration in {quoted(run)} is damaged (means {mean}, spreads {spread}: one shape, and not empty); "
-            "restore it from a copy, or fit again."
+            f"{remedy(run / DETECTOR)}."
         )
     return tensors, read_config(run, about), about
 
@@ -183,14 +186,16 @@ def read_config(run: Path, about: dict[str, Any]) -> Config:
         made = about.get("versions")
         made = made.get("cpc_fast", "unknown") if isinstance(made, dict) else "unknown"
         raise CpcFastError(
-            f"{quoted(run)} is from another version of cpc_fast ({_short(made)}, format {_short(about.get('format'))}; "
-            f"this is {__version__}, format {FORMAT}); use that version, or fit again."
+            f"{quoted(run)} is from another version of cpc_fast ({in_short(made)}, format "
+            f"{in_short(about.get('format'))}; this is {__version__}, format {FORMAT}); use that version, or fit again."
         )
     try:
         return Config.from_json(about["config"])
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
-        raise CpcFastError(f"The config in {quoted(run)} cannot be read ({_short(error)}); fit again.") from None
+        raise CpcFastError(f"The config in {quoted(run)} cannot be read ({in_short(error)}); fit again.") from None
 
 
-def _short(what: object) -> str:
+def in_short(what: object) -> str:
+    """One line of ASCII, as of what was read from a file."""
+    what = f"{what} is missing" if isinstance(what, KeyError) else what
     return ascii(" ".join(str(what).split())[:200])[1:-1]

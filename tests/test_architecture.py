@@ -119,7 +119,7 @@ def test_what_cannot_work_is_refused_before_torch_is_loaded(tmp_path):
         ["demo", "--set", "colour=3"],
     ]
     code = f"import sys, cpc_fast.cli as cli; print([cli.run(c) for c in {cases}], 'torch' in sys.modules)"
-    assert fresh(code) == "[2, 2, 2, 2, 1, 2, 2, 2] False\n"
+    assert fresh(code) == "[2, 2, 2, 2, 2, 2, 2, 2] False\n"
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)

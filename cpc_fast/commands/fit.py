@@ -78,11 +78,17 @@ def fit(
     more = ["--device", device] if device != "auto" else []
     try:
         with together(torch_device) as own_device:
+            detector = None
             if finished:
                 from ..detector import Detector
 
-                detector = Detector.load(out, own_device)
-            else:
+                try:
+                    detector = Detector.load(out, own_device)
+                except CpcFastError as damage:  # the checkpoint is whole, or it would not be finished
+                    finished = False
+                    if not launched()[0]:
+                        say(str(damage))
+            if detector is None:
                 detector = fit_run("fit", data, out, config, own_device, resume, tensorboard)
     except Stopped as why:
         if launched()[0]:

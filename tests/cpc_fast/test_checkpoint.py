@@ -78,7 +78,7 @@ def test_the_best_state_is_kept_and_can_be_resumed(tmp_path):
     damaged = last.read_bytes()[:1000]
     last.unlink()  # it may be one file with the best
     last.write_bytes(damaged)
-    with pytest.raises(CpcFastError, match=r"is damaged.*best\.safetensors' is another state of it: copy it there"):
+    with pytest.raises(CpcFastError, match=r"is damaged.*best\.safetensors' is another state of it: copy it to "):
         Detector.fit(IMAGES, CONFIG, out=tmp_path, resume=True)
     last.write_bytes(best.read_bytes())
     Detector.fit(IMAGES, CONFIG, out=tmp_path, resume=True)

@@ -216,7 +216,7 @@ def copy_of(fitted: Path, tmp_path: Path) -> Path:
 def test_weights_that_are_not_finite(fitted, tmp_path, capsys):
     run = copy_of(fitted, tmp_path)
     rewrite(run, lambda tensors, about: tensors["model.members.0.predictor.weight"].view(-1)[7].fill_(float("nan")))
-    words = ("model.safetensors", "not finite", "model.members.0.predictor.weight", "fit again")
+    words = ("model.safetensors", "not finite", "model.members.0.predictor.weight", "fit ... --resume makes it anew")
     fails(capsys, ["evaluate", run, fitted / "data"], 1, *words)
     fails(capsys, ["predict", run, fitted / "data", "--out", tmp_path], 1, *words)
 
@@ -240,11 +240,33 @@ def test_a_run_of_another_version(fitted, tmp_path, capsys):
 def test_a_damaged_run_and_one_that_is_none(fitted, tmp_path, capsys):
     fails(capsys, ["evaluate", tmp_path / "none", fitted / "data"], 2, "no run folder", "fit makes one")
     (tmp_path / "none").mkdir()
-    fails(capsys, ["evaluate", tmp_path / "none", fitted / "data"], 1, "model.safetensors is missing", "run fit first")
+    fails(capsys, ["evaluate", tmp_path / "none", fitted / "data"], 2, "model.safetensors is missing", "run fit first")
     run = copy_of(fitted, tmp_path)
     data = (run / "model.safetensors").read_bytes()
     (run / "model.safetensors").write_bytes(data[: len(data) // 2])
-    fails(capsys, ["evaluate", run, fitted / "data"], 1, "is damaged", "fit again")
+    words = ("is damaged", "cpc-fast fit ... --resume makes it anew from the checkpoint.")
+    fails(capsys, ["evaluate", run, fitted / "data"], 1, *words)
+    assert cli.run(["fit", str(fitted / "data"), "--out", str(run), "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in (*words, "Fitted on 10"))
+    again, first = load_file(run / "model.safetensors"), load_file(fitted / "run" / "model.safetensors")
+    assert all(torch.equal(again[name], first[name]) for name in first)
+    rewrite(run, lambda tensors, about: about.pop("threshold"))
+    fails(capsys, ["evaluate", run, fitted / "data"], 1, "cannot be read ('threshold' is missing); cpc-fast fit")
+    (run / "model.safetensors").unlink()
+    said = "was not finished (model.safetensors is missing); go on with cpc-fast fit ... --resume."
+    fails(capsys, ["evaluate", run, fitted / "data"], 2, said)
+    (run / "model.safetensors").write_bytes(data[: len(data) // 2])
+    (run / "checkpoint.safetensors").unlink()
+    fails(capsys, ["evaluate", run, fitted / "data"], 1, "is damaged", "or fit again")
+
+
+def test_a_damaged_checkpoint_has_another_state_beside_it(fitted, tmp_path, capsys):
+    run = copy_of(fitted, tmp_path)
+    path = run / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    resume = ["fit", fitted / "data", "--out", run, "--resume"]
+    fails(capsys, resume, 1, "is damaged", f"best.safetensors' is another state of it: copy it to '{path}'.")
 
 
 # A disk that is full
