@@ -60,6 +60,7 @@ def fit(
 ) -> int:
     """Learn what is normal, and from where on a score is anomalous."""
     check_device(device)
+    from ..images import count_below, quoted
     from ..layouts import find_test, find_train
     from ..runs import CHECKPOINT, need_checkpoint, refuse_run
 
@@ -71,6 +72,8 @@ def fit(
     config = choose_config(preset, options, settings, resume=out if resume else None)
     finished = resume and _finished(out, fitted_to_files(config, images))
     if not (finished or launched()[0]):
+        if left := count_below(folder := images[0].parent):
+            say(f"Subfolders of {quoted(folder)} hold {left} images that are not read; to learn from them, move them.")
         for doubt in doubts(config, images):
             say(f"Of {doubt}")
     torch_device = choose_device(device)

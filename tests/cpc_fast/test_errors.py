@@ -156,6 +156,36 @@ def test_what_was_meant_is_said(fitted, tmp_path, capsys):
     fails(capsys, ["evaluate", run, flat], 2, "a flat folder of images", f"cpc-fast predict {run} {flat} --out answers")
 
 
+def test_a_link_to_nothing_is_told_from_a_name_that_is_none(tmp_path):
+    (tmp_path / "link.png").symlink_to("gone")
+    with pytest.raises(CpcFastError, match=r"link\.png': No such .*; it is a link to something that is gone, so mend"):
+        read_image(tmp_path / "link.png")
+    with pytest.raises(CpcFastError, match=r"gone\.png': No such file or directory; check the path\.$"):
+        read_image(tmp_path / "gone.png")
+
+
+def test_a_test_set_is_not_to_be_learnt_from(fitted, tmp_path, capsys, monkeypatch):
+    test = fitted / "data" / "test"
+    monkeypatch.chdir(test)
+    for name in (test, "."):
+        words = f"holds no images itself; to learn from train/good beside it: '{fitted / 'data'}'."
+        fails(capsys, ["fit", name, "--out", tmp_path / "run"], 2, words)
+    save(tmp_path / "test" / "good" / "0.png", texture(0))
+    words = f"is for judging, not to learn from; name '{tmp_path}', with normal images in train/good."
+    fails(capsys, ["fit", tmp_path / "test", "--out", tmp_path / "run"], 2, words)
+
+
+def test_images_in_subfolders_are_not_passed_over_in_silence(tmp_path, capsys):
+    for name in ("s0/a.png", "s0/deep/b.png", "s1/c.png", ".hidden/d.png", "s0/.e.png"):
+        save(tmp_path / "in" / name, texture(0))
+    fit = ["fit", tmp_path / "in", "--out", tmp_path / "run", *SET_TINY, "--epochs", "1"]
+    fails(capsys, fit, 2, "holds no images", "Its subfolders hold 3 images: name one of them, or move the images into")
+    for i in range(3):
+        save(tmp_path / "in" / f"{i}.png", texture(i))
+    assert cli.run([*map(str, fit)]) == 0
+    assert f"Subfolders of '{tmp_path / 'in'}' hold 3 images that are not read;" in capsys.readouterr().out
+
+
 def test_predict_gives_advice_that_predict_can_take(fitted, tmp_path, capsys):
     save(tmp_path / "small.png", texture(0, 12, 60))
     (tmp_path / "table.csv").write_text("a,b\n1,2\n")
