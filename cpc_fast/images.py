@@ -232,7 +232,17 @@ def find_train(root: str | os.PathLike) -> list[Path]:
         raise UsageError(f"{quoted(root)} has test but no train/good: nothing to learn from; add {quoted(good)}.")
     if flat:
         return flat
+    set_of = Path(os.path.abspath(root)).parent
+    if os.path.isdir(set_of / "train" / "good"):
+        raise UsageError(
+            f"{quoted(root)} holds no images itself; to learn from train/good beside it: {quoted(set_of)}."
+        )
     if os.path.isdir(root / "good") and find_images(root / "good"):
+        if Path(os.path.abspath(root)).name == "test":
+            raise UsageError(
+                f"{quoted(root)} is for judging, not to learn from; name {quoted(set_of)}, with normal images in "
+                "train/good."
+            )
         raise UsageError(f"{quoted(root)} holds no images itself, its folder good does: name {quoted(root / 'good')}.")
     inside = _categories(root, "train")
     if not inside and (count := count_below(root)):
