@@ -131,6 +131,11 @@ def _print_metrics(evaluation: Evaluation, threshold: Threshold) -> None:
     count = sum(one["count"] for one in metrics["by_defect"].values())
     rows.append(("all", count, number(image["auroc"]), number(pixel["auroc"]), number(pixel["au_pro_0.30"])))
     print_table("", ("defect", "images", "image AUROC", "pixel AUROC", "AU-PRO 0.30"), rows)
+    goods = [item.good for item in evaluation.scored]
+    if all(goods):
+        say("The test set has no defective images: there are no AUROC and AU-PRO without.")
+    elif not any(goods):
+        say("The test set has no normal images: there is no image AUROC without.")
     if blind := sorted({item.defect for item in evaluation.scored if item.truth is None and not item.good}):
         those = "these images" if len(blind) == len(metrics["by_defect"]) else ", ".join(map(printable, blind))
         say(f"There are no masks of {those} (a folder ground_truth would hold them): no pixel metrics without.")

@@ -16,6 +16,7 @@ from PIL import Image
 from samples import SET_TINY, make_set, save, texture
 
 from cpc_fast import cli, datasets
+from cpc_fast.commands import console
 from cpc_fast.doctor import examine
 from cpc_fast.images import read_image
 from cpc_fast.version import __version__
@@ -268,6 +269,28 @@ def test_masks_that_are_missing_are_missed(fitted, tmp_path, capsys):
     save(bare / "ground_truth" / "dent" / "000_mask.png", np.eye(48, dtype=np.uint8) * 255)
     assert cli.run(["evaluate", str(fitted), str(bare), "--out", str(tmp_path / "out")]) == 0
     assert "There are no masks of hole (" in capsys.readouterr().out
+
+
+def test_what_a_test_set_lacks_is_said(fitted, data, tmp_path, capsys):
+    lacks = Path(shutil.copytree(data, tmp_path / "data"))
+    shutil.rmtree(lacks / "test" / "good")
+    assert cli.run(["evaluate", str(fitted), str(lacks), "--out", str(tmp_path)]) == 0
+    assert "The test set has no normal images: there is no image AUROC without." in capsys.readouterr().out
+    shutil.copytree(data / "test" / "good", lacks / "test" / "good")
+    shutil.rmtree(lacks / "test" / "hole")
+    assert cli.run(["evaluate", str(fitted), str(lacks), "--out", str(tmp_path)]) == 0
+    assert "The test set has no defective images: there are no AUROC and AU-PRO without." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [24, 40])
+def test_a_narrow_terminal_cuts_no_figure(capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    figures = ("0.612", "100.0%", "-0.25", "1234.5", "12.0%", "-")
+    console.print_table("", ("set", *(f"image AUROC {i}" for i in range(6))), [("a rather long name", *figures)])
+    said = capsys.readouterr().out
+    assert "…" not in said
+    assert all(figure in said.split() for figure in figures)
 
 
 def test_every_line_of_help_is_whole(capsys, monkeypatch):
