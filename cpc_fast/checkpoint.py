@@ -155,13 +155,9 @@ class Checkpoint:
     def _expected(self, about: dict[str, Any]) -> dict[str, Spec]:
         config = read_config(self.path.parent, about)
         if config != self.config:
-            saved, now = config.to_json(), self.config.to_json()
-            differ = ", ".join(
-                f"{name}: {saved[name]} there, {now[name]} now" for name in now if saved[name] != now[name]
-            )
             raise UsageError(
-                f"{quoted(self.path.parent)} was begun with another config ({differ}); resume it with the same "
-                "choices, which --resume finds by itself where no --preset is named."
+                f"{quoted(self.path.parent)} was begun with another config ({self.config.unlike(config)}); resume it "
+                "with the same choices, which --resume finds by itself where no --preset is named."
             )
         position = _position(self.path, about)
         specs: dict[str, Spec] = {

@@ -236,6 +236,15 @@ class Config:
         """A plain dictionary, for config.json and metrics.json."""
         return dataclasses.asdict(self)
 
+    def unlike(self, other: Config) -> str:
+        """How another one, that is there, differs from this one, that is now.
+
+        >>> Config(epochs=2).unlike(Config(epochs=1))
+        'epochs: 1 there, 2 now'
+        """
+        there, now = other.to_json(), self.to_json()
+        return ", ".join(f"{name}: {there[name]} there, {now[name]} now" for name in now if there[name] != now[name])
+
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Config:
         """The inverse of to_json."""

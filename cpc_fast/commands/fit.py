@@ -258,10 +258,17 @@ def fit_or_go_on(name: str, data: Path, run: Path, config: Config, device: torch
         if detector.config == config:
             say(f"{name}: fitted before, so only evaluated (--fresh fits anew)")
             return detector
-        raise UsageError(f"{run} was fitted with another config; fit anew with --fresh, or choose another folder.")
+        raise UsageError(_another("fitted", run, config.unlike(detector.config)))
     resume = not fresh and (run / CHECKPOINT).exists()
-    if resume and checkpoint_config(run)[0] != config:
-        raise UsageError(f"{run} was begun with another config; fit anew with --fresh, or choose another folder.")
+    if resume and (begun := checkpoint_config(run)[0]) != config:
+        raise UsageError(_another("begun", run, config.unlike(begun)))
     for doubt in doubts(config, paths):
         say(f"{name}: of {doubt}")
     return fit_run(name, data, run, config, device, resume, fresh=fresh)
+
+
+def _another(what: str, run: Path, differ: str) -> str:
+    return (
+        f"{run} was {what} with another config ({differ}); choose the same, fit anew with --fresh, or choose another "
+        "folder."
+    )

@@ -49,7 +49,8 @@ def test_every_category_is_fitted_once_and_told(tmp_path, capsys, monkeypatch):
     assert {p: p.read_bytes() for p in (tmp_path / "runs/parts/bolt").iterdir()} == before
     image.write_bytes(whole)
     assert run([*command, "--set", "width=16"]) == 2
-    assert "was fitted with another config; fit anew with --fresh" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "with another config (width: 8 there, 16 now, place: True there, False now); choose the same, fit" in said
     assert run([*command, "--submission", "maps"]) == 2
     assert "bolt' has no test_private: only MVTec AD 2 takes --submission" in capsys.readouterr().err
 

@@ -392,7 +392,7 @@ def test_demo_does_the_whole_job(tmp_path, capsys, monkeypatch):
     assert (out / "gravel" / "model.safetensors").is_file()
     assert (out / "brick" / "model.safetensors").read_bytes() == weights
     assert cli.run([*command, "--set", "width=4"]) == 2
-    assert "another config; fit anew with --fresh" in capsys.readouterr().err
+    assert "another config (width: 8 there, 4 now); choose the same, fit anew with --fresh" in capsys.readouterr().err
 
 
 def test_data_textures_writes_sets_that_fit_reads(tmp_path, capsys):
