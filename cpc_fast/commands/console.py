@@ -92,7 +92,9 @@ def print_table(title: str, columns: tuple[str, ...], rows: list[Any]) -> None:
             and all(str(row[i]).lstrip("-")[:1].isdigit() or row[i] == "-" for row in rows)
             and column != "version"
         )
-        table.add_column(column, justify="right" if numbers else "left")
+        least = max(len(str(row[i])) for row in rows) if numbers else None  # a figure that is cut is another one
+        table.add_column(column, justify="right" if numbers else "left", overflow="fold", min_width=least)
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))  # Text: no markup in names
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+    with printing():
+        Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table, crop=False)
