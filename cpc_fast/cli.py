@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from .commands import data
-from .commands.console import complain, say
+from .commands.console import complain, printing, say
 from .commands.demo import demo
 from .commands.doctor import doctor
 from .commands.evaluate import evaluate
@@ -61,7 +61,8 @@ def run(arguments: list[str]) -> int:
     arguments = [argument for i, argument in enumerate(arguments) if argument != "--debug" or i >= end]
     try:
         code = app(arguments, prog_name="cpc-fast", standalone_mode=False)
-        sys.stdout.flush()
+        with printing():
+            sys.stdout.flush()
         if code == 130:  # what typer makes of Ctrl-C where the command had nothing to say about it
             complain("Stopped.")
         return code if isinstance(code, int) else 0

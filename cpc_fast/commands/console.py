@@ -9,14 +9,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Stopped
+from ..errors import CpcFastError, Stopped
 
 if TYPE_CHECKING:
     from ..detector import Detector
 
 
+@contextmanager
+def printing() -> Iterator[None]:
+    """What standard output refuses, as a sentence."""
+    try:
+        yield
+    except BrokenPipeError:  # the reader has seen enough
+        raise
+    except OSError as error:
+        raise CpcFastError(f"Standard output cannot be written: {error.strerror}.") from None
+
+
 def say(text: str = "") -> None:
-    print(text, flush=True)
+    with printing():
+        print(text, flush=True)
 
 
 def complain(text: str) -> None:

@@ -481,6 +481,14 @@ def test_stopped_before_the_first_epoch(fitted, tmp_path, monkeypatch, capsys):
 # What nobody thought of
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("what", ["--version", "doctor"])
+def test_standard_output_that_cannot_be_written(what):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*CLI, what], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (1, "Error: Standard output cannot be written: No space left on device.\n")
+
+
 def test_the_unexpected_is_one_sentence_and_a_traceback_on_request(fitted, monkeypatch, capsys):
     monkeypatch.setattr("cpc_fast.doctor.examine", lambda: 1 / 0)
     fails(capsys, ["doctor"], 1, "unexpected ZeroDivisionError: division by zero", "--debug shows where")
