@@ -87,7 +87,8 @@ def run(arguments: list[str]) -> int:
         if hasattr(error, "format_message"):  # typer's own: an option or argument that does not fit
             context = getattr(error, "ctx", None)
             where = context.command_path if context else "cpc-fast"
-            complain(f"Error: {error.format_message()} Try: {where} --help")  # type: ignore[attr-defined]
+            said = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+            complain(f"Error: {said}{'' if said.endswith('?') else '.'} Try: {where} --help")
             return 2
         detail = " ".join(str(error).split())[:300]
         complain(f"Error: unexpected {type(error).__name__}{': ' if detail else ''}{detail}. --debug shows where.")

@@ -424,8 +424,9 @@ def _decode(path: Path, data: bytes | None = None) -> np.ndarray:
     except OSError as error:
         if error.errno is None:  # Pillow's own, about the contents
             raise ImageError(_broken(path, error)) from error
+        link = "it is a link to something that is gone, so mend or remove it"
         advice = {
-            errno.ENOENT: "check the path",
+            errno.ENOENT: link if path.is_symlink() else "check the path",
             errno.EACCES: "give yourself the right to read it",
             errno.ELOOP: "remove the circle of links",
         }

@@ -129,6 +129,8 @@ def _need(path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         if any(c in "*?[" for c in os.fspath(path)):  # a shell hands on what matches nothing
             raise UsageError(f"No file matches {quoted(path)}; check the pattern.") from None
+        if os.path.islink(path):
+            raise UsageError(f"{quoted(path)} is a link to something that is gone; mend it, or leave it out.") from None
         raise UsageError(f"There is no file or folder {quoted(path)}; check the path.") from None
     except (OSError, ValueError):  # said when it is read
         pass

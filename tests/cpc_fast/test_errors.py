@@ -20,7 +20,7 @@ from cpc_fast import cli, saving
 from cpc_fast.checkpoint import checkpoint_config
 from cpc_fast.errors import CpcFastError, UsageError
 from cpc_fast.files import write_text
-from cpc_fast.images import find_train
+from cpc_fast.images import find_train, read_image
 from cpc_fast.saving import write_tensors
 
 CLI = [sys.executable, "-m", "cpc_fast.cli"]
@@ -129,6 +129,8 @@ def test_predict_keeps_earlier_answers_where_it_has_none(fitted, tmp_path, capsy
     assert cli.run([*map(str, predict), str(fitted / "data" / "test" / "good")]) == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     fails(capsys, [*predict, tmp_path / "new.png"], 2, "There is no file or folder", "new.png'; check the path.")
+    (tmp_path / "link.png").symlink_to("gone")
+    fails(capsys, [*predict, tmp_path / "link.png"], 2, "link.png' is a link to something that is gone; mend it, or")
     fails(capsys, [*predict, tmp_path / "new" / "*.png"], 2, "No file matches", "/new/*.png'; check the pattern.")
     bad.write_text("not an image")
     fails(capsys, [*predict, bad], 1, "No image can be read, so the answers of before stay in", "bad.png' is not an")
@@ -210,7 +212,7 @@ def test_predict_gives_advice_that_predict_can_take(fitted, tmp_path, capsys):
         (["--set", "image_size=4"], "image_size is 4; it must be at least patch_size"),
         (["--preset", "fastest"], "There are: cpu-demo, quality, texture, aligned, fast, paper"),
         (["--epochs", "0"], "epochs is 0; it must be at least 1"),
-        (["--epochs", "x"], "--epochs"),
+        (["--epochs", "x"], "integer. Try: cpc-fast fit --help"),
         (["--device", "abacus"], "no such device"),
         (["--device", "cuda:99"], "torch sees"),
         (["--resume"], "no checkpoint"),
