@@ -54,7 +54,7 @@ def survive(folder: Path, kills: int, seed: int) -> dict[str, int]:
     """How often it was killed, in how many runs, at what moments, and how many files differed at the end (none)."""
     torch.set_num_threads(1)
     chance, noise = random.Random(seed), np.random.default_rng(seed)
-    images = [noise.integers(0, 256, (32, 32, 1), dtype=np.uint8) for _ in range(12)]
+    images = [noise.integers(0, 256, (40, 40, 1), dtype=np.uint8) for _ in range(12)]
     begun = time.monotonic()
     assert os.waitpid(_live(images, folder / "whole"), 0)[1] == 0
     length = time.monotonic() - begun
