@@ -27,7 +27,18 @@ from .checkpoint import Checkpoint
 from .config import Config, preset
 from .errors import CpcFastError, Stopped, UsageError
 from .files import locked
-from .images import ImageCache, check_pixels, described, is_one_image, naming, quoted, read_image, resize, to_channels
+from .images import (
+    Chosen,
+    ImageCache,
+    check_pixels,
+    described,
+    is_one_image,
+    naming,
+    quoted,
+    read_image,
+    resize,
+    to_channels,
+)
 from .layouts import find_train
 from .model import CPC
 from .patches import grid_shape, patch_starts
@@ -204,9 +215,10 @@ class Detector:
             names = short = [f"Image {i}" for i in range(len(images))]
         if not images:
             raise UsageError("There are no images to fit on (got an empty list); give at least 3 normal ones.")
-        sides = [min(image.shape[:2]) for image in images]
+        shapes = [image.shape[:2] for image in images]
+        sides = [min(shape) for shape in shapes]
         config = config.fitted_to(sides, names)
-        _check_sizes(images, names, config)
+        _check_sizes(shapes, names, config)
         training, held_out = split(len(images), config)
         rank, world = rank_and_world()
         with contextlib.nullcontext() if out is None or rank else locked(Path(out)):
@@ -229,7 +241,7 @@ class Detector:
                     on_step(progress)
 
             train(
-                model, [images[i] for i in training], config, optimizer=optimizer, position=position,
+                model, Chosen(images, training), config, optimizer=optimizer, position=position,
                 on_step=watch, save=checkpoint.save if checkpoint and rank == 0 else None, stop=stop,
             )  # fmt: skip
 
@@ -249,11 +261,11 @@ class Detector:
                 )
             threshold = Threshold.from_scores(scores, config.target_fpr)
             window = config.window(min(sides[i] for i in training))  # crop may ask for more than there is
-            shapes = {image.shape[:2] for image in (images[i] for i in range(len(images)))}
+            sizes = sorted(set(shapes))
             trained_on = {
                 "data": source,
                 "normal images": f"{len(images)} ({len(training)} to learn from, {len(held_out)} for the threshold)",
-                "image size": " and ".join(f"{h} x {w}" for h, w in sorted(shapes)) if len(shapes) < 4 else "varying",
+                "image size": " and ".join(f"{h} x {w}" for h, w in sizes) if len(sizes) < 4 else "varying",
                 "patches": f"{config.patch_size} x {config.patch_size} pixels, at most {config.patch_stride} apart",
                 "windows": f"{window} x {window} pixels",
                 "epochs": str(config.epochs),
@@ -431,17 +443,16 @@ def _highest(scores: Sequence[float], names: Sequence[str]) -> str:
     return f"{first[1]} scores {first[0]:.4g}" + "".join(f", then {name} {score:.4g}" for score, name in rest)
 
 
-def _check_sizes(images: Sequence[np.ndarray], names: Sequence[str], config: Config) -> None:
+def _check_sizes(shapes: Sequence[tuple[int, ...]], names: Sequence[str], config: Config) -> None:
     """Every image can be cut into patches, and windows of training hold every step, or none is trained on."""
-    for name, image in zip(names, images, strict=True):
-        h, w = image.shape[:2]
+    for name, (h, w) in zip(names, shapes, strict=True):
         if min(h, w) < config.patch_size:
             raise CpcFastError(
                 f"{name} is {h} x {w} pixels, smaller than one patch of {config.patch_size} pixels; "
                 "remove it, set image_size to enlarge all images, or make patch_size smaller."
             )
-    smallest = min(range(len(images)), key=lambda i: min(images[i].shape[:2]))
-    h, w = images[smallest].shape[:2]
+    smallest = min(range(len(shapes)), key=lambda i: min(shapes[i]))
+    h, w = shapes[smallest]
     side = config.window(min(h, w))
     across, far = grid_shape(side, side, config.patch_size, config.patch_stride)[0], config.offsets[-1]
     if far >= across:  # what such a step predicts with would stay as it was drawn, and vote

@@ -398,6 +398,19 @@ class ImageCache(Sequence[np.ndarray]):
         return np.frombuffer(data, np.uint8).reshape(shape)
 
 
+class Chosen(Sequence[np.ndarray]):
+    """Some of the images of another sequence, by their indices; each is taken from there when it is asked for."""
+
+    def __init__(self, images: Sequence[np.ndarray], indices: Sequence[int]) -> None:
+        self.images, self.indices = images, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> np.ndarray:  # type: ignore[override]  # no slices, as in an ImageCache
+        return self.images[self.indices[i]]
+
+
 def _decode(path: Path, data: bytes | None = None) -> np.ndarray:
     """uint8 (H, W, C), or uint16 (H, W, 1), of any size within the limit."""
     try:

@@ -32,13 +32,15 @@ class LatentCache:
         self.model, self.images, self.side, self.left = model, images, side, memory
         self.cells = grid_shape(side, side, model.config.patch_size, model.config.patch_stride)
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sides: dict[int, tuple[int, ...]] = {}  # of the images seen: these may have to be read from a disk
 
     def latents(self, i: int) -> tuple[Tensor, Tensor]:
         """(gy, gx, d) of image i, and (copies, *cells, d) of shifted copies of one window of it."""
         if (found := self.kept.get(i)) is not None:
             return found
-        config = self.model.config
-        pixels = self.model.standardise(self.images[i])[None]
+        config, image = self.model.config, self.images[i]
+        self.sides[i] = image.shape[:2]
+        pixels = self.model.standardise(image)[None]
         with torch.no_grad():
             whole = self.model.latents(pixels)[0].float()
             copies = whole.new_empty(0, *self.cells, whole.shape[-1])
@@ -61,7 +63,7 @@ class LatentCache:
         size, stride = self.model.config.patch_size, self.model.config.patch_stride
         for i in chosen:
             whole, copies = self.latents(i)
-            sides = self.images[i].shape[:2]
+            sides = self.sides[i]
             top, left = (
                 window_start(*cells, size // stride, generator)
                 for cells in zip(whole.shape[:2], self.cells, strict=True)

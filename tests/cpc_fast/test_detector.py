@@ -2,7 +2,9 @@
 
 import copy
 import re
+import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,11 @@ from safetensors.torch import load_file
 from samples import TINY_CONFIG, holed, make_set, texture
 from torch import nn
 
+from cpc_fast import detector as detectors
 from cpc_fast.config import Config
-from cpc_fast.detector import Detector, Threshold, prepare
+from cpc_fast.detector import Detector, Threshold, prepare, split
 from cpc_fast.errors import CpcFastError, UsageError
+from cpc_fast.images import ImageCache
 from cpc_fast.model import CPC
 from cpc_fast.patches import extract_patches, patch_starts
 from cpc_fast.scoring import Scorer, calibrate, held_out_scores
@@ -257,6 +261,35 @@ def test_members_learn_apart_and_are_averaged():
     ]
     told = torch.cat(values).unflatten(0, (2, -1)).mean(0).split(counts[: len(counts) // 2])
     assert list(found.losses.values()) == pytest.approx([float(one.mean()) for one in told], rel=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_images_that_were_spilt_to_disk_are_not_all_in_memory(tmp_path, monkeypatch, frozen):
+    data = make_set(tmp_path, train=30)
+    cache = partial(ImageCache, memory=0)
+    alive, most, reads = set(), [], []
+    read = ImageCache.__getitem__
+
+    def watched(self, i):
+        image = read(self, i)
+        reads.append(i)
+        weakref.finalize(image, alive.discard, len(reads))
+        alive.add(len(reads))
+        most.append(len(alive))
+        return image
+
+    monkeypatch.setattr(detectors, "ImageCache", cache)
+    monkeypatch.setattr(ImageCache, "__getitem__", watched)
+    encoder = Flat().requires_grad_(False) if frozen else None
+    spilt = Detector.fit(data, TINY_CONFIG, encoder=encoder)
+    training, held_out = split(30, TINY_CONFIG)
+    assert max(most) <= TINY_CONFIG.batch_size + 2  # of 24
+    assert all(reads.count(i) == 2 for i in held_out)  # for their size, and their score
+    if frozen:  # size; window; pixels; latents, once; bank; and a few that the check of types takes at random
+        assert sum(reads.count(i) for i in training) < 5 * 24 + 6
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    assert spilt.threshold == Detector.fit(data, TINY_CONFIG, encoder=encoder).threshold
 
 
 def test_no_images_are_no_fit():
