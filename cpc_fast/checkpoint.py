@@ -23,7 +23,7 @@ from .config import Config
 from .errors import CpcFastError, UsageError
 from .files import remove_asides
 from .images import quoted
-from .runs import BEST, CHECKPOINT, DETECTOR, need_checkpoint, refuse_run
+from .runs import BEST, CHECKPOINT, DETECTOR, need_checkpoint, other_images, refuse_run
 from .saving import FORMAT, Spec, read_config, read_record, read_tensors, versions, write_tensors
 from .train import Position
 
@@ -57,9 +57,12 @@ def _best_named(run: Path) -> Iterator[None]:
 class Checkpoint:
     """The training state of a run: begin restores it, save writes it."""
 
-    def __init__(self, run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> None:
+    def __init__(
+        self, run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, images: dict[str, str]
+    ) -> None:
+        """images: an origin (runs.py)."""
         self.path, self.best = run / CHECKPOINT, run / BEST
-        self.model, self.optimizer, self.config = model, optimizer, config
+        self.model, self.optimizer, self.config, self.images = model, optimizer, config, images
         self._replaced: tuple[Path, ...] = ()  # files of an earlier run, which go once the first state is on disk
 
     def begin(self, resume: bool, fresh: bool = False) -> Position:
@@ -128,7 +131,7 @@ class Checkpoint:
         }  # fmt: skip
         record = {
             "format": FORMAT, "versions": versions(), "config": self.config.to_json(), "position": where,
-            "slots": sorted(name for name in tensors if name.startswith("optimizer.")),
+            "trained_on": self.images, "slots": sorted(name for name in tensors if name.startswith("optimizer.")),
         }  # fmt: skip
         write_tensors(self.path, tensors, record)
         while self._replaced:
@@ -154,6 +157,10 @@ class Checkpoint:
 
     def _expected(self, about: dict[str, Any]) -> dict[str, Spec]:
         config = read_config(self.path.parent, about)
+        if others := other_images(about, self.images):
+            raise UsageError(
+                f"{quoted(self.path.parent)} was begun on {others}; name its own again, or choose another run folder."
+            )
         if config != self.config:
             raise UsageError(
                 f"{quoted(self.path.parent)} was begun with another config ({self.config.unlike(config)}); resume it "

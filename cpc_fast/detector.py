@@ -42,7 +42,7 @@ from .images import (
 from .layouts import find_train
 from .model import CPC
 from .patches import grid_shape, patch_starts
-from .runs import DETECTOR
+from .runs import DETECTOR, origin
 from .saving import in_short, load_run, remedy, save_run
 from .scoring import Calibration, Scorer, Surprise, held_out_scores
 from .segments import Segment, find_segments
@@ -205,12 +205,14 @@ class Detector:
             config = config.replace(members=1, mirrored=config.mirrored and learns)
         device = torch.device(device)
         if isinstance(data, (str, os.PathLike)):
-            source, paths = str(data), find_train(data)
+            paths = find_train(data)
+            given = origin(str(data), paths)
             images: Sequence[np.ndarray] = ImageCache(paths, size=config.image_size, channels=config.channels)
             names, short = [quoted(path) for path in paths], [path.name for path in paths]
             originals = images.originals
         else:
-            source, images = f"{len(data)} arrays", [prepare(image, config) for image in data]
+            images = [prepare(image, config) for image in data]
+            given = origin(f"{len(data)} arrays", data)
             originals = {i: image.shape[:2] for i, image in enumerate(data)}
             names = short = [f"Image {i}" for i in range(len(images))]
         if not images:
@@ -225,7 +227,7 @@ class Detector:
             torch.manual_seed(config.seed)
             model = CPC(config, encoder).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             optimizer = make_optimizer(model, config)
-            checkpoint = None if out is None else Checkpoint(Path(out), model, optimizer, config)
+            checkpoint = None if out is None else Checkpoint(Path(out), model, optimizer, config, given)
             position = Position()
             for turn in range(min(world, 2)):  # the first rank may tidy the folder before the others read it
                 if checkpoint and turn == min(rank, 1):
@@ -263,7 +265,7 @@ class Detector:
             window = config.window(min(sides[i] for i in training))  # crop may ask for more than there is
             sizes = sorted(set(shapes))
             trained_on = {
-                "data": source,
+                **given,
                 "normal images": f"{len(images)} ({len(training)} to learn from, {len(held_out)} for the threshold)",
                 "image size": " and ".join(f"{h} x {w}" for h, w in sizes) if len(sizes) < 4 else "varying",
                 "patches": f"{config.patch_size} x {config.patch_size} pixels, at most {config.patch_stride} apart",

@@ -8,6 +8,7 @@ to do.
 """
 
 import errno
+import hashlib
 import io
 import os
 import stat
@@ -211,6 +212,23 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
         raise UsageError(f"{quoted(folder)} is a file; name the folder that holds the images.") from None
     except OSError as error:
         raise UsageError(f"Cannot list the folder {quoted(folder)}: {error.strerror}.") from error
+
+
+def digest(images: Sequence[str | os.PathLike | np.ndarray]) -> str:
+    """What tells these images from others: of files the names, without their folders, and the sizes in bytes; of arrays
+    the pixels. Raises ImageError for a file that cannot be read."""
+    told = hashlib.sha256()
+    for image in images:
+        if isinstance(image, np.ndarray):
+            told.update(repr(image.shape).encode() + image.tobytes())
+            continue
+        try:
+            size = os.stat(image).st_size
+        except OSError:
+            read_image(image)  # says what is wrong with it
+            raise
+        told.update(os.fsencode(Path(image).name) + f"/{size}/".encode())
+    return told.hexdigest()[:16]
 
 
 def find_train(root: str | os.PathLike) -> list[Path]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from .errors import CpcFastError, UsageError
-from .images import quoted
+from .images import digest, quoted
 
 DETECTOR, CHECKPOINT, BEST = "model.safetensors", "checkpoint.safetensors", "best.safetensors"
 
@@ -59,6 +62,26 @@ def need_checkpoint(run: Path) -> None:
     """Raises UsageError where nothing can be resumed."""
     if not (run / CHECKPOINT).is_file():
         raise UsageError(f"There is no checkpoint in {quoted(run)} to resume from; fit without resume.")
+
+
+def origin(source: str, images: Sequence[str | os.PathLike | np.ndarray]) -> dict[str, str]:
+    """What the records of a run say of the images that it is fitted on; `source` is where they are from."""
+    return {"data": source, "normal images": str(len(images)), "digest": digest(images)}
+
+
+def other_images(record: dict[str, Any], given: dict[str, str]) -> str:
+    """In words that, and how, the record of a run is of other images than those `given` (an origin); else "".
+
+    Records of older versions say less: those of detectors how many there were, those of checkpoints nothing.
+    """
+    found = record.get("trained_on")
+    found = {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+    there, now = (about.get("normal images", "").split(" ")[0] for about in (found, given))
+    if found.get("digest", given["digest"]) == given["digest"] and there in ("", now):
+        return ""
+    differ = ", whose names or sizes differ" if there == now else ""
+    data = quoted(found.get("data", "")[:200])
+    return f"other images (there {data}, {there or 'some'}; now {quoted(given['data'])}, {now}{differ})"
 
 
 def refuse_run(run: Path) -> None:

@@ -70,7 +70,7 @@ def fit(
     need_checkpoint(out) if resume else refuse_run(out)
     options = {"epochs": epochs, "seed": seed, "image_size": image_size, "across_ranks": across_ranks}
     config = choose_config(preset, options, settings, resume=out if resume else None)
-    finished = resume and _finished(out, fitted_to_files(config, images))
+    finished = resume and _finished(out, fitted_to_files(config, images), data)
     if not (finished or launched()[0]):
         if left := count_below(folder := images[0].parent):
             say(f"Subfolders of {quoted(folder)} hold {left} images that are not read; to learn from them, move them.")
@@ -171,15 +171,29 @@ def fitted_to_files(config: Config, paths: Sequence[Path]) -> Config:
     return config.fitted_to(shorter_sides(paths, config.image_size), [quoted(path) for path in paths])
 
 
-def _finished(run: Path, config: Config) -> bool:
-    """Whether there is nothing left to do for a fit with this config."""
+def _finished(run: Path, config: Config, data: Path) -> bool:
+    """Whether there is nothing left to do for a fit with this config; one that was of other images is refused."""
     from ..checkpoint import checkpoint_config
-    from ..runs import DETECTOR
+    from ..images import quoted
+    from ..runs import CHECKPOINT, DETECTOR
 
     if not (run / DETECTOR).is_file():
         return False
     begun, position = checkpoint_config(run)
-    return begun == config and position.epoch == config.epochs
+    if begun != config or position.epoch != config.epochs:
+        return False
+    if others := _other_images(run / CHECKPOINT, data):
+        raise UsageError(f"{quoted(run)} was fitted on {others}; name its own again, or choose another run folder.")
+    return True
+
+
+def _other_images(file: Path, data: Path) -> str:
+    """See other_images; `file` is a detector or a checkpoint."""
+    from ..layouts import find_train
+    from ..runs import origin, other_images
+    from ..saving import read_record
+
+    return other_images(read_record(file, "run"), origin(str(data), find_train(data)))
 
 
 def learnt_nothing(epoch: Sequence[Progress]) -> str:
@@ -253,13 +267,16 @@ def fit_or_go_on(name: str, data: Path, run: Path, config: Config, device: torch
 
     paths = find_train(data)
     config = fitted_to_files(config, paths)
-    if not fresh and (run / DETECTOR).exists():
+    there = [file for file in (run / DETECTOR, run / CHECKPOINT) if not fresh and file.exists()]
+    if there and (others := _other_images(there[0], data)):
+        raise UsageError(f"{run} is of {others}; fit anew with --fresh, or choose another folder.")
+    if there and there[0].name == DETECTOR:
         detector = Detector.load(run, device)
         if detector.config == config:
             say(f"{name}: fitted before, so only evaluated (--fresh fits anew)")
             return detector
         raise UsageError(_another("fitted", run, config.unlike(detector.config)))
-    resume = not fresh and (run / CHECKPOINT).exists()
+    resume = bool(there)
     if resume and (begun := checkpoint_config(run)[0]) != config:
         raise UsageError(_another("begun", run, config.unlike(begun)))
     for doubt in doubts(config, paths):

@@ -55,6 +55,28 @@ def test_every_category_is_fitted_once_and_told(tmp_path, capsys, monkeypatch):
     assert "bolt' has no test_private: only MVTec AD 2 takes --submission" in capsys.readouterr().err
 
 
+def test_a_run_of_another_dataset_is_not_taken_for_this_ones(tmp_path, capsys, monkeypatch):
+    """Two datasets of one name, with a category of one name, have the same runs by default."""
+    monkeypatch.chdir(tmp_path)
+    for root, count in (("a", 6), ("b", 7)):
+        make_set(tmp_path / root / "set" / "can", train=count, good=2, holes=2)
+    command, run_of_a = ["evaluate", *OPTIONS, "--all"], tmp_path / "runs" / "set" / "can"
+    says = "runs/set/can is of other images (there 'a/set/can', 6; now 'b/set/can', 7); fit anew with --fresh, or"
+    assert run([*command, "a/set"]) == 0
+    for left in ("model.safetensors", "checkpoint.safetensors"):
+        kept = (run_of_a / left).read_bytes()
+        assert run([*command, "b/set"]) == 2
+        assert says in capsys.readouterr().err
+        assert (run_of_a / left).read_bytes() == kept
+        (run_of_a / "model.safetensors").unlink(missing_ok=True)  # stopped between the last epoch and the end
+    assert run([*command, "a/set"]) == 0
+    capsys.readouterr()
+    (tmp_path / "a").rename(tmp_path / "c")
+    assert run([*command, "c/set"]) == 0
+    assert "can: fitted before, so only evaluated" in capsys.readouterr().out
+    assert run([*command, "b/set", "--fresh"]) == 0
+
+
 def test_terminated_it_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_set(tmp_path / "parts" / "nut", train=3, good=1, holes=1)

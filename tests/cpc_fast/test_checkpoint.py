@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from samples import SET_TINY, TINY_CONFIG, make_set, texture
+from samples import SET_TINY, TINY_CONFIG, make_set, save, texture
 from torch import nn
 
 from cpc_fast import checkpoint, cli, saving, train
@@ -18,6 +18,7 @@ from cpc_fast.checkpoint import checkpoint_config
 from cpc_fast.detector import Detector
 from cpc_fast.errors import CpcFastError, Stopped, UsageError
 from cpc_fast.files import locked
+from cpc_fast.runs import other_images
 
 IMAGES = [texture(i) for i in range(10)]
 CONFIG = TINY_CONFIG.replace(epochs=3, shifts=("noise",), flips=True)
@@ -134,6 +135,45 @@ def test_a_fresh_fit_keeps_the_run_that_is_there_until_its_own_first_state(tmp_p
     assert same(tmp_path / "model.safetensors", tmp_path / "other" / "model.safetensors")
 
 
+# Other images
+
+
+def test_a_run_is_of_its_images_wherever_they_are(tmp_path, capsys):
+    one, two, run = (tmp_path / name for name in ("one", "two", "run"))
+    fit = ["--out", str(run), "--device", "cpu", "--resume"]
+    make_set(one, train=6)
+    assert cli.run(["fit", str(one), *fit[:-1], *SET_TINY, "--epochs", "1"]) == 0
+    capsys.readouterr()
+    save(make_set(two, train=6) / "train" / "good" / "000.png", texture(50))
+    for left in ("model.safetensors", "checkpoint.safetensors"):  # finished, then not
+        assert cli.run(["fit", str(two), *fit]) == 2
+        said = capsys.readouterr().err
+        assert f"on other images (there '{one}', 6; now '{two}', 6, whose names or sizes differ); name its own" in said
+        assert "or choose another run folder" in said
+        one = one.rename(tmp_path / f"moved {left}")
+        assert cli.run(["fit", str(one), *fit]) == 0
+        one = one.rename(tmp_path / "one")
+        (run / "model.safetensors").unlink()
+        capsys.readouterr()
+    rewrite(run / "checkpoint.safetensors", lambda _, about: about.pop("trained_on"))
+    assert cli.run(["fit", str(two), *fit]) == 0  # one of an older version does not know better
+
+
+def test_a_detector_of_an_older_version_knows_how_many_images_it_is_of():
+    record = {"trained_on": {"data": "one", "normal images": "6 (5 to learn from, 1 for the threshold)"}}
+    given = {"data": "two", "normal images": "6", "digest": "f0"}
+    assert other_images(record, given) == ""
+    assert other_images(record, {**given, "normal images": "7"}) == "other images (there 'one', 6; now 'two', 7)"
+
+
+def test_arrays_are_known_by_their_pixels(tmp_path):
+    Detector.fit(IMAGES, CONFIG, epochs=1, out=tmp_path)
+    Detector.fit([image.copy() for image in IMAGES], CONFIG, epochs=1, out=tmp_path, resume=True)
+    for others in ([*IMAGES[1:], IMAGES[0]], IMAGES[1:]):
+        with pytest.raises(UsageError, match=r"begun on other images \(there '10 arrays', 10; now '(10|9) arrays', "):
+            Detector.fit(others, CONFIG, epochs=1, out=tmp_path, resume=True)
+
+
 # Losses that are no numbers
 
 
@@ -183,7 +223,7 @@ def test_weights_that_are_not_finite_replace_nothing(tmp_path):
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
     optimizer = train.make_optimizer(detector.model, CONFIG)
     detector.model.members[0].predictor.weight.data[0, 0, 0] = float("inf")
-    kept = checkpoint.Checkpoint(tmp_path, detector.model, optimizer, detector.config)
+    kept = checkpoint.Checkpoint(tmp_path, detector.model, optimizer, detector.config, {})
     with pytest.raises(
         CpcFastError, match=r"no longer finite \(model\.members\.0\.predictor\.weight\), so they were not saved"
     ):
