@@ -48,8 +48,10 @@ class Config:
     standardise: str = "set"  # "set": mean and spread of the training images; "image": by its own; or "imagenet"
     patch_size: int = 32
     patch_stride: int = 16  # less where an image is no whole number of strides long, so that the grid ends with it
-    crop: int | None = None  # side of the square window seen in training, at most (None: just) the smallest image's
-    made_for: int | None = None  # fit doubles the lengths above, and stem, for larger images: fitted_to
+    crop: int | None = None  # side of the square windows of training; None, or too large: the smallest image's
+    # Shorter side of the images that patch_size, patch_stride, crop and stem are for: fit doubles the four for larger
+    # ones (fitted_to). None: they are final; one of them set by hand makes it None.
+    made_for: int | None = None
     # patches -> latents
     width: int = 32  # channels of the first residual stage; latents have 4 * width features
     stem: int = 4  # stride of the first convolution
@@ -162,8 +164,10 @@ class Config:
         return self.patch_size / 32
 
     def window(self, smallest: int) -> int:
-        """Side of the square windows seen in training, pixels, of images whose smallest side is this: whole strides, or
-        the grid would close up and nearer patches share pixels than `skip` leaves out.
+        """Side in pixels of the square windows of training; `smallest` is the shorter side of the smallest image.
+
+        It is that of one patch and whole strides. In others the grid would close up, and patches further apart than
+        `skip` would share more pixels.
 
         >>> Config(crop=96).window(256), Config(crop=96).window(90), Config().window(256)
         (96, 80, 256)
@@ -183,16 +187,17 @@ class Config:
             names = ", ".join(f.name for f in dataclasses.fields(self))
             raise UsageError(f"config: no field called {', '.join(sorted(unknown))}. There are: {names}.")
         if changes.keys() & {"patch_size", "patch_stride", "crop", "stem"}:
-            changes.setdefault("made_for", None)  # a length set by hand stays
+            changes.setdefault("made_for", None)  # one of the four set by hand: fit doubles none of them
         return dataclasses.replace(self, **changes)
 
     def fitted_to(self, sides: Sequence[int], names: Sequence[str] = ()) -> Config:
         """The config for images with these shorter sides (pixels, after image_size), its lengths final.
 
-        patch_size, patch_stride, crop and stem are doubled as long as the typical (median) image keeps 7/8 of the size
-        they were made for in units of a patch, and the smallest is as wide as predictions reach; they are halved only
-        until it is, or stem is 1. So in larger images a patch keeps its share, and scoring costs the same at any
-        resolution.
+        patch_size, patch_stride, crop and stem are doubled together, and again while stem is less than 8: as often as
+        the median side, halved as often, is at least 7/8 of made_for, and the smallest image at least as wide as
+        predictions reach. Where it is narrower without any doubling, they are halved until it is not, or stem is 1. So
+        in larger images a patch keeps its share, and scoring costs the same at any resolution. Where made_for is None,
+        as it becomes when one of the four is set by hand, nothing changes.
 
         Raises CpcFastError, with the name of the first, where a few images (a tenth, or one) of less than half the
         typical side would make the patches of all the others smaller.
@@ -253,7 +258,7 @@ class Config:
         return cls().replace(**fields)
 
 
-# On small patches of textures: few steps and the mean of the weights, since more steps learn the photograph by heart.
+# On small patches of textures: few steps, and the mean of the weights.
 _TEXTURES = Config(
     crop=96, made_for=128, width=16, stem=2, context="masked-conv", shift_copies=2, batch_size=8,
     shifts=("noise", "shuffle", "sharpen", "invert", "warp", "magnify"),

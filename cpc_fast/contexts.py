@@ -31,7 +31,7 @@ def turn_back(grid: Tensor, direction: int) -> Tensor:
 
 
 class MaskedConv(nn.Conv2d):
-    """3 x 3 convolution that sees the row above, the pixel to the left and (unless `strict`) itself."""
+    """3 x 3 convolution that sees the row above, the pixel to the left and itself."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1)

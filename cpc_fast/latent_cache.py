@@ -16,11 +16,11 @@ from .stages import stage
 
 
 class LatentCache:
-    """Latents of whole images, each encoded once by a frozen encoder, and random windows of them, in steps of a patch.
+    """Latents of whole images, each encoded once by a frozen encoder, and random windows of them.
 
-    Jitter and flips, which would need the encoder again, are left out; shifted copies are drawn once for each image. Up
-    to `memory` bytes are kept, 4 d for each patch of an image and of its copies; what is more is encoded again each
-    time.
+    Windows begin on the grid, in steps of patch_stride. Jitter and flips, which would need the encoder again, are left
+    out; shifted copies are drawn once for each image. Up to `memory` bytes are kept, 4 d for each patch of an image and
+    of its copies; what is more is encoded again each time.
 
     Args:
         model: with a frozen encoder.

@@ -29,7 +29,7 @@ class Predictions(NamedTuple):
     counts: list[int]
 
     def thinned(self, most: int) -> Predictions:
-        """Every so manieth row, at most `most`."""
+        """Every n-th row, of the smallest n that leaves at most `most` of them."""
         every = max(1, -(-len(self.sources) // most))
         before = [-(-end // every) for end in accumulate(self.counts, initial=0)]
         counts = [end - start for start, end in pairwise(before)]

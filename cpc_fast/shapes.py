@@ -10,7 +10,7 @@ target lies inside the grid. The test suite checks these shapes at every call (j
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Images = Float[Tensor, "b c h w"]  # standardised: each image has mean 0 and variance 1
+Images = Float[Tensor, "b c h w"]  # standardised: of mean about 0 and variance about 1
 Shifted = Float[Tensor, "s c h w"]  # transformed copies of some of them
 Patches = Float[Tensor, "b gy gx c p p"]
 Latents = Float[Tensor, "b gy gx d"]  # what a patch looks like
