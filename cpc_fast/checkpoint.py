@@ -134,9 +134,9 @@ class Checkpoint:
             "trained_on": self.images, "slots": sorted(name for name in tensors if name.startswith("optimizer.")),
         }  # fmt: skip
         write_tensors(self.path, tensors, record)
-        while self._replaced:
-            self._replaced[0].unlink(missing_ok=True)
-            self._replaced = self._replaced[1:]
+        for path in self._replaced:
+            path.unlink(missing_ok=True)
+        self._replaced = ()
         self._keep_best(position)
 
     @property

@@ -199,6 +199,8 @@ class Detector:
         cannot be used, a run folder that another process writes, or a loss that is not finite, Stopped where `stop`
         said so, with everything saved in `out`.
         """
+        if fresh and resume:
+            raise UsageError("fit got resume=True and fresh=True; go on with the run in `out`, or replace it.")
         config = (preset(config) if isinstance(config, str) else config).replace(**changes)
         if encoder is not None:  # a frozen one is run once for each image, not on mirror images
             learns = any(weight.requires_grad for weight in encoder.parameters())

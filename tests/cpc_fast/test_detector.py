@@ -448,6 +448,25 @@ def test_a_crop_smaller_than_a_patch_is_no_config():
         Config(crop=8)
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_the_threshold_rests_on_maps_of_the_original_size(folder, tmp_path, monkeypatch):
+    sizes = []
+
+    def noting(scorer, images, originals):
+        sizes.extend(originals)
+        return held_out_scores(scorer, images, originals)
+
+    monkeypatch.setattr(detectors, "held_out_scores", noting)
+    data = make_set(tmp_path, train=8) if folder else IMAGES[:8]
+    Detector.fit(data, TINY_CONFIG, image_size=96, calibration_share=0.5, epochs=1)
+    assert sizes == [(48, 48)] * 4
+
+
+def test_going_on_and_beginning_anew_exclude_each_other(tmp_path):
+    with pytest.raises(UsageError, match="resume=True and fresh=True"):
+        Detector.fit(IMAGES, TINY_CONFIG, out=tmp_path / "run", resume=True, fresh=True)
+
+
 def test_steps_that_no_window_of_training_holds_are_refused():
     says = r"^crop is 32, so windows of training are 32 pixels wide and hold 3 .* crop at least 40, or set steps=1\.$"
     with pytest.raises(CpcFastError, match=says):  # W_k of the second would stay as it was drawn, and vote
