@@ -94,8 +94,8 @@ def predict(
     out = Path(out)
     kinds = answer_kinds(tiff, pictures)
     asked = {
-        "version": __version__, "detector": fingerprint(detector), "kinds": list(kinds), "min_area": min_area,
-        "images": [os.fspath(image) for image in images],
+        "version": __version__, "detector": fingerprint(detector), "threshold": detector.threshold.value,
+        "kinds": list(kinds), "min_area": min_area, "images": [os.fspath(image) for image in images],
     }  # fmt: skip
     with journal(out, asked, lambda: plan(images, out, kinds), shard, resume) as (inputs, kept):
         mine = inputs[shard.number - 1 :: shard.count]
@@ -127,7 +127,7 @@ def predict(
 
 def fingerprint(detector: Detector) -> str:
     """Changes with anything that changes a score."""
-    digest = hashlib.sha256(json.dumps([detector.config.to_json(), vars(detector.threshold)]).encode())
+    digest = hashlib.sha256(json.dumps(detector.config.to_json()).encode())
     tensors = {**detector.model.state_dict(), "bank": detector.bank, **vars(detector.calibration)}
     for name in sorted(tensors):
         digest.update(name.encode())

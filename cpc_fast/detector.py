@@ -352,6 +352,19 @@ class Detector:
 
     # ------------------------------------------------------------------------------------------------ use
 
+    def with_threshold(self, value: float) -> Detector:
+        """The same detector with a threshold of your own, as read off the report's slider; nothing is copied.
+
+        It promises no rate of false positives: its `threshold` rests on 0 images and is meant for any rate.
+        Raises UsageError for a value that is not finite.
+        """
+        if not math.isfinite(value):
+            raise UsageError(f"The threshold is {value}; it must be a finite number, in the units of the scores.")
+        threshold = Threshold(float(value), target_fpr=1.0, guaranteed_fpr=1.0, count=0)
+        return Detector(
+            self.model, self.bank, self.calibration, threshold, self.trained_on, self.train_images_per_s, self.sides
+        )
+
     def inspect(self, image: np.ndarray, min_area: int = 1) -> Prediction:
         """One image, uint8 (h, w, c) or (h, w), at its original resolution.
 

@@ -13,6 +13,10 @@ class UsageError(CpcFastError):
     exit_code = 2
 
 
+class NotWritten(CpcFastError):
+    """A file could not be written, most likely for want of space; what was there before is untouched."""
+
+
 class Stopped(CpcFastError):
     """Not an error: it was asked to stop (SIGTERM), and what was done is saved. The command line exits with 0."""
 

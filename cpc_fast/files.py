@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import CpcFastError
+from .errors import CpcFastError, NotWritten
 from .images import quoted
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file aside, bring it to the disk, and rename it into place, so that the old one stays until then.
 
-    Raises CpcFastError when the disk is full or the folder cannot be written; what was there before is untouched.
+    Raises NotWritten when the disk is full or the folder cannot be written; what was there before is untouched.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -40,7 +40,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "Free some space or choose another folder." if full else "Choose another folder."
         kept = " The file that was there before is untouched." if path.exists() else ""
-        raise CpcFastError(f"Could not write {quoted(path)}: {error.strerror or error}. {advice}{kept}") from None
+        raise NotWritten(f"Could not write {quoted(path)}: {error.strerror or error}. {advice}{kept}") from None
 
 
 def remove_asides(path: Path) -> None:

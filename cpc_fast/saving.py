@@ -177,7 +177,27 @@ def load_run(
             f"The calibration in {quoted(run)} is damaged (means {mean}, spreads {spread}: one shape, and not empty); "
             f"{remedy(run / DETECTOR)}."
         )
+    _refuse_edited(run, about)
     return tensors, read_config(run, about), about
+
+
+def _refuse_edited(run: Path, about: dict[str, Any]) -> None:
+    """config.json repeats the record of the weights for people to read: another choice there would change nothing, and
+    whoever made it should know."""
+    try:
+        beside = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        edited = {**beside, **beside["config"]}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return  # gone, or no longer a copy of anything
+    kept = {**about, **about["config"]}
+    differ = [name for name in kept if name not in ("config", "trained_on") and edited.get(name) != kept[name]]
+    if differ:
+        said = ", ".join(f"{name} {in_short(edited.get(name))} for {in_short(kept[name])}" for name in differ)
+        raise UsageError(
+            f"{quoted(run / 'config.json')} is not what this detector was fitted with ({said}). It only repeats "
+            f"{DETECTOR}, and editing it changes nothing: put that back, or remove config.json. Other settings take "
+            "another fit; another threshold, predict --threshold."
+        )
 
 
 def read_config(run: Path, about: dict[str, Any]) -> Config:

@@ -114,7 +114,8 @@ def make_section(title: str, detector: Detector, evaluation: Evaluation) -> Sect
     from ..report import Section
 
     threshold, note = detector.threshold.value, detector.threshold.note
-    about = {**detector.trained_on, **({"threshold": note} if note else {})}
+    about = {name: said for name, said in detector.trained_on.items() if name != "digest"}
+    about |= {"threshold": note} if note else {}
     return Section(title, evaluation.metrics, evaluation.scored, threshold, threshold, about)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import CpcFastError, Interrupted, Stopped, UsageError
+from ..errors import CpcFastError, Interrupted, NotWritten, Stopped, UsageError
 from ..torchrun import launched, may_restart, together
 from .console import say, terminable
 from .options import Device, Settings, by_preset, check_device, choose_config, choose_device
@@ -79,6 +79,7 @@ def fit(
     torch_device = choose_device(device)
     again = ["cpc-fast", "fit", str(data), "--out", str(out)]
     more = ["--device", device] if device != "auto" else []
+    go_on = shlex.join([*again, "--resume", *more])
     try:
         with together(torch_device) as own_device:
             detector = None
@@ -96,9 +97,11 @@ def fit(
     except Stopped as why:
         if launched()[0]:
             return 0
-        raise Stopped(
-            f"{why} All of it is saved in {out}. Go on with: {shlex.join([*again, '--resume', *more])}"
-        ) from None
+        raise Stopped(f"{why} All of it is saved in {out}. Go on with: {go_on}") from None
+    except NotWritten as error:
+        if not (out / CHECKPOINT).is_file():
+            raise
+        raise NotWritten(f"{error} Go on with: {go_on}") from None
     except KeyboardInterrupt:
         from ..checkpoint import checkpoint_config
 
@@ -108,11 +111,10 @@ def fit(
             raise Interrupted(
                 "Stopped before the end of the first epoch, so nothing is saved. Begin again when you like."
             ) from None
-        command = shlex.join([*again, "--resume", *more])
         saved = (
             f"{done} of {config.epochs} epochs are saved" if done < config.epochs else "only the threshold is missing"
         )
-        raise Interrupted(f"Stopped; {saved} in {out}. Go on with: {command}") from None
+        raise Interrupted(f"Stopped; {saved} in {out}. Go on with: {go_on}") from None
     if launched()[0]:  # the first process speaks for all
         return 0
     on = f"on {detector.trained_on['normal images']} normal images."

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import Interrupted, Stopped
+from ..errors import Interrupted, NotWritten, Stopped
 from ..torchrun import launched, own_gpu
 from .console import complain, note_colour, note_size, say, terminable
 from .options import Device, check_device, choose_device
@@ -30,6 +30,10 @@ def predict(
     min_area: Annotated[
         int, typer.Option(min=1, help="Leave out regions of fewer pixels; 1 keeps all, as the threshold assumes.")
     ] = 1,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Flag what scores above this; the detector's own threshold by default.", show_default=False),
+    ] = None,
     scores_only: Annotated[bool, typer.Option("--scores-only", help="Write no overlays and masks.")] = False,
     shard: Annotated[
         str | None,
@@ -63,8 +67,10 @@ def predict(
     from ..progress import counting
 
     detector = Detector.load(run, torch_device)
+    if threshold is not None:
+        detector = detector.with_threshold(threshold)
     earlier = 0 if resume or part.count > 1 else answers_in(out)
-    again = shlex.join([*again_as(run, images, out, tiff, min_area, scores_only, shard, device), "--resume"])
+    again = shlex.join([*again_as(run, images, out, tiff, min_area, threshold, scores_only, shard, device), "--resume"])
     try:
         with terminable() as stop, counting("predict") as on_image:
             found = answers.predict(
@@ -73,6 +79,8 @@ def predict(
             )  # fmt: skip
     except Stopped as why:
         raise Stopped(f"{why} Their answers are in {out}. Go on with: {again}") from None
+    except NotWritten as why:
+        raise NotWritten(f"{why} Go on with: {again}") from None
     except KeyboardInterrupt:
         raise Interrupted(f"Stopped; the answers so far are in {out}. Go on with: {again}") from None
     if earlier:
@@ -101,6 +109,7 @@ def again_as(
     out: Path,
     tiff: bool,
     min_area: int,
+    threshold: float | None,
     scores_only: bool,
     shard: str | None,
     device: str,
@@ -108,6 +117,7 @@ def again_as(
     """The command with these options."""
     options = ["--tiff"] * tiff + ["--scores-only"] * scores_only
     options += ["--min-area", str(min_area)] if min_area > 1 else []
+    options += [] if threshold is None else ["--threshold", repr(threshold)]
     options += ["--shard", shard] if shard else []
     options += ["--device", device] if device != "auto" else []
     return ["cpc-fast", "predict", str(run), *map(str, images), "--out", str(out), *options]

@@ -207,6 +207,23 @@ def test_small_regions_are_left_out_when_asked(fitted, data, tmp_path, capsys):
     assert cli.run(["predict", str(fitted), holes, "--out", str(tmp_path), "--min-area", "0"]) == 2
 
 
+def test_a_threshold_of_ones_own(fitted, data, tmp_path, capsys):
+    holes, out = str(data / "test" / "hole"), tmp_path / "answers"
+    ask = ["predict", str(fitted), holes, "--out", str(out), "--threshold"]
+    for threshold, flagged in (("-1e9", True), ("1e9", False)):
+        assert cli.run([*ask, threshold]) == 0
+        said = capsys.readouterr().out
+        assert f"a score above {float(threshold):.4g}" in said
+        assert "can vouch for" not in said  # that is of the threshold which the fit found
+        record = json.loads((out / "predictions.json").read_text())
+        assert record["threshold"] == float(threshold)
+        assert {entry["flagged"] for entry in record["images"]} == {flagged}
+    assert cli.run([*ask, "1", "--resume"]) == 2
+    assert "different: threshold" in capsys.readouterr().err
+    assert cli.run([*ask, "nan"]) == 2
+    assert "The threshold is nan; it must be a finite number" in capsys.readouterr().err
+
+
 def test_colour_that_a_model_cannot_see_is_said(fitted, data, tmp_path, capsys):
     colour = np.repeat(texture(1), 3, axis=2)
     Image.fromarray(colour).save(tmp_path / "grey.png")  # saved as RGB, and grey all over

@@ -301,6 +301,32 @@ def test_a_damaged_checkpoint_has_another_state_beside_it(fitted, tmp_path, caps
     fails(capsys, resume, 1, "is damaged", f"best.safetensors' is another state of it: copy it to '{path}'.")
 
 
+def test_a_config_that_was_edited_is_not_passed_over(fitted, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(fitted / "run", run)
+    beside = run / "config.json"
+    record = json.loads(beside.read_text())
+    predict = ["predict", run, fitted / "data" / "test", "--out", tmp_path / "answers"]
+    for where, name, value in ((record["config"], "target_fpr", 0.2), (record["threshold"], "value", 3.5)):
+        kept, where[name] = where[name], value
+        beside.write_text(json.dumps(record))
+        fails(
+            capsys,
+            predict,
+            2,
+            "config.json",
+            str(value),
+            str(kept),
+            "editing it changes nothing",
+            "predict --threshold",
+        )
+        where[name] = kept
+    beside.write_text(json.dumps(record))
+    assert cli.run([str(word) for word in predict]) == 0
+    beside.unlink()
+    assert cli.run([str(word) for word in predict]) == 0
+
+
 # A disk that is full
 
 
@@ -338,6 +364,7 @@ def test_a_file_that_cannot_grow_leaves_the_good_one(fitted, tmp_path):
     assert error.startswith("Error: Could not write")
     assert "The file that was there before is untouched." in error
     assert "Free some space or choose another folder" in error
+    assert error.endswith(f"Go on with: cpc-fast fit {fitted / 'data'} --out {run} --resume")
     assert "Traceback" not in done.stderr
     assert good.read_bytes() == before
     assert sorted(path.name for path in run.iterdir()) == ["best.safetensors", "checkpoint.safetensors"]

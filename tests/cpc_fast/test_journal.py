@@ -130,7 +130,7 @@ def test_images_that_vanish_or_appear_do_not_move_the_others(detector, folder, t
 def test_answers_of_another_call_are_not_mixed(detector, folder, tmp_path):
     answers.predict(detector, [folder], tmp_path, shard=Shard(1, 2))
     other = Detector.fit([texture(i) for i in range(8)], TINY_CONFIG, epochs=1, seed=1)
-    with pytest.raises(UsageError, match=r"another call \(different: detector\); choose another --out"):
+    with pytest.raises(UsageError, match=r"another call \(different: detector, threshold\); choose another --out"):
         answers.predict(other, [folder], tmp_path, shard=Shard(2, 2))
     with pytest.raises(UsageError, match=r"different: kinds, images"):
         answers.predict(detector, [folder / "0.png"], tmp_path, pictures=False, resume=True)
