@@ -29,7 +29,6 @@ from cpc_fast.images import ImageCache, shorter_sides
 from cpc_fast.layouts import find_train
 from cpc_fast.progress import duration
 from cpc_fast.report import contact_sheet
-from cpc_fast.saving import clear_run
 from cpc_fast.scored import Scored
 from cpc_fast.train import Progress
 
@@ -129,33 +128,37 @@ def completed(settings: Record) -> Record:
     return json.loads(json.dumps(since)) | settings
 
 
-def detector_of(job: Job, device: torch.device, on_step: OnStep = None) -> tuple[Detector, float | None]:
-    """Fitted, loaded, or taken up where it was left; and the seconds of a whole fit."""
+def detector_of(
+    job: Job, device: torch.device, on_step: OnStep = None, fresh: bool = False
+) -> tuple[Detector, float | None]:
+    """Fitted, loaded, or (unless `fresh`) taken up where it was left; and the seconds of a whole fit."""
     config = job.config.fitted_to(shorter_sides(find_train(job.data), job.config.image_size))
     weights, checkpoint = (job.run / f"{name}.safetensors" for name in ("model", "checkpoint"))
     resume = False
     try:
-        if weights.exists():
+        if weights.exists() and not fresh:
             detector = Detector.load(job.run, device)
             if detector.config == config:
                 return detector, None
-        elif checkpoint.exists():
+        elif checkpoint.exists() and not fresh:
             resume = checkpoint_config(job.run)[0] == config
     except CpcFastError as error:  # of another version, or damaged: it is ours to replace
         print(f"  Fitting anew: {error}", flush=True)
-    if not resume:
-        clear_run(job.run)
     started = time.perf_counter()
-    detector = Detector.fit(job.data, config, out=job.run, resume=resume, device=device, on_step=on_step)
+    detector = Detector.fit(
+        job.data, config, out=job.run, resume=resume, fresh=not resume, device=device, on_step=on_step
+    )
     return detector, None if resume else time.perf_counter() - started
 
 
-def carry_out(job: Job, device: torch.device, on_step: OnStep = None) -> tuple[Record, list[Scored], float]:
+def carry_out(
+    job: Job, device: torch.device, on_step: OnStep = None, fresh: bool = False
+) -> tuple[Record, list[Scored], float]:
     """The record of a job, what it scored, and the threshold that its sheet draws (nan: none)."""
     tests = job.bed.tests(job.data, job.part)
     started = time.perf_counter()
     if job.fitted:
-        detector, fitting = detector_of(job, device, on_step)
+        detector, fitting = detector_of(job, device, on_step, fresh)
         begun = time.perf_counter()
         found = evaluate(detector, job.data, tests=tests)
         names = ("image", "pixel", "by_defect", "threshold", "speed")
@@ -225,8 +228,6 @@ def carry_out_all(jobs: Sequence[Job], device: torch.device, *, minutes: float |
             print(f"{title}: would end after the {minutes:g} minutes given; go on with the same command.", flush=True)
             return False
         print(title, flush=True)
-        if fresh and job.fitted:
-            clear_run(job.run)
         told = False
 
         def on_step(step: Progress, waiting: int = sum(j.fitted for j in todo[i:])) -> None:
@@ -239,7 +240,7 @@ def carry_out_all(jobs: Sequence[Job], device: torch.device, *, minutes: float |
                 more = f"; {duration(step.seconds_left + others)} for all {waiting} fits at this pace" if others else ""
                 print(f"  {duration(step.seconds_left)} left for this fit{more}", flush=True)
 
-        record, scored, threshold = carry_out(job, device, on_step)
+        record, scored, threshold = carry_out(job, device, on_step, fresh)
         write_text(job.path, json.dumps(record, indent=1, allow_nan=False) + "\n")
         clock.add(record)
         if job.fitted and job.part == "report":

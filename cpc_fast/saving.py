@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from .config import Config
 from .errors import CpcFastError, UsageError
-from .files import locked, write_text, write_whole
+from .files import write_text, write_whole
 from .images import quoted
 from .model import CPC, mirrors
-from .runs import BEST, CHECKPOINT, DETECTOR, need_file, need_run
+from .runs import CHECKPOINT, DETECTOR, need_file, need_run
 from .version import __version__
 
 FORMAT = 4  # of the run folder; raised when an older reader would misread it
@@ -144,13 +144,6 @@ def save_run(run: Path, tensors: dict[str, Tensor], config: Config, about: dict[
     record = {"format": FORMAT, "versions": versions(), "config": config.to_json(), **about}
     write_tensors(run / DETECTOR, tensors, record)
     write_text(run / "config.json", json.dumps(record, indent=2) + "\n")
-
-
-def clear_run(run: Path) -> None:
-    """Remove a run, to fit anew in its folder. Where another process writes: CpcFastError, and nothing is removed."""
-    with locked(run):
-        for name in (DETECTOR, CHECKPOINT, BEST, "config.json"):
-            (run / name).unlink(missing_ok=True)
 
 
 def load_run(

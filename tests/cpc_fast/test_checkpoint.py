@@ -17,7 +17,6 @@ from cpc_fast import checkpoint, cli, saving, train
 from cpc_fast.checkpoint import checkpoint_config
 from cpc_fast.detector import Detector
 from cpc_fast.errors import CpcFastError, Stopped, UsageError
-from cpc_fast.files import locked
 from cpc_fast.runs import other_images
 
 IMAGES = [texture(i) for i in range(10)]
@@ -39,17 +38,6 @@ class Encoder(nn.Module):
 def same(one: Path, other: Path) -> bool:
     first, second = load_file(one), load_file(other)
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_a_run_is_not_cleared_while_it_is_written(tmp_path):
-    names = {"model.safetensors", "checkpoint.safetensors", "best.safetensors", "config.json"}
-    for name in names:
-        (tmp_path / name).touch()
-    with locked(tmp_path), pytest.raises(CpcFastError, match="by another process"):
-        saving.clear_run(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == names
-    saving.clear_run(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("encoder", [None, Encoder], ids=["own", "dropout"])
