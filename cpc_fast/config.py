@@ -265,7 +265,7 @@ _TEXTURES = Config(
     epochs=8, learning_rate=2e-3, schedule="constant", jitter=0.03, flips=True,
 )  # fmt: skip
 
-_THREE = _TEXTURES.replace(
+_QUALITY = _TEXTURES.replace(
     made_for=256, members=3, epochs=16, learning_rate=4e-3, schedule="cosine", finer=2,
     shifts=("spots", "curves", "warp", "shuffle"),
 )  # fmt: skip
@@ -273,21 +273,21 @@ _THREE = _TEXTURES.replace(
 PRESETS: dict[str, Config] = {
     # The shifts are kept apart from the defects that the demo paints (stain, blur, scratch, foreign and turned pieces).
     "cpu-demo": _TEXTURES,
-    # Parts vary among themselves: small patches, and shifts that change little of one, as defects do.
-    "quality": _THREE.replace(patch_size=24, patch_stride=12, made_for=256),
+    # Parts vary among themselves: shifts that change little of a patch, as defects do; patches stay small.
+    "quality": _QUALITY,
     # Homogeneous surfaces, where patches are hard to tell apart: more shifts, longer, mirror images in scoring.
-    "texture": _THREE.replace(
+    "texture": _QUALITY.replace(
         epochs=20, jitter=0.08, negatives="other-images", finer=1, mirrored=True,
         shifts=(
             "spots", "curves", "warp", "turn", "magnify", "noise", "shuffle", "intensity", "local-turn", "local-noise",
         ),
     ),
     # Parts that lie alike in every image: what belongs at a place is known, and learnt from what is too dark or bright.
-    "aligned": _THREE.replace(
+    "aligned": _QUALITY.replace(
         place=True, epochs=20, shift_copies=1, shifts=("intensity", "local-intensity"), finer=1, mirrored=True,
     ),
-    # One network with a coarser first convolution, larger patches, fewer epochs, and only where training has them.
-    "fast": _THREE.replace(stem=4, members=1, epochs=12, finer=1, made_for=256),
+    # One network with a coarser first convolution, fewer epochs, and patches only where training has them.
+    "fast": _QUALITY.replace(stem=4, members=1, epochs=12, finer=1, made_for=256),
     # Unverified: put together from the paper's abstract and the code of its second author, not from its text.
     "paper": Config(
         image_size=256, channels=1, patch_size=64, patch_stride=32, width=64, stem=2, norm="none", steps=5, skip=1,
