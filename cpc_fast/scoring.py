@@ -210,6 +210,8 @@ def calibrate(scorer: Scorer, found: Sequence[Found]) -> Calibration:
     First for each direction and step over all places, then for each place of the grid over the images, drawn towards
     the overall figures as if SHRINK more losses had shown those. Images of several sizes share the places by their
     distance from the edges: a patch at the edge is predicted from fewer sides, and often shows the edge of a part.
+    Of two voices the higher one counts, so they are made equally loud: on normal images the highest that one says is on
+    average as high as the highest of the other.
     """
     steps = [
         torch.cat(parts) for parts in zip(*(losses.split(counts) for losses, _, _, counts, _ in found), strict=True)
@@ -241,7 +243,12 @@ def calibrate(scorer: Scorer, found: Sequence[Found]) -> Calibration:
     variances = (sums[2] - count * means**2).clamp_min(0) / (count - 1).clamp_min(1)
     trust = count / (count + SHRINK)
     variances = trust * variances + (1 - trust) * variance
-    return Calibration(mean, spread, (middle + trust * means).float(), variances.sqrt().float())
+    means, spreads = (middle + trust * means).float(), variances.sqrt().float()
+    highest = torch.stack([
+        ((grid - at_places(means, *grid.shape[1:])) / at_places(spreads, *grid.shape[1:])).amax((1, 2))
+        for grid in grids
+    ]).mean(0).clamp_min(0.1)  # fmt: skip
+    return Calibration(mean, spread, means, spreads * (highest / highest[0])[:, None, None])
 
 
 def held_out_scores(

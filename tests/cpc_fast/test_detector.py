@@ -226,6 +226,10 @@ def test_what_lies_in_another_place_is_strange():
     voices = (said - found.place_mean) / found.place_spread
     torch.testing.assert_close(surprise.voices, voices)
     torch.testing.assert_close(surprise.grid, voices.amax(0))
+    plates = [parts(i) for i in range(24)]  # of which the held-out ones set how loud each voice is
+    held_out = [detector.scorer.surprise(plates[i]).voices for i in split(len(plates), detector.config)[1]]
+    neighbours, where = torch.stack([one.amax((1, 2)) for one in held_out]).mean(0).tolist()
+    assert neighbours == pytest.approx(where, rel=1e-4)
     cell = divmod(int(surprise.grid.argmax()), 7)
     for heard in (voices, voices.flip(0)):  # the voice that made the score is named, whatever the other's losses are
         told = detector._explanation(replace(surprise, voices=heard), image.shape, image.shape)
