@@ -97,6 +97,9 @@ def run(arguments: list[str]) -> int:
 
 def main() -> None:
     """The `cpc-fast` command."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who called
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it is the stream from here on)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may hold anything

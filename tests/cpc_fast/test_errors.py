@@ -510,6 +510,13 @@ def test_stopped_before_the_first_epoch(fitted, tmp_path, monkeypatch, capsys):
 # What nobody thought of
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_stream_that_the_caller_closed(closed):
+    done = subprocess.run(["bash", "-c", f'"$@" {closed}', "bash", *CLI, "--version"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 @pytest.mark.parametrize("what", ["--version", "doctor"])
 def test_standard_output_that_cannot_be_written(what):
