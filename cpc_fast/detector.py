@@ -57,7 +57,7 @@ class Threshold:
         value: scores above it are anomalous.
         target_fpr: the share of normal images that may be flagged, as asked.
         guaranteed_fpr: the share that `count` images can vouch for (split conformal: 1 / (count + 1) at best).
-        count: number of held-out normal images.
+        count: number of held-out normal images; 0 where the user set the value (with_threshold).
     """
 
     value: float
@@ -355,12 +355,14 @@ class Detector:
     def with_threshold(self, value: float) -> Detector:
         """The same detector with a threshold of your own, as read off the report's slider; nothing is copied.
 
-        It promises no rate of false positives: its `threshold` rests on 0 images and is meant for any rate.
-        Raises UsageError for a value that is not finite.
+        It is rounded to float32, as scores are, and promises no rate of false positives: its `threshold` rests on 0
+        images and is meant for any rate. Raises UsageError for a value that is not finite in float32.
         """
-        if not math.isfinite(value):
-            raise UsageError(f"The threshold is {value}; it must be a finite number, in the units of the scores.")
-        threshold = Threshold(float(value), target_fpr=1.0, guaranteed_fpr=1.0, count=0)
+        with np.errstate(over="ignore"):
+            rounded = float(np.float32(value))
+        if not math.isfinite(rounded):
+            raise UsageError(f"The threshold is {value}; it must be a finite float32, in the units of the scores.")
+        threshold = Threshold(rounded, target_fpr=1.0, guaranteed_fpr=1.0, count=0)
         return Detector(
             self.model, self.bank, self.calibration, threshold, self.trained_on, self.train_images_per_s, self.sides
         )

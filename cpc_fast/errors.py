@@ -14,7 +14,7 @@ class UsageError(CpcFastError):
 
 
 class NotWritten(CpcFastError):
-    """A file could not be written, most likely for want of space; what was there before is untouched."""
+    """There was no room for a file; what was there before is untouched. With some space freed, the same can go on."""
 
 
 class Stopped(CpcFastError):

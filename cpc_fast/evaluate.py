@@ -87,7 +87,7 @@ def evaluate(
         **measure(scored),
         "threshold": {
             "value": threshold.value,
-            "target_fpr": threshold.target_fpr,
+            "target_fpr": threshold.target_fpr if threshold.count else None,  # the user's own is meant for none
             "fpr_on_test_normals": _share(flagged[good]),
             "recall": _share(flagged[~good]),
         },

@@ -18,7 +18,8 @@ from .images import quoted
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file aside, bring it to the disk, and rename it into place, so that the old one stays until then.
 
-    Raises NotWritten when the disk is full or the folder cannot be written; what was there before is untouched.
+    Raises NotWritten when the disk is full, CpcFastError when the folder cannot be written; what was there before is
+    untouched.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -40,7 +41,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "Free some space or choose another folder." if full else "Choose another folder."
         kept = " The file that was there before is untouched." if path.exists() else ""
-        raise NotWritten(f"Could not write {quoted(path)}: {error.strerror or error}. {advice}{kept}") from None
+        kind = NotWritten if full else CpcFastError
+        raise kind(f"Could not write {quoted(path)}: {error.strerror or error}. {advice}{kept}") from None
 
 
 def remove_asides(path: Path) -> None:

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .errors import CpcFastError, UsageError
+from .errors import CpcFastError, NotWritten, UsageError
 from .files import locked, write_whole
 from .images import quoted
 from .inputs import Shard, answer_kinds, need_readable, sources_in
@@ -69,6 +69,7 @@ def _agree_on_inputs(
         if path.exists():
             need_readable(inputs, out)
             _remove_answers(out, path, sources_in(out, inputs))
+            path.unlink()  # so that whoever goes on where there was no room for the new one does not read this
         for name in names:
             (folder / f"{name}.jsonl").unlink(missing_ok=True)
         write_whole(path, write)
@@ -181,7 +182,7 @@ class Journal:
         try:
             yield
         except OSError as error:
-            raise CpcFastError(
+            raise NotWritten(
                 f"Could not write {quoted(self.path)}: {error.strerror}. The {self.done} answers before are kept; free "
                 "some space, or see to the folder, and go on with --resume."
             ) from None

@@ -21,6 +21,15 @@
   function section(panel) {
     const low = +panel.dataset.low, high = +panel.dataset.high, given = +panel.dataset.threshold;
     const show = (x) => x.toFixed(+panel.dataset.digits);
+    // Few digits, but as many as it takes to decide as x does: what is read off here is typed elsewhere.
+    const typed = (x) => {
+      const decides = (t) => steps.every((s) => s > x === s > t);
+      for (let digits = +panel.dataset.digits; digits < 17; digits++) {
+        const near = +x.toFixed(digits), above = +(x + 0.5 / 10 ** digits).toFixed(digits);
+        for (const t of [near, above]) if (decides(t)) return t.toFixed(digits);
+      }
+      return String(x);
+    };
     const gallery = one(panel, ".gallery");
     const cards = all(gallery, ".card").map((element) => ({
       element,
@@ -73,7 +82,7 @@
       slider.value = threshold;
       slider.setAttribute("aria-valuetext",
         `${show(threshold)}: ${plural(count.missed, "missed defect")}, ${plural(count.alarm, "false alarm")}`);
-      exact.value = show(threshold);
+      exact.value = typed(threshold);
       for (const button of all(panel, ".preset")) {
         button.setAttribute("aria-pressed", preset(button.dataset.preset) === threshold);
       }

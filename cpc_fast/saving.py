@@ -170,27 +170,31 @@ def load_run(
             f"The calibration in {quoted(run)} is damaged (means {mean}, spreads {spread}: one shape, and not empty); "
             f"{remedy(run / DETECTOR)}."
         )
-    _refuse_edited(run, about)
     return tensors, read_config(run, about), about
 
 
-def _refuse_edited(run: Path, about: dict[str, Any]) -> None:
-    """config.json repeats the record of the weights for people to read: another choice there would change nothing, and
-    whoever made it should know."""
+def edited(run: Path) -> str:
+    """A sentence where config.json no longer repeats the choices and the threshold of the detector; else ""."""
+    path = run / "config.json"
+    if not path.is_file():
+        return ""
+    kept = read_record(run / DETECTOR, "detector")
     try:
-        beside = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        edited = {**beside, **beside["config"]}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return  # gone, or no longer a copy of anything
-    kept = {**about, **about["config"]}
-    differ = [name for name in kept if name not in ("config", "trained_on") and edited.get(name) != kept[name]]
-    if differ:
-        said = ", ".join(f"{name} {in_short(edited.get(name))} for {in_short(kept[name])}" for name in differ)
-        raise UsageError(
-            f"{quoted(run / 'config.json')} is not what this detector was fitted with ({said}). It only repeats "
-            f"{DETECTOR}, and editing it changes nothing: put that back, or remove config.json. Other settings take "
-            "another fit; another threshold, predict --threshold."
-        )
+        beside = json.loads(path.read_text(encoding="utf-8-sig"))
+        pairs = [(part, name) for part in ("config", "threshold") for name in {**kept[part], **beside[part]}]
+        differ = [(part, name) for part, name in pairs if beside[part].get(name) != kept[part].get(name)]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return f"{quoted(path)} cannot be read, which changes nothing: {DETECTOR} holds the settings."
+    if not differ:
+        return ""
+    said = ", ".join(
+        f"{name} {in_short(beside[part].get(name))} for {in_short(kept[part].get(name))}" for part, name in differ[:3]
+    )
+    return (
+        f"{quoted(path)} is not what this detector was fitted with ({said}{', ...' if len(differ) > 3 else ''}), which "
+        f"changes nothing: {DETECTOR} holds the settings. For other ones fit again; for another threshold there is "
+        "predict --threshold."
+    )
 
 
 def read_config(run: Path, about: dict[str, Any]) -> Config:

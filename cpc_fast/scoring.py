@@ -224,10 +224,20 @@ def calibrate(scorer: Scorer, found: Sequence[Found]) -> Calibration:
     grids = [partly.voices(partly.by_steps(one)) for one in found]
     everything = torch.cat([grid.flatten(1) for grid in grids], 1)
     middle, variance = everything.mean(1)[:, None, None], everything.var(1).clamp_min(1e-12)[:, None, None]
-    if len(grids) < 2:
-        return Calibration(mean, spread, middle, variance.sqrt())
-    # as far as the number of predictions about a patch depends on the edge
-    edge = 2 * max(scorer.config.offsets) * scorer.config.finer + 1
+    means, spreads = middle, variance.sqrt()
+    if len(grids) > 1:
+        means, spreads = _of_places(grids, middle, variance, 2 * max(scorer.config.offsets) * scorer.config.finer + 1)
+    peaks = []
+    for grid in grids:
+        usual, scale = (at_places(table, *grid.shape[1:]) for table in (means, spreads))
+        peaks.append(((grid - usual) / scale).amax((1, 2)))
+    highest = torch.stack(peaks).mean(0).clamp_min(0.1)
+    return Calibration(mean, spread, means, spreads * (highest / highest[0])[:, None, None])
+
+
+def _of_places(grids: Sequence[Tensor], middle: Tensor, variance: Tensor, edge: int) -> tuple[Tensor, Tensor]:
+    """Mean and spread over images, of each voice at each place: (voices, n, n). `edge`: n where sizes differ, so that
+    places differ as far as the number of predictions about a patch depends on the edge."""
     size = grids[0].shape[1:] if len({grid.shape for grid in grids}) == 1 else torch.Size((edge, edge))
     sums = torch.zeros(3, len(middle), *size, dtype=torch.float64, device=middle.device)  # of 1, x and x^2
     for grid in grids:
@@ -243,12 +253,7 @@ def calibrate(scorer: Scorer, found: Sequence[Found]) -> Calibration:
     variances = (sums[2] - count * means**2).clamp_min(0) / (count - 1).clamp_min(1)
     trust = count / (count + SHRINK)
     variances = trust * variances + (1 - trust) * variance
-    means, spreads = (middle + trust * means).float(), variances.sqrt().float()
-    highest = torch.stack([
-        ((grid - at_places(means, *grid.shape[1:])) / at_places(spreads, *grid.shape[1:])).amax((1, 2))
-        for grid in grids
-    ]).mean(0).clamp_min(0.1)  # fmt: skip
-    return Calibration(mean, spread, means, spreads * (highest / highest[0])[:, None, None])
+    return (middle + trust * means).float(), variances.sqrt().float()
 
 
 def held_out_scores(

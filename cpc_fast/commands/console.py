@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CpcFastError, Stopped
@@ -60,6 +61,14 @@ def stopping(on_image: Callable[[int, int], None], stop: Callable[[], bool], wha
             raise Stopped(f"Stopped while {what}, after {done} of {total} images.")
 
     return watched
+
+
+def note_edited(run: Path) -> None:
+    """A sentence where somebody changed config.json, and hoped that it counts."""
+    from ..saving import edited
+
+    if said := edited(run):
+        say(said)
 
 
 def note_colour(in_colour: int, count: int, channels: int) -> None:

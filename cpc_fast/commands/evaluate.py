@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError
-from .console import note_colour, note_size, number, print_table, say, stopping
+from .console import note_colour, note_edited, note_size, number, print_table, say, stopping
 from .options import Device, Settings, check_device, choose_device
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def evaluate(
     from ..report import write_report
 
     detector = Detector.load(run, torch_device)
+    note_edited(run)
     evaluation = evaluate_run("evaluate", detector, data)
     write_metrics(out / "metrics.json", evaluation.metrics)
     write_report(out / "report.html", [make_section(data.resolve().name, detector, evaluation)])
@@ -143,7 +144,8 @@ def _print_metrics(evaluation: Evaluation, threshold: Threshold) -> None:
     good = [item.score > threshold.value for item in evaluation.scored if item.good]
     bad = [item.score > threshold.value for item in evaluation.scored if not item.good]
     say(f"Flagged, with a score above {threshold.value:.4g}: {_of(good)} normal images, {_of(bad)} defective ones.")
-    say(threshold.note or f"That threshold is meant to flag at most {threshold.target_fpr:.1%} of normal images.")
+    meant = f"is meant to flag at most {threshold.target_fpr:.1%} of normal images"
+    say(threshold.note or f"That threshold {meant if threshold.count else 'was set by hand'}.")
     speed = metrics["speed"]
     say(
         f"Scoring takes {speed['score_ms_per_image_p50']:.1f} ms an image "

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from .console import say
+from .console import note_edited, say
 
 CALLS = {  # how to load it, how to call it, and what images of another size end in
     "torch": (
@@ -62,6 +62,7 @@ def export(
     from ..train import in_bfloat16
 
     out, detector = out or run / FORMATS[format], Detector.load(run)
+    note_edited(run)
     height, width = size_for(detector, (int(match[1]), int(match[2])) if size else None)
     say(f"Writing {out}; with several networks, or mirror images, that takes a minute or more.")
     worst = write(detector, out, format, (height, width))

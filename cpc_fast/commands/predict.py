@@ -10,7 +10,7 @@ import typer
 
 from ..errors import Interrupted, NotWritten, Stopped
 from ..torchrun import launched, own_gpu
-from .console import complain, note_colour, note_size, say, terminable
+from .console import complain, note_colour, note_edited, note_size, say, terminable
 from .options import Device, check_device, choose_device
 
 
@@ -67,6 +67,7 @@ def predict(
     from ..progress import counting
 
     detector = Detector.load(run, torch_device)
+    note_edited(run)
     if threshold is not None:
         detector = detector.with_threshold(threshold)
     earlier = 0 if resume or part.count > 1 else answers_in(out)

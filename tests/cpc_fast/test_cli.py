@@ -1,9 +1,11 @@
 """The command line: what each command writes, prints and returns. What goes wrong is in test_errors."""
 
 import csv
+import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -220,8 +222,37 @@ def test_a_threshold_of_ones_own(fitted, data, tmp_path, capsys):
         assert {entry["flagged"] for entry in record["images"]} == {flagged}
     assert cli.run([*ask, "1", "--resume"]) == 2
     assert "different: threshold" in capsys.readouterr().err
+    before = (out / "predictions.json").read_bytes()
+    assert cli.run([*ask, "1e9", "--resume"]) == 0
+    assert (out / "predictions.json").read_bytes() == before
+    capsys.readouterr()
     assert cli.run([*ask, "nan"]) == 2
-    assert "The threshold is nan; it must be a finite number" in capsys.readouterr().err
+    assert "The threshold is nan; it must be a finite float32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["inputs.jsonl", "scores.csv"])
+def test_after_a_full_disk_the_command_that_is_printed_goes_on(fitted, data, tmp_path, capsys, monkeypatch, file):
+    """Over answers of a call with another threshold, which are gone by then."""
+    out, replace = tmp_path / "out", os.replace
+    ask = ["predict", str(fitted), str(data / "test"), "--out", str(out), "--threshold"]
+    assert cli.run([*ask, "1.5", "--scores-only"]) == 0
+
+    def full(source, target):
+        if Path(target).name == file:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert cli.run([*ask, "2.5", "--scores-only"]) == 1
+    monkeypatch.undo()
+    said = capsys.readouterr().err.splitlines()[-1]
+    go_on = shlex.split(said.split("Go on with: cpc-fast ")[1])
+    assert go_on[-1] == "--resume"
+    assert cli.run(go_on) == 0
+    assert json.loads((out / "predictions.json").read_text())["threshold"] == 2.5
+    assert cli.run(["predict", str(fitted), str(data / "test"), "--out", str(tmp_path / "whole"), *ask[-1:], "2.5",
+                    "--scores-only"]) == 0  # fmt: skip
+    assert (out / "scores.csv").read_bytes() == (tmp_path / "whole" / "scores.csv").read_bytes()
 
 
 def test_colour_that_a_model_cannot_see_is_said(fitted, data, tmp_path, capsys):

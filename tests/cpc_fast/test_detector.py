@@ -226,14 +226,36 @@ def test_what_lies_in_another_place_is_strange():
     voices = (said - found.place_mean) / found.place_spread
     torch.testing.assert_close(surprise.voices, voices)
     torch.testing.assert_close(surprise.grid, voices.amax(0))
-    plates = [parts(i) for i in range(24)]  # of which the held-out ones set how loud each voice is
-    held_out = [detector.scorer.surprise(plates[i]).voices for i in split(len(plates), detector.config)[1]]
-    neighbours, where = torch.stack([one.amax((1, 2)) for one in held_out]).mean(0).tolist()
-    assert neighbours == pytest.approx(where, rel=1e-4)
     cell = divmod(int(surprise.grid.argmax()), 7)
     for heard in (voices, voices.flip(0)):  # the voice that made the score is named, whatever the other's losses are
         told = detector._explanation(replace(surprise, voices=heard), image.shape, image.shape)
         assert (told.worst == "place") == bool(heard[1][cell] > heard[0][cell])
+
+
+def test_a_threshold_of_ones_own_is_cut_where_it_says(detector, tmp_path):
+    image = texture(70)
+    score = detector.inspect(image).score
+    for value in (score - 1e-9, score, score + 1e-9, float(np.nextafter(np.float32(score), np.float32(-1e9)))):
+        own = detector.with_threshold(value)
+        found = own.inspect(image)
+        assert found.flagged == (found.score > own.threshold.value) == bool(found.mask.any())
+    assert found.flagged
+    assert (own.threshold.note, own.threshold.count) == ("", 0)
+    own.save(tmp_path / "run")
+    assert Detector.load(tmp_path / "run").threshold == own.threshold
+    for value in (float("nan"), float("inf"), 1e300):
+        with pytest.raises(UsageError, match="it must be a finite float32"):
+            detector.with_threshold(value)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_voices_are_equally_loud_on_normal_images(count):
+    detector = Detector.fit([parts(i) for i in range(6)], TINY_CONFIG.replace(place=True, epochs=1), crop=48)
+    scorer = Scorer(detector.model, detector.bank)
+    found = [scorer.losses(parts(i)) for i in range(10, 10 + count)]
+    scorer.calibration = calibrate(scorer, found)
+    neighbours, place = torch.stack([scorer.judge(one).voices.amax((1, 2)) for one in found]).mean(0).tolist()
+    assert neighbours == pytest.approx(place, rel=1e-3)
 
 
 def test_members_learn_apart_and_are_averaged():

@@ -471,9 +471,11 @@ def test_slider_by_keyboard_changes_one_decision_at_a_time(demo, open_page):
     page.keyboard.press("Home")
     everything = counts(page)
     assert everything["fn"] == everything["tn"] == 0
+    exact = page.get_by_label("Threshold, exact value").first
     for n in range(1, 4):
         page.keyboard.press("ArrowRight")
         assert counts(page)["fn"] + counts(page)["tn"] == n
+        assert counts(page) == expected(section, float(exact.input_value()))  # which predict --threshold may be given
     page.keyboard.press("ArrowLeft")
     assert counts(page)["fn"] + counts(page)["tn"] == 2
     page.keyboard.press("End")
