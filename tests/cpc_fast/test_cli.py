@@ -149,7 +149,9 @@ def test_evaluate_writes_metrics_table_and_report(fitted, data, tmp_path, capsys
     assert "<title>" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert cli.run(["evaluate", str(fitted), str(data)]) == 0
     assert (fitted / "metrics.json").is_file()
-    assert (fitted / "report.html").is_file()
+    report = (fitted / "report.html").read_text(encoding="utf-8")
+    assert "<dt>data</dt>" in report
+    assert "digest" not in report  # of the images: nothing that a reader of the page could use
 
 
 def test_predict_writes_scores_overlays_masks_and_maps(fitted, data, tmp_path, capsys):
