@@ -19,6 +19,7 @@ from samples import SET_TINY, make_set, save, texture
 
 from cpc_fast import cli, datasets
 from cpc_fast.commands import console
+from cpc_fast.detector import Detector
 from cpc_fast.doctor import examine
 from cpc_fast.images import read_image
 from cpc_fast.version import __version__
@@ -152,6 +153,16 @@ def test_evaluate_writes_metrics_table_and_report(fitted, data, tmp_path, capsys
     report = (fitted / "report.html").read_text(encoding="utf-8")
     assert "<dt>data</dt>" in report
     assert "digest" not in report  # of the images: nothing that a reader of the page could use
+
+
+def test_a_threshold_that_was_set_by_hand_is_meant_for_no_rate(fitted, data, tmp_path, capsys):
+    Detector.load(fitted).with_threshold(1.5).save(tmp_path / "run")
+    assert cli.run(["evaluate", str(tmp_path / "run"), str(data)]) == 0
+    said = capsys.readouterr().out
+    assert "That threshold was set by hand." in said
+    assert "is meant to flag" not in said
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["threshold"]["target_fpr"] is None
+    assert "it was set for" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_predict_writes_scores_overlays_masks_and_maps(fitted, data, tmp_path, capsys):
