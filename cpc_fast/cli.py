@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -60,7 +61,8 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments[:end]  # wherever it stands
     arguments = [argument for i, argument in enumerate(arguments) if argument != "--debug" or i >= end]
     try:
-        code = app(arguments, prog_name="cpc-fast", standalone_mode=False)
+        with printing() if "--help" in arguments[:end] else nullcontext():  # what commands print they see to themselves
+            code = app(arguments, prog_name="cpc-fast", standalone_mode=False)
         with printing():
             sys.stdout.flush()
         if code == 130:  # what typer makes of Ctrl-C where the command had nothing to say about it

@@ -50,8 +50,14 @@ def plan(
 ) -> list[tuple[str, str]]:
     """What to read, as (path, NAME); on_repeat is called with each path that was given before.
 
-    Raises UsageError where an answer would overwrite an image that was given, and as find_inputs does.
+    Raises UsageError where an answer would overwrite an image that was given, or pictures would lie among the images
+    of a folder that was, and as find_inputs does.
     """
+    if kinds and os.path.realpath(out) in map(os.path.realpath, images):
+        raise UsageError(
+            f"{quoted(out)} holds the images: what is written there would count as images the next time. Choose "
+            f"another --out, such as {quoted(out / 'answers')}."
+        )
     inputs = find_inputs(images, on_repeat, out)
     sources = sources_in(out, inputs)
     targets = (out / kind / f"{name}{suffix}" for _, name in inputs for kind, suffix in kinds.items())

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from .console import print_table, say, stopping, terminable
+from .console import going_on, print_table, say, stopping, terminable
 from .evaluate import evaluate_run, make_section
 from .fit import fit_or_go_on
 from .options import choose_config, choose_device
@@ -24,7 +24,7 @@ def evaluate_all(
     submission: Path | None,
 ) -> int:  # fmt: skip
     """A run for each category, fitted where none is; its metrics and report in it; the table in `runs`."""
-    from ..errors import Interrupted, Stopped, UsageError
+    from ..errors import Stopped, UsageError
     from ..images import quoted
     from ..layouts import find_categories, find_private, find_test, find_train
     from ..runs import need_writable
@@ -55,30 +55,25 @@ def evaluate_all(
     again += ["--submission", str(submission)] if submission else []
     metrics: dict[str, dict[str, Any]] = {}
     notes = []
-    try:
-        with terminable() as stop:
-            for category in categories:
-                name, run = category.name, runs / category.name
-                detector = fit_or_go_on(name, category, run, config, torch_device, fresh)
-                evaluation = evaluate_run(name, detector, category, stop)
-                write_metrics(run / "metrics.json", evaluation.metrics)
-                write_report(run / "report.html", [make_section(name, detector, evaluation)])
-                metrics[name] = evaluation.metrics
-                if detector.threshold.note:
-                    notes.append(f"{name}: {detector.threshold.note}")
-                if submission:
-                    with counting(f"{name}: private images") as show:
-                        on_image = stopping(show, stop, f"the private images of {name} were scored")
-                        write_submission(detector, category, submission, on_image=on_image)
-                if stop():
-                    raise Stopped(f"Stopped after {name}.")
-    except Stopped as why:
-        raise Stopped(f"{why} All of it is saved in {runs}. Go on with: {shlex.join(again)}") from None
-    except KeyboardInterrupt:
-        raise Interrupted(f"Stopped; every finished epoch is in {runs}. Go on with: {shlex.join(again)}") from None
-    rows = summary(metrics)
-    write_metrics(runs / "summary.json", mean_metrics(list(metrics.values())))
-    write_text(runs / "table.md", markdown(rows))
+    with going_on(runs, shlex.join(again)), terminable() as stop:
+        for category in categories:
+            name, run = category.name, runs / category.name
+            detector = fit_or_go_on(name, category, run, config, torch_device, fresh)
+            evaluation = evaluate_run(name, detector, category, stop)
+            write_metrics(run / "metrics.json", evaluation.metrics)
+            write_report(run / "report.html", [make_section(name, detector, evaluation)])
+            metrics[name] = evaluation.metrics
+            if detector.threshold.note:
+                notes.append(f"{name}: {detector.threshold.note}")
+            if submission:
+                with counting(f"{name}: private images") as show:
+                    on_image = stopping(show, stop, f"the private images of {name} were scored")
+                    write_submission(detector, category, submission, on_image=on_image)
+            if stop():
+                raise Stopped(f"Stopped after {name}.")
+        rows = summary(metrics)
+        write_metrics(runs / "summary.json", mean_metrics(list(metrics.values())))
+        write_text(runs / "table.md", markdown(rows))
     print_table("Percent", ("category", *COLUMNS), rows)
     for note in notes:
         say(note)

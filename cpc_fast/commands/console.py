@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CpcFastError, Stopped
+from ..errors import CpcFastError, Interrupted, NotWritten, Stopped
 
 if TYPE_CHECKING:
     from ..detector import Detector
@@ -50,6 +50,19 @@ def terminable() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def going_on(out: Path, again: str) -> Iterator[None]:
+    """What ends the work on several sets before its time says that `again` goes on, where all is kept in `out`."""
+    try:
+        yield
+    except Stopped as why:
+        raise Stopped(f"{why} All of it is saved in {out}. Go on with: {again}") from None
+    except NotWritten as why:
+        raise NotWritten(f"{why} Go on with: {again}") from None
+    except KeyboardInterrupt:
+        raise Interrupted(f"Stopped; every finished epoch is in {out}. Go on with: {again}") from None
 
 
 def stopping(on_image: Callable[[int, int], None], stop: Callable[[], bool], what: str) -> Callable[[int, int], None]:

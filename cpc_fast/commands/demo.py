@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import config as configs
-from ..errors import Interrupted, Stopped
-from .console import number, print_table, say, share, terminable
+from ..errors import Stopped
+from .console import going_on, number, print_table, say, share, terminable
 from .evaluate import evaluate_run, make_section
 from .fit import fit_or_go_on
 from .options import Device, Settings, check_device, choose_config, choose_device
@@ -43,27 +43,22 @@ def demo(
     from ..report import write_report
 
     say(f"Writing {', '.join(datasets.TEXTURES)} with painted defects to {out / 'data'}")
-    datasets.write_textures(out / "data")
     evaluations: dict[str, Evaluation] = {}
     sections: list[Section] = []
     again = shlex.join(["cpc-fast", "demo", "--out", str(out), *_as_options(epochs, device, settings)])
-    try:
-        with terminable() as stop:
-            for texture in datasets.TEXTURES:
-                detector = fit_or_go_on(texture, out / "data" / texture, out / texture, config, torch_device, fresh)
-                evaluation = evaluate_run(texture, detector, out / "data" / texture, stop)
-                write_metrics(out / texture / "metrics.json", evaluation.metrics)
-                evaluations[texture] = evaluation
-                sections.append(make_section(texture, detector, evaluation))
-                if stop():
-                    raise Stopped(f"Stopped after {texture}.")
-    except Stopped as why:
-        raise Stopped(f"{why} All of it is saved in {out}. Go on with: {again}") from None
-    except KeyboardInterrupt:
-        raise Interrupted(f"Stopped; every finished epoch is in {out}. Go on with: {again}") from None
-    write_metrics(out / "summary.json", mean_metrics([e.metrics for e in evaluations.values()]))
-    write_report(out / "report.html", sections)
-    _write_contact_sheet(out / "maps.png", sections)
+    with going_on(out, again), terminable() as stop:
+        datasets.write_textures(out / "data")
+        for texture in datasets.TEXTURES:
+            detector = fit_or_go_on(texture, out / "data" / texture, out / texture, config, torch_device, fresh)
+            evaluation = evaluate_run(texture, detector, out / "data" / texture, stop)
+            write_metrics(out / texture / "metrics.json", evaluation.metrics)
+            evaluations[texture] = evaluation
+            sections.append(make_section(texture, detector, evaluation))
+            if stop():
+                raise Stopped(f"Stopped after {texture}.")
+        write_metrics(out / "summary.json", mean_metrics([e.metrics for e in evaluations.values()]))
+        write_report(out / "report.html", sections)
+        _write_contact_sheet(out / "maps.png", sections)
     _print_summary({name: evaluation.metrics for name, evaluation in evaluations.items()})
 
     say(f"\nThe whole job took {duration(time.monotonic() - started)}. Open next:")

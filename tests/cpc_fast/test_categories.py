@@ -15,7 +15,7 @@ from cpc_fast.cli import run
 from cpc_fast.commands import categories, demo
 from cpc_fast.commands.categories import COLUMNS, TEXTURES, markdown, summary
 from cpc_fast.detector import Detector
-from cpc_fast.errors import Stopped
+from cpc_fast.errors import NotWritten, Stopped
 
 OPTIONS = [*SET_TINY, "--set", "epochs=1", "--set", "made_for=48", "--device", "cpu"]
 
@@ -77,22 +77,31 @@ def test_a_run_of_another_dataset_is_not_taken_for_this_ones(tmp_path, capsys, m
     assert run([*command, "b/set", "--fresh"]) == 0
 
 
-def test_terminated_it_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("why", "said", "code"),
+    [
+        (Stopped("Stopped in epoch 1."), "Stopped in epoch 1. All of it is saved in {}.", 0),
+        (NotWritten("No room."), "Error: No room.", 1),
+        (KeyboardInterrupt(), "Stopped; every finished epoch is in {}.", 130),
+    ],
+    ids=["terminated", "full disk", "Ctrl-C"],
+)
+def test_what_ends_it_says_how_to_go_on(tmp_path, capsys, monkeypatch, why, said, code):
     monkeypatch.chdir(tmp_path)
     make_set(tmp_path / "parts" / "nut", train=3, good=1, holes=1)
 
-    def stop(*_):
-        raise Stopped("Stopped in epoch 1.")
+    def end(*_):
+        raise why
 
     for command in (categories, demo):
-        monkeypatch.setattr(command, "fit_or_go_on", stop)
-    assert run(["evaluate", "--all", "parts", "--set", "steps=2", "--device", "cpu", "--fresh"]) == 0
+        monkeypatch.setattr(command, "fit_or_go_on", end)
+    assert run(["evaluate", "--all", "parts", "--set", "steps=2", "--device", "cpu", "--fresh"]) == code
     assert capsys.readouterr().err == (
-        "Stopped in epoch 1. All of it is saved in runs/parts. Go on with: cpc-fast evaluate --all parts --runs "
-        "runs/parts --set steps=2 --device cpu\n"
+        said.format("runs/parts") + " Go on with: cpc-fast evaluate --all parts --runs runs/parts --set steps=2 "
+        "--device cpu\n"
     )
-    assert run(["demo", "--out", "demo", "--epochs", "2"]) == 0
-    assert capsys.readouterr().err.endswith("saved in demo. Go on with: cpc-fast demo --out demo --epochs 2\n")
+    assert run(["demo", "--out", "demo", "--epochs", "2"]) == code
+    assert capsys.readouterr().err == said.format("demo") + " Go on with: cpc-fast demo --out demo --epochs 2\n"
 
 
 def test_terminated_while_it_scores(tmp_path, capsys, monkeypatch):

@@ -423,6 +423,16 @@ def test_predict_never_overwrites_an_image_it_was_given(fitted, tmp_path, capsys
     assert path.read_bytes() == before
 
 
+def test_predict_leaves_no_pictures_among_the_images(fitted, tmp_path, capsys):
+    folder = save(tmp_path / "parts" / "x.png", texture(1)).parent
+    ask = ["predict", str(fitted), str(folder), "--out", str(folder)]
+    assert cli.run(ask) == 2
+    assert f"such as {str(folder / 'answers')!r}" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["x.png"]
+    assert cli.run([*ask, "--scores-only"]) == 0
+    assert cli.run([*ask[:-1], str(folder / "answers")]) == 0
+
+
 def small_textures(out, seed=0):
     return REAL_TEXTURES(out, seed, train=8, good=2, per_defect=1, window=64)
 

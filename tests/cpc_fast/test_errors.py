@@ -517,10 +517,10 @@ def test_a_stream_that_the_caller_closed(closed, what, code):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
-@pytest.mark.parametrize("what", ["--version", "doctor"])
+@pytest.mark.parametrize("what", [["--version"], ["doctor"], ["predict", "--help"]], ids=" ".join)
 def test_standard_output_that_cannot_be_written(what):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*CLI, what], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+        done = subprocess.run([*CLI, *what], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (1, "Error: Standard output cannot be written: No space left on device.\n")
 
 
