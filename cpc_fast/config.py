@@ -17,7 +17,10 @@ CONTEXTS = ("none", "masked-conv")
 NEGATIVES = ("batch", "other-images", "sampled")
 ACROSS_RANKS = ("auto", "local", "gathered", "ring")
 PRECISIONS = ("auto", "float32")
-WHOLE_SHIFTS = ("quarter-turn", "turn", "magnify", "noise", "blur", "intensity", "sharpen", "shuffle", "invert", "warp")
+WHOLE_SHIFTS = (
+    "quarter-turn", "turn", "magnify", "noise", "blur", "intensity", "brightness", "exposure", "sharpen", "shuffle",
+    "invert", "warp",
+)  # fmt: skip
 SHIFTS = (*WHOLE_SHIFTS, "spots", "curves", *(f"local-{name}" for name in WHOLE_SHIFTS))
 KINDS = {
     "int": ((int,), "a whole number"), "int | None": ((int, type(None)), "a whole number, or none"),

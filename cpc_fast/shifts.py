@@ -80,6 +80,17 @@ def _intensity(images: Images, generator: torch.Generator, unit: float) -> Image
     return (images - mean) * contrast + mean + _pick(images, -1.5, 1.5, generator)
 
 
+def _brightness(images: Images, generator: torch.Generator, unit: float) -> Images:
+    """Another brightness alone: with another contrast beside it, contrast is what tells the copy."""
+    return images + _pick(images, -2.0, 2.0, generator)
+
+
+def _exposure(images: Images, generator: torch.Generator, unit: float) -> Images:
+    """0.3 to 1.8 times as bright, counted from the darkest pixel of the batch."""
+    black = images.amin()
+    return (images - black) * torch.exp(_pick(images, -1.2, 0.6, generator)) + black
+
+
 def _sharpen(images: Images, generator: torch.Generator, unit: float) -> Images:
     return images + (images - _blur(images, generator, unit)) * _pick(images, 1.0, 2.0, generator)
 
@@ -150,6 +161,8 @@ WHOLE: dict[str, Family] = {
     "noise": _noise,
     "blur": _blur,
     "intensity": _intensity,
+    "brightness": _brightness,
+    "exposure": _exposure,
     "sharpen": _sharpen,
     "shuffle": _shuffle,
     "invert": _invert,
