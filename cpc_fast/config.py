@@ -287,7 +287,8 @@ PRESETS: dict[str, Config] = {
     ),
     # Parts that lie alike in every image: what belongs at a place is known, and learnt from what is too dark or bright.
     "aligned": _QUALITY.replace(
-        place=True, epochs=20, shift_copies=1, shifts=("intensity", "local-intensity"), finer=1, mirrored=True,
+        place=True, epochs=20, shift_copies=1, finer=1, mirrored=True,
+        shifts=("brightness", "exposure", "local-brightness", "local-exposure"),
     ),
     # One network with a coarser first convolution, fewer epochs, and patches only where training has them.
     "fast": _QUALITY.replace(stem=4, members=1, epochs=12, finer=1, made_for=256),
