@@ -270,7 +270,7 @@ _TEXTURES = Config(
 
 _QUALITY = _TEXTURES.replace(
     made_for=256, members=3, epochs=16, learning_rate=4e-3, schedule="cosine", finer=2,
-    shifts=("spots", "curves", "warp", "shuffle"),
+    shifts=("spots", "curves", "warp", "shuffle"), shift_copies=4,
 )  # fmt: skip
 
 PRESETS: dict[str, Config] = {
@@ -280,7 +280,7 @@ PRESETS: dict[str, Config] = {
     "quality": _QUALITY,
     # Homogeneous surfaces, where patches are hard to tell apart: more shifts, longer, mirror images in scoring.
     "texture": _QUALITY.replace(
-        epochs=20, jitter=0.08, negatives="other-images", finer=1, mirrored=True,
+        epochs=20, jitter=0.08, negatives="other-images", finer=1, mirrored=True, shift_copies=2,
         shifts=(
             "spots", "curves", "warp", "turn", "magnify", "noise", "shuffle", "intensity", "local-turn", "local-noise",
         ),
@@ -291,7 +291,7 @@ PRESETS: dict[str, Config] = {
         shifts=("brightness", "exposure", "local-brightness", "local-exposure"),
     ),
     # One network with a coarser first convolution, fewer epochs, and patches only where training has them.
-    "fast": _QUALITY.replace(stem=4, members=1, epochs=12, finer=1, made_for=256),
+    "fast": _QUALITY.replace(stem=4, members=1, epochs=12, finer=1, shift_copies=2, made_for=256),
     # Unverified: put together from the paper's abstract and the code of its second author, not from its text.
     "paper": Config(
         image_size=256, channels=1, patch_size=64, patch_stride=32, width=64, stem=2, norm="none", steps=5, skip=1,
