@@ -32,7 +32,7 @@ from .detector import Detector, Prediction
 from .errors import CpcFastError, Stopped
 from .files import locked, remove_asides, write_whole
 from .images import naming, read_image
-from .inputs import Shard, answer_kinds, has_colour, plan
+from .inputs import Shard, answer_kinds, has_colour, plan, refuse_among
 from .journal import entries, journal, whole
 from .report import mask_outline, overlay, printable
 from .segments import outline
@@ -87,9 +87,10 @@ def predict(
         on_image, on_skip: called with how many are done of how many, and with why an image was skipped.
         stop: asked after each image whether to stop there.
 
-    Raises UsageError where nothing can be found, an input would be overwritten, or `out` holds answers of another call,
-    CpcFastError where `out` cannot be written or another process writes there, Stopped where `stop` said so. Then, and
-    on Ctrl-C, the lists of the answers so far are written, unless this is one shard of several.
+    Raises UsageError where nothing can be found, an input would be overwritten, pictures would lie in a folder of
+    `images`, or `out` holds answers of another call, CpcFastError where `out` cannot be written or another process
+    writes there, Stopped where `stop` said so. Then, and on Ctrl-C, the lists of the answers so far are written, unless
+    this is one shard of several.
     """
     out = Path(out)
     kinds = answer_kinds(tiff, pictures)
@@ -97,6 +98,7 @@ def predict(
         "version": __version__, "detector": fingerprint(detector), "threshold": detector.threshold.value,
         "kinds": list(kinds), "min_area": min_area, "images": [os.fspath(image) for image in images],
     }  # fmt: skip
+    refuse_among(images, out, kinds)
     with journal(out, asked, lambda: plan(images, out, kinds), shard, resume) as (inputs, kept):
         mine = inputs[shard.number - 1 :: shard.count]
         if kept.done < len(mine):

@@ -61,7 +61,7 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments[:end]  # wherever it stands
     arguments = [argument for i, argument in enumerate(arguments) if argument != "--debug" or i >= end]
     try:
-        with printing() if "--help" in arguments[:end] else nullcontext():  # what commands print they see to themselves
+        with printing() if "--help" in arguments[:end] else nullcontext():  # else commands print, by say
             code = app(arguments, prog_name="cpc-fast", standalone_mode=False)
         with printing():
             sys.stdout.flush()

@@ -290,7 +290,7 @@ PRESETS: dict[str, Config] = {
         place=True, epochs=20, shift_copies=1, finer=1, mirrored=True,
         shifts=("brightness", "exposure", "local-brightness", "local-exposure"),
     ),
-    # One network with a coarser first convolution, fewer epochs, and patches only where training has them.
+    # One network with a coarser first convolution, fewer epochs and copies, and patches only where training has them.
     "fast": _QUALITY.replace(stem=4, members=1, epochs=12, finer=1, shift_copies=2, made_for=256),
     # Unverified: put together from the paper's abstract and the code of its second author, not from its text.
     "paper": Config(

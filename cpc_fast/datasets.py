@@ -29,6 +29,7 @@ from PIL import Image
 from scipy import ndimage
 
 from cpc_fast.errors import CpcFastError, UsageError
+from cpc_fast.files import unwritten
 
 TEXTURES = ("brick", "grass", "gravel")
 # (top, bottom, left, right) of the part of each 512 x 512 photograph that is kept for testing: on brick a band, since
@@ -311,7 +312,7 @@ def _new_folder(out: str | os.PathLike, dataset: str, made_from: dict, licence: 
             f"Cannot write the dataset to {str(out)!r}: a file stands where a folder is needed; choose another place."
         ) from None
     except OSError as error:
-        raise CpcFastError(
+        raise unwritten(error)(
             f"Cannot write the dataset to {str(out)!r}: {error.strerror}; choose another folder."
         ) from error
     try:
@@ -334,7 +335,7 @@ def _new_folder(out: str | os.PathLike, dataset: str, made_from: dict, licence: 
             raise
         shutil.rmtree(old)
     except OSError as error:
-        raise CpcFastError(
+        raise unwritten(error)(
             f"Writing the dataset to {str(out)!r} failed: {error.strerror or error}; "
             "what was there before is unchanged."
         ) from error

@@ -15,6 +15,12 @@ from .errors import CpcFastError, NotWritten
 from .images import quoted
 
 
+def unwritten(error: OSError) -> type[CpcFastError]:
+    """What kind of error it is: NotWritten where the disk is full."""
+    full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return NotWritten if full else CpcFastError
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file aside, bring it to the disk, and rename it into place, so that the old one stays until then.
 
@@ -38,10 +44,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             aside.unlink()
         if not isinstance(error, OSError):
             raise
-        full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "Free some space or choose another folder." if full else "Choose another folder."
+        kind = unwritten(error)
+        advice = "Free some space or choose another folder." if kind is NotWritten else "Choose another folder."
         kept = " The file that was there before is untouched." if path.exists() else ""
-        kind = NotWritten if full else CpcFastError
         raise kind(f"Could not write {quoted(path)}: {error.strerror or error}. {advice}{kept}") from None
 
 
@@ -61,7 +66,7 @@ def locked(folder: Path, name: str = "run.lock", wait: bool = False) -> Iterator
     """Hold a folder for one writing process; the system lets go of it when the process ends, however it ends.
 
     With `wait`, wait for another process to let go. Raises CpcFastError where another process holds it (without
-    `wait`), or where the folder cannot be written.
+    `wait`), or where the folder cannot be written (NotWritten: the disk is full).
     """
     path = folder / name
     try:
@@ -89,7 +94,7 @@ def locked(folder: Path, name: str = "run.lock", wait: bool = False) -> Iterator
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
     except OSError as error:
-        raise CpcFastError(
+        raise unwritten(error)(
             f"Could not write in the folder {quoted(folder)}: {error.strerror}; choose another one."
         ) from None
     try:

@@ -50,15 +50,10 @@ def plan(
 ) -> list[tuple[str, str]]:
     """What to read, as (path, NAME); on_repeat is called with each path that was given before.
 
-    Raises UsageError where an answer would overwrite an image that was given, or pictures would lie among the images
-    of a folder that was, and as find_inputs does.
+    Raises UsageError where an answer would overwrite an image that was given, and as find_inputs and refuse_among do.
     """
-    if kinds and os.path.realpath(out) in map(os.path.realpath, images):
-        raise UsageError(
-            f"{quoted(out)} holds the images: what is written there would count as images the next time. Choose "
-            f"another --out, such as {quoted(out / 'answers')}."
-        )
     inputs = find_inputs(images, on_repeat, out)
+    refuse_among(images, out, kinds)
     sources = sources_in(out, inputs)
     targets = (out / kind / f"{name}{suffix}" for _, name in inputs for kind, suffix in kinds.items())
     for target in (*targets, out / "scores.csv", out / "predictions.json") if sources else ():
@@ -67,6 +62,17 @@ def plan(
                 f"Writing to {quoted(out)} would overwrite the image {quoted(target)}; choose another --out."
             )
     return inputs
+
+
+def refuse_among(images: Sequence[str | os.PathLike], out: Path, kinds: dict[str, str]) -> None:
+    """Raises UsageError where pictures would be written into a folder that is to be scored: the next call would take
+    them for images."""
+    there = os.path.realpath(out)
+    if kinds and any(os.path.isdir(given) and os.path.realpath(given) == there for given in images):
+        raise UsageError(
+            f"--out is {quoted(out)}, a folder to be scored: overlays and masks would lie among its images. Choose "
+            "another --out, such as answers."
+        )
 
 
 def sources_in(out: Path, inputs: Sequence[tuple[str, str]]) -> set[str]:

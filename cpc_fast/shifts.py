@@ -86,7 +86,7 @@ def _brightness(images: Images, generator: torch.Generator, unit: float) -> Imag
 
 
 def _exposure(images: Images, generator: torch.Generator, unit: float) -> Images:
-    """0.3 to 1.8 times as bright, counted from the darkest pixel of the batch."""
+    """0.3 to 1.8 times as bright, counted from the darkest pixel of all these images."""
     black = images.amin()
     return (images - black) * torch.exp(_pick(images, -1.2, 0.6, generator)) + black
 

@@ -55,7 +55,7 @@ def evaluate_all(
     again += ["--submission", str(submission)] if submission else []
     metrics: dict[str, dict[str, Any]] = {}
     notes = []
-    with going_on(runs, shlex.join(again)), terminable() as stop:
+    with going_on(runs, shlex.join(again), fresh), terminable() as stop:
         for category in categories:
             name, run = category.name, runs / category.name
             detector = fit_or_go_on(name, category, run, config, torch_device, fresh)

@@ -53,16 +53,26 @@ def terminable() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def going_on(out: Path, again: str) -> Iterator[None]:
-    """What ends the work on several sets before its time says that `again` goes on, where all is kept in `out`."""
+def going_on(out: Path, again: str, fresh: bool) -> Iterator[None]:
+    """Adds the command `again` to what SIGTERM, a full disk and Ctrl-C say; what is done is in `out`.
+
+    fresh: earlier runs are fitted anew. Each is kept until its new one has a checkpoint, and `again` would take it for
+    new.
+    """
+    again = f"Go on with: {again}"
+    if fresh:
+        again += (
+            f" (sets that were not begun yet still have their runs of before: to fit these anew, too, remove their "
+            f"folders in {out}, or give --fresh again, which begins with all of them)"
+        )
     try:
         yield
     except Stopped as why:
-        raise Stopped(f"{why} All of it is saved in {out}. Go on with: {again}") from None
+        raise Stopped(f"{why} All of it is saved in {out}. {again}") from None
     except NotWritten as why:
-        raise NotWritten(f"{why} Go on with: {again}") from None
+        raise NotWritten(f"{why} {again}") from None
     except KeyboardInterrupt:
-        raise Interrupted(f"Stopped; every finished epoch is in {out}. Go on with: {again}") from None
+        raise Interrupted(f"Stopped; every finished epoch is in {out}. {again}") from None
 
 
 def stopping(on_image: Callable[[int, int], None], stop: Callable[[], bool], what: str) -> Callable[[int, int], None]:

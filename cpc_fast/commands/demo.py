@@ -46,16 +46,17 @@ def demo(
     evaluations: dict[str, Evaluation] = {}
     sections: list[Section] = []
     again = shlex.join(["cpc-fast", "demo", "--out", str(out), *_as_options(epochs, device, settings)])
-    with going_on(out, again), terminable() as stop:
+    with going_on(out, again, fresh):
         datasets.write_textures(out / "data")
-        for texture in datasets.TEXTURES:
-            detector = fit_or_go_on(texture, out / "data" / texture, out / texture, config, torch_device, fresh)
-            evaluation = evaluate_run(texture, detector, out / "data" / texture, stop)
-            write_metrics(out / texture / "metrics.json", evaluation.metrics)
-            evaluations[texture] = evaluation
-            sections.append(make_section(texture, detector, evaluation))
-            if stop():
-                raise Stopped(f"Stopped after {texture}.")
+        with terminable() as stop:
+            for texture in datasets.TEXTURES:
+                detector = fit_or_go_on(texture, out / "data" / texture, out / texture, config, torch_device, fresh)
+                evaluation = evaluate_run(texture, detector, out / "data" / texture, stop)
+                write_metrics(out / texture / "metrics.json", evaluation.metrics)
+                evaluations[texture] = evaluation
+                sections.append(make_section(texture, detector, evaluation))
+                if stop():
+                    raise Stopped(f"Stopped after {texture}.")
         write_metrics(out / "summary.json", mean_metrics([e.metrics for e in evaluations.values()]))
         write_report(out / "report.html", sections)
         _write_contact_sheet(out / "maps.png", sections)

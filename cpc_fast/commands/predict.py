@@ -23,7 +23,8 @@ def predict(
     out: Annotated[
         Path,
         typer.Option(
-            help="Folder for scores.csv, predictions.json, overlays and masks; earlier answers there are replaced."
+            help="Folder for scores.csv, predictions.json, overlays and masks, none of IMAGES; earlier answers there "
+            "are replaced."
         ),
     ],
     tiff: Annotated[bool, typer.Option("--tiff", help="Write the maps too, as float32 TIFF.")] = False,

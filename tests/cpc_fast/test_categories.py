@@ -1,8 +1,10 @@
 """`evaluate --all`: a run for each category, the table of papers, the tree that the server of MVTec AD 2 takes."""
 
+import errno
 import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,19 +91,46 @@ def test_a_run_of_another_dataset_is_not_taken_for_this_ones(tmp_path, capsys, m
 def test_what_ends_it_says_how_to_go_on(tmp_path, capsys, monkeypatch, why, said, code):
     monkeypatch.chdir(tmp_path)
     make_set(tmp_path / "parts" / "nut", train=3, good=1, holes=1)
+    monkeypatch.setattr("cpc_fast.datasets.write_textures", lambda _: None)
 
     def end(*_):
         raise why
 
     for command in (categories, demo):
         monkeypatch.setattr(command, "fit_or_go_on", end)
-    assert run(["evaluate", "--all", "parts", "--set", "steps=2", "--device", "cpu", "--fresh"]) == code
+    assert run(["evaluate", "--all", "parts", "--set", "steps=2", "--device", "cpu"]) == code
     assert capsys.readouterr().err == (
         said.format("runs/parts") + " Go on with: cpc-fast evaluate --all parts --runs runs/parts --set steps=2 "
         "--device cpu\n"
     )
     assert run(["demo", "--out", "demo", "--epochs", "2"]) == code
     assert capsys.readouterr().err == said.format("demo") + " Go on with: cpc-fast demo --out demo --epochs 2\n"
+    assert run(["demo", "--out", "demo", "--fresh"]) == code
+    assert "(sets that were not begun yet still have their runs of before: " in capsys.readouterr().err
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_before_the_first_fit_and_after_the_last(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_set(tmp_path / "parts" / "nut", train=6, good=2, holes=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("cpc_fast.datasets.secrets.token_hex", full)
+        assert run(["demo", "--out", "demo"]) == 1
+        assert capsys.readouterr().err.endswith("Go on with: cpc-fast demo --out demo\n")
+    command, replace = ["evaluate", "--all", "parts", *OPTIONS], os.replace
+
+    def all_but_the_table(source, target):
+        (full if Path(target).name == "table.md" else replace)(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", all_but_the_table)
+        assert run(command) == 1
+    assert "Go on with: cpc-fast evaluate --all parts --runs runs/parts" in capsys.readouterr().err
+    assert run(command) == 0
+    assert "nut: fitted before, so only evaluated" in capsys.readouterr().out
 
 
 def test_terminated_while_it_scores(tmp_path, capsys, monkeypatch):

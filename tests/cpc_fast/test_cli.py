@@ -17,10 +17,11 @@ import tifffile
 from PIL import Image
 from samples import SET_TINY, make_set, save, texture
 
-from cpc_fast import cli, datasets
+from cpc_fast import answers, cli, datasets
 from cpc_fast.commands import console
 from cpc_fast.detector import Detector
 from cpc_fast.doctor import examine
+from cpc_fast.errors import UsageError
 from cpc_fast.images import read_image
 from cpc_fast.version import __version__
 
@@ -425,12 +426,17 @@ def test_predict_never_overwrites_an_image_it_was_given(fitted, tmp_path, capsys
 
 def test_predict_leaves_no_pictures_among_the_images(fitted, tmp_path, capsys):
     folder = save(tmp_path / "parts" / "x.png", texture(1)).parent
-    ask = ["predict", str(fitted), str(folder), "--out", str(folder)]
-    assert cli.run(ask) == 2
-    assert f"such as {str(folder / 'answers')!r}" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(folder)
+    for out in (folder, tmp_path / "link", folder / ".." / "parts"):
+        assert cli.run(["predict", str(fitted), str(folder), "--out", str(out)]) == 2
+        assert "a folder to be scored: overlays and masks would lie among its images" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="a folder to be scored"):
+        answers.predict(Detector.load(fitted), [folder], folder)
     assert [path.name for path in folder.iterdir()] == ["x.png"]
-    assert cli.run([*ask, "--scores-only"]) == 0
-    assert cli.run([*ask[:-1], str(folder / "answers")]) == 0
+    assert cli.run(["predict", str(fitted), str(tmp_path / "gone"), "--out", str(tmp_path / "gone")]) == 2
+    assert "There is no file or folder" in capsys.readouterr().err
+    for more in (["--out", str(folder), "--scores-only"], ["--out", str(folder / "answers")]):
+        assert cli.run(["predict", str(fitted), str(folder), *more]) == 0
 
 
 def small_textures(out, seed=0):

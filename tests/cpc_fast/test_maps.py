@@ -122,6 +122,20 @@ def test_a_local_shift_leaves_half_of_the_image(family):
     assert 0.5 < kept(f"local-{family}") < 0.8
 
 
+def test_brightness_leaves_the_contrast_and_exposure_scales_it_along():
+    images = torch.rand(16, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    images[0, 0, 0, 0] = 0.0
+    brighter, exposed = (
+        shift(images, (name,), torch.Generator().manual_seed(0)) for name in ("brightness", "exposure")
+    )
+    torch.testing.assert_close(brighter.std((1, 2, 3)), images.std((1, 2, 3)))
+    factors = exposed.mean((1, 2, 3)) / images.mean((1, 2, 3))
+    torch.testing.assert_close(exposed, images * factors.view(-1, 1, 1, 1))
+    for moved in (brighter.mean((1, 2, 3)) - images.mean((1, 2, 3)), factors.log()):
+        assert moved.min() < -0.5
+        assert moved.max() > 0.3
+
+
 def test_sizes_of_shifts_grow_with_the_patch():
     fine, coarse = (
         (shift(torch.zeros(8, 1, 128, 128), ("curves",), torch.Generator().manual_seed(0), unit) != 0).float().mean()
