@@ -56,14 +56,13 @@ def terminable() -> Iterator[Callable[[], bool]]:
 def going_on(out: Path, again: str, fresh: bool) -> Iterator[None]:
     """Adds the command `again` to what SIGTERM, a full disk and Ctrl-C say; what is done is in `out`.
 
-    fresh: earlier runs are fitted anew. Each is kept until its new one has a checkpoint, and `again` would take it for
-    new.
+    fresh: earlier runs are fitted anew. Each is kept until its new one has a checkpoint; `again` takes what it finds.
     """
     again = f"Go on with: {again}"
     if fresh:
         again += (
-            f" (sets that were not begun yet still have their runs of before: to fit these anew, too, remove their "
-            f"folders in {out}, or give --fresh again, which begins with all of them)"
+            " (a set with no epoch of the new fit saved still has its run of before, which is taken as it is, or "
+            f"refused: remove its folder in {out} first, or give --fresh again, which begins with all sets)"
         )
     try:
         yield

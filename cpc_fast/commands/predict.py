@@ -88,7 +88,8 @@ def predict(
     if earlier:
         say(f"Replaced the answers that an earlier call left in {out} (images: {earlier}).")
     if found.skipped:
-        complain(f"{found.skipped} of {found.skipped + found.images} images were skipped; see above.")
+        where = out / "predictions.json" if resume and found.listed else "above"
+        complain(f"{found.skipped} of {found.skipped + found.images} images were skipped; see {where}.")
     if found.images:
         above = f"a score above {detector.threshold.value:.4g}"
         above += "" if min_area == 1 else f" on at least {min_area} adjoining pixels"

@@ -106,7 +106,7 @@ def test_what_ends_it_says_how_to_go_on(tmp_path, capsys, monkeypatch, why, said
     assert run(["demo", "--out", "demo", "--epochs", "2"]) == code
     assert capsys.readouterr().err == said.format("demo") + " Go on with: cpc-fast demo --out demo --epochs 2\n"
     assert run(["demo", "--out", "demo", "--fresh"]) == code
-    assert "(sets that were not begun yet still have their runs of before: " in capsys.readouterr().err
+    assert "(a set with no epoch of the new fit saved still has its run of before" in capsys.readouterr().err
 
 
 def full(*_):

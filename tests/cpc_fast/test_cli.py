@@ -422,6 +422,11 @@ def test_predict_never_overwrites_an_image_it_was_given(fitted, tmp_path, capsys
     assert cli.run(["predict", str(fitted), str(path), "--out", str(tmp_path)]) == 2
     assert "would overwrite the image" in capsys.readouterr().err
     assert path.read_bytes() == before
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "masks").symlink_to(path.parent)  # that is where they would be written
+    assert cli.run(["predict", str(fitted), str(path), "--out", str(tmp_path / "out")]) == 2
+    assert "would overwrite the image" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 def test_predict_leaves_no_pictures_among_the_images(fitted, tmp_path, capsys):
