@@ -54,7 +54,7 @@ def plan(
     """
     inputs = find_inputs(images, on_repeat, out)
     refuse_among(images, out, kinds)
-    sources = set().union(*(sources_in(folder, inputs) for folder in (out, *(out / kind for kind in kinds))))  # links
+    sources = sources_in(out, inputs, *kinds)
     targets = (out / kind / f"{name}{suffix}" for _, name in inputs for kind, suffix in kinds.items())
     for target in (*targets, out / "scores.csv", out / "predictions.json") if sources else ():
         if os.path.realpath(target) in sources:
@@ -75,9 +75,10 @@ def refuse_among(images: Sequence[str | os.PathLike], out: Path, kinds: dict[str
         )
 
 
-def sources_in(out: Path, inputs: Sequence[tuple[str, str]]) -> set[str]:
-    """Those of the images that really lie in `out`, by their real paths: nothing may write or remove them."""
-    inside = os.path.join(os.path.realpath(out), "")
+def sources_in(out: Path, inputs: Sequence[tuple[str, str]], *kinds: str) -> set[str]:
+    """Those of the images that lie in `out`, or where its folders of these `kinds` may be links to, by real paths:
+    nothing may write or remove them."""
+    inside = tuple(os.path.join(os.path.realpath(folder), "") for folder in (out, *(out / kind for kind in kinds)))
     return {real for path, _ in inputs if (real := os.path.realpath(path)).startswith(inside)}
 
 
