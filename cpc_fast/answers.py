@@ -98,7 +98,7 @@ def predict(
         "version": __version__, "detector": fingerprint(detector), "threshold": detector.threshold.value,
         "kinds": list(kinds), "min_area": min_area, "images": [os.fspath(image) for image in images],
     }  # fmt: skip
-    refuse_among(images, out, kinds)
+    refuse_among(images, out, kinds)  # before a lock makes a folder there
     with journal(out, asked, lambda: plan(images, out, kinds), shard, resume) as (inputs, kept):
         mine = inputs[shard.number - 1 :: shard.count]
         if kept.done < len(mine):

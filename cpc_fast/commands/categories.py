@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from .console import going_on, print_table, say, stopping, terminable
+from .console import going_on_with_sets, print_table, say, stopping, terminable
 from .evaluate import evaluate_run, make_section
 from .fit import fit_or_go_on
 from .options import choose_config, choose_device
@@ -55,7 +55,7 @@ def evaluate_all(
     again += ["--submission", str(submission)] if submission else []
     metrics: dict[str, dict[str, Any]] = {}
     notes = []
-    with going_on(runs, shlex.join(again), fresh), terminable() as stop:
+    with going_on_with_sets(runs, shlex.join(again), fresh), terminable() as stop:
         for category in categories:
             name, run = category.name, runs / category.name
             detector = fit_or_go_on(name, category, run, config, torch_device, fresh)

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,25 +53,33 @@ def terminable() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def going_on(out: Path, again: str, fresh: bool) -> Iterator[None]:
-    """Adds the command `again` to what SIGTERM, a full disk and Ctrl-C say; what is done is in `out`.
+def going_on(again: str, saved: str, so_far: str, but: str = "") -> Iterator[None]:
+    """Adds the command `again` to what SIGTERM, a full disk and Ctrl-C say, and to the first what is `saved`.
 
-    fresh: earlier runs are fitted anew. Each is kept until its new one has a checkpoint; `again` takes what it finds.
+    so_far: what Ctrl-C leaves. but: what else to know of that command.
     """
-    again = f"Go on with: {again}"
-    if fresh:
-        again += (
-            " (a set with no epoch of the new fit saved still has its run of before, which is taken as it is, or "
-            f"refused: remove its folder in {out} first, or give --fresh again, which begins with all sets)"
-        )
+    again = f"Go on with: {again}{but}"
     try:
         yield
     except Stopped as why:
-        raise Stopped(f"{why} All of it is saved in {out}. {again}") from None
+        raise Stopped(f"{why} {saved} {again}") from None
     except NotWritten as why:
         raise NotWritten(f"{why} {again}") from None
     except KeyboardInterrupt:
-        raise Interrupted(f"Stopped; every finished epoch is in {out}. {again}") from None
+        raise Interrupted(f"Stopped; {so_far} {again}") from None
+
+
+def going_on_with_sets(out: Path, again: str, fresh: bool) -> AbstractContextManager[None]:
+    """going_on, for the runs of several sets in `out`.
+
+    fresh: earlier runs are fitted anew. Each is kept until its new one has a checkpoint; `again` takes what it finds.
+    """
+    but = (
+        " (a set with no epoch of the new fit saved still has its run of before, which is taken as it is, or refused: "
+        f"remove its folder in {out} first, or give --fresh again, which begins with all sets)"
+    )
+    saved, so_far = f"All of it is saved in {out}.", f"every finished epoch is in {out}."
+    return going_on(again, saved, so_far, but if fresh else "")
 
 
 def stopping(on_image: Callable[[int, int], None], stop: Callable[[], bool], what: str) -> Callable[[int, int], None]:

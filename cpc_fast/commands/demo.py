@@ -11,7 +11,7 @@ import typer
 
 from .. import config as configs
 from ..errors import Stopped
-from .console import going_on, number, print_table, say, share, terminable
+from .console import going_on_with_sets, number, print_table, say, share, terminable
 from .evaluate import evaluate_run, make_section
 from .fit import fit_or_go_on
 from .options import Device, Settings, check_device, choose_config, choose_device
@@ -46,7 +46,7 @@ def demo(
     evaluations: dict[str, Evaluation] = {}
     sections: list[Section] = []
     again = shlex.join(["cpc-fast", "demo", "--out", str(out), *_as_options(epochs, device, settings)])
-    with going_on(out, again, fresh):
+    with going_on_with_sets(out, again, fresh):
         datasets.write_textures(out / "data")
         with terminable() as stop:
             for texture in datasets.TEXTURES:

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..errors import Interrupted, NotWritten, Stopped
 from ..torchrun import launched, own_gpu
-from .console import complain, note_colour, note_edited, note_size, say, terminable
+from .console import complain, going_on, note_colour, note_edited, note_size, say, terminable
 from .options import Device, check_device, choose_device
 
 
@@ -73,18 +72,12 @@ def predict(
         detector = detector.with_threshold(threshold)
     earlier = 0 if resume or part.count > 1 else answers_in(out)
     again = shlex.join([*again_as(run, images, out, tiff, min_area, threshold, scores_only, shard, device), "--resume"])
-    try:
-        with terminable() as stop, counting("predict") as on_image:
-            found = answers.predict(
-                detector, images, out, tiff=tiff, min_area=min_area, pictures=not scores_only, shard=part,
-                resume=resume, stop=stop, on_image=on_image, on_skip=lambda why: complain(f"Skipped: {why}"),
-            )  # fmt: skip
-    except Stopped as why:
-        raise Stopped(f"{why} Their answers are in {out}. Go on with: {again}") from None
-    except NotWritten as why:
-        raise NotWritten(f"{why} Go on with: {again}") from None
-    except KeyboardInterrupt:
-        raise Interrupted(f"Stopped; the answers so far are in {out}. Go on with: {again}") from None
+    saved, so_far = f"Their answers are in {out}.", f"the answers so far are in {out}."
+    with going_on(again, saved, so_far), terminable() as stop, counting("predict") as on_image:
+        found = answers.predict(
+            detector, images, out, tiff=tiff, min_area=min_area, pictures=not scores_only, shard=part,
+            resume=resume, stop=stop, on_image=on_image, on_skip=lambda why: complain(f"Skipped: {why}"),
+        )  # fmt: skip
     if earlier:
         say(f"Replaced the answers that an earlier call left in {out} (images: {earlier}).")
     if found.skipped:

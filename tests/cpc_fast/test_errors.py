@@ -121,6 +121,10 @@ def test_predict_skips_bad_images_and_goes_on(fitted, tmp_path, capsys):
     record = json.loads((tmp_path / "predictions.json").read_text())
     assert [entry["name"] for entry in record["images"]] == ["z"]
     assert len(record["skipped"]) == len(BAD)
+    predict = ["predict", str(fitted / "run"), str(tmp_path / "in"), "--out", str(tmp_path)]
+    assert said.splitlines()[-1].endswith("were skipped; see above.")
+    assert cli.run([*predict, "--resume"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"were skipped; see {tmp_path / 'predictions.json'}.")
 
 
 def test_predict_keeps_earlier_answers_where_it_has_none(fitted, tmp_path, capsys):

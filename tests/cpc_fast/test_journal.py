@@ -17,7 +17,8 @@ from samples import SET_TINY, TINY_CONFIG, make_set, save, texture
 
 from cpc_fast import answers, cli, journal
 from cpc_fast.detector import Detector
-from cpc_fast.errors import CpcFastError, Stopped, UsageError
+from cpc_fast.errors import CpcFastError, NotWritten, Stopped, UsageError
+from cpc_fast.files import locked
 from cpc_fast.inputs import Shard, find_inputs
 from cpc_fast.torchrun import own_gpu
 
@@ -245,6 +246,15 @@ def test_nobody_comes_between_the_list_of_images_and_the_first_answer(detector, 
     monkeypatch.setattr(journal, "locked", watched)
     assert answers.predict(detector, [folder], tmp_path).images == 8
     assert tried
+
+
+def test_a_lock_that_there_is_no_room_for(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(NotWritten, match="No space left on device"), locked(tmp_path / "run"):
+        pass
 
 
 def test_a_full_disk_keeps_the_answers_before(detector, folder, whole, tmp_path, monkeypatch):
