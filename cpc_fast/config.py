@@ -280,7 +280,7 @@ PRESETS: dict[str, Config] = {
     "quality": _QUALITY,
     # Homogeneous surfaces, where patches are hard to tell apart: more shifts, longer, mirror images in scoring.
     "texture": _QUALITY.replace(
-        epochs=20, jitter=0.08, negatives="other-images", finer=1, mirrored=True, shift_copies=2,
+        epochs=20, jitter=0.08, negatives="other-images", finer=1, mirrored=True,
         shifts=(
             "spots", "curves", "warp", "turn", "magnify", "noise", "shuffle", "intensity", "local-turn", "local-noise",
         ),
