@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .errors import CpcFastError, UsageError
+from .files import locked
 from .images import digest, quoted
 
 DETECTOR, CHECKPOINT, BEST = "model.safetensors", "checkpoint.safetensors", "best.safetensors"
@@ -82,6 +84,35 @@ def other_images(record: dict[str, Any], given: dict[str, str]) -> str:
     differ = ", whose names or sizes differ" if there == now else ""
     data = quoted(found.get("data", "")[:200])
     return f"other images (there {data}, {there or 'some'}; now {quoted(given['data'])}, {now}{differ})"
+
+
+def set_aside(runs: Sequence[Path]) -> list[Path]:
+    """Rename the folders that hold a run, finished or not, to NAME.earlier (NAME.earlier-2, ...); returns the new ones.
+
+    All or none: raises CpcFastError where another process writes one of them, or one cannot be renamed.
+    """
+    there = [run for run in runs if any((run / name).exists() for name in (DETECTOR, CHECKPOINT))]
+    moved: list[tuple[Path, Path]] = []
+    with ExitStack() as held:
+        for run in there:
+            held.enter_context(locked(run))
+        try:
+            for run in there:
+                aside, number = run.with_name(f"{run.name}.earlier"), 1
+                while os.path.lexists(aside):
+                    number += 1
+                    aside = run.with_name(f"{run.name}.earlier-{number}")
+                run.rename(aside)
+                moved.append((run, aside))
+        except OSError as error:
+            for run, aside in reversed(moved):
+                aside.rename(run)
+            raise CpcFastError(
+                f"Could not set the earlier run {quoted(run)} aside: {error.strerror}; choose another folder."
+            ) from None
+        for _, aside in moved:
+            (aside / "run.lock").unlink(missing_ok=True)
+    return [aside for _, aside in moved]
 
 
 def refuse_run(run: Path) -> None:

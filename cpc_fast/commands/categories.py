@@ -8,7 +8,7 @@ from typing import Any
 
 from .console import going_on_with_sets, print_table, say, stopping, terminable
 from .evaluate import evaluate_run, make_section
-from .fit import fit_or_go_on
+from .fit import fit_or_go_on, set_runs_aside
 from .options import choose_config, choose_device
 
 COLUMNS = {
@@ -55,10 +55,12 @@ def evaluate_all(
     again += ["--submission", str(submission)] if submission else []
     metrics: dict[str, dict[str, Any]] = {}
     notes = []
-    with going_on_with_sets(runs, shlex.join(again), fresh), terminable() as stop:
+    if fresh:
+        set_runs_aside([runs / category.name for category in categories])
+    with going_on_with_sets(runs, shlex.join(again)), terminable() as stop:
         for category in categories:
             name, run = category.name, runs / category.name
-            detector = fit_or_go_on(name, category, run, config, torch_device, fresh)
+            detector = fit_or_go_on(name, category, run, config, torch_device)
             evaluation = evaluate_run(name, detector, category, stop)
             write_metrics(run / "metrics.json", evaluation.metrics)
             write_report(run / "report.html", [make_section(name, detector, evaluation)])

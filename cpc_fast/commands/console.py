@@ -53,12 +53,12 @@ def terminable() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def going_on(again: str, saved: str, so_far: str, but: str = "") -> Iterator[None]:
+def going_on(again: str, saved: str, so_far: str) -> Iterator[None]:
     """Adds the command `again` to what SIGTERM, a full disk and Ctrl-C say, and to the first what is `saved`.
 
-    so_far: what Ctrl-C leaves. but: what else to know of that command.
+    so_far: what Ctrl-C leaves.
     """
-    again = f"Go on with: {again}{but}"
+    again = f"Go on with: {again}"
     try:
         yield
     except Stopped as why:
@@ -69,17 +69,9 @@ def going_on(again: str, saved: str, so_far: str, but: str = "") -> Iterator[Non
         raise Interrupted(f"Stopped; {so_far} {again}") from None
 
 
-def going_on_with_sets(out: Path, again: str, fresh: bool) -> AbstractContextManager[None]:
-    """going_on, for the runs of several sets in `out`.
-
-    fresh: earlier runs are fitted anew. Each is kept until its new one has a checkpoint; `again` takes what it finds.
-    """
-    but = (
-        " (a set with no epoch of the new fit saved still has its run of before, which is taken as it is, or refused: "
-        f"remove its folder in {out} first, or give --fresh again, which begins with all sets)"
-    )
-    saved, so_far = f"All of it is saved in {out}.", f"every finished epoch is in {out}."
-    return going_on(again, saved, so_far, but if fresh else "")
+def going_on_with_sets(out: Path, again: str) -> AbstractContextManager[None]:
+    """going_on, for the runs of several sets in `out`."""
+    return going_on(again, f"All of it is saved in {out}.", f"every finished epoch is in {out}.")
 
 
 def stopping(on_image: Callable[[int, int], None], stop: Callable[[], bool], what: str) -> Callable[[int, int], None]:

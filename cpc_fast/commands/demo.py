@@ -13,7 +13,7 @@ from .. import config as configs
 from ..errors import Stopped
 from .console import going_on_with_sets, number, print_table, say, share, terminable
 from .evaluate import evaluate_run, make_section
-from .fit import fit_or_go_on
+from .fit import fit_or_go_on, set_runs_aside
 from .options import Device, Settings, check_device, choose_config, choose_device
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def demo(
     ] = None,
     device: Device = "auto",
     settings: Settings = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Fit anew where a run is there already.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Fit anew; earlier runs are kept under other names.")] = False,
 ) -> int:
     """Do the whole job on three photographs with painted defects."""
     started = time.monotonic()
@@ -46,11 +46,13 @@ def demo(
     evaluations: dict[str, Evaluation] = {}
     sections: list[Section] = []
     again = shlex.join(["cpc-fast", "demo", "--out", str(out), *_as_options(epochs, device, settings)])
-    with going_on_with_sets(out, again, fresh):
+    if fresh:
+        set_runs_aside([out / texture for texture in datasets.TEXTURES])
+    with going_on_with_sets(out, again):
         datasets.write_textures(out / "data")
         with terminable() as stop:
             for texture in datasets.TEXTURES:
-                detector = fit_or_go_on(texture, out / "data" / texture, out / texture, config, torch_device, fresh)
+                detector = fit_or_go_on(texture, out / "data" / texture, out / texture, config, torch_device)
                 evaluation = evaluate_run(texture, detector, out / "data" / texture, stop)
                 write_metrics(out / texture / "metrics.json", evaluation.metrics)
                 evaluations[texture] = evaluation

@@ -216,9 +216,8 @@ def learnt_nothing(epoch: Sequence[Progress]) -> str:
 
 
 def fit_run(
-    name: str, data: Path, run: Path, config: Config, device: torch.device, resume: bool, tensorboard: bool = False,
-    fresh: bool = False,
-) -> Detector:  # fmt: skip
+    name: str, data: Path, run: Path, config: Config, device: torch.device, resume: bool, tensorboard: bool = False
+) -> Detector:
     """Fit with a line of progress that begins with `name`, and say so where nothing was learnt."""
     from ..detector import Detector
     from ..progress import training
@@ -250,7 +249,7 @@ def fit_run(
                     writer.add_scalar("images per second", step.images_per_s, at)
 
             detector = Detector.fit(
-                data, config, out=run, resume=resume, fresh=fresh, device=device, on_step=on_step, stop=stop
+                data, config, out=run, resume=resume, device=device, on_step=on_step, stop=stop
             )
         if lack := learnt_nothing(epoch):
             say(f"{name}: {lack}")
@@ -260,7 +259,15 @@ def fit_run(
             writer.close()
 
 
-def fit_or_go_on(name: str, data: Path, run: Path, config: Config, device: torch.device, fresh: bool) -> Detector:
+def set_runs_aside(runs: Sequence[Path]) -> None:
+    """Have the runs of several sets fitted anew, and what is there kept under other names."""
+    from ..runs import set_aside
+
+    if kept := set_aside(runs):
+        say(f"Earlier runs are kept: {', '.join(map(str, kept))}")
+
+
+def fit_or_go_on(name: str, data: Path, run: Path, config: Config, device: torch.device) -> Detector:
     """Fitted, taken up where it was left, or loaded where it was fitted before."""
     from ..checkpoint import checkpoint_config
     from ..detector import Detector
@@ -269,7 +276,7 @@ def fit_or_go_on(name: str, data: Path, run: Path, config: Config, device: torch
 
     paths = find_train(data)
     config = fitted_to_files(config, paths)
-    there = [file for file in (run / DETECTOR, run / CHECKPOINT) if not fresh and file.exists()]
+    there = [file for file in (run / DETECTOR, run / CHECKPOINT) if file.exists()]
     if there and (others := _other_images(there[0], data)):
         raise UsageError(f"{run} is of {others}; fit anew with --fresh, or choose another folder.")
     if there and there[0].name == DETECTOR:
@@ -283,7 +290,7 @@ def fit_or_go_on(name: str, data: Path, run: Path, config: Config, device: torch
         raise UsageError(_another("begun", run, config.unlike(begun)))
     for doubt in doubts(config, paths):
         say(f"{name}: of {doubt}")
-    return fit_run(name, data, run, config, device, resume, fresh=fresh)
+    return fit_run(name, data, run, config, device, resume)
 
 
 def _another(what: str, run: Path, differ: str) -> str:

@@ -18,6 +18,7 @@ from cpc_fast.commands import categories, demo
 from cpc_fast.commands.categories import COLUMNS, TEXTURES, markdown, summary
 from cpc_fast.detector import Detector
 from cpc_fast.errors import NotWritten, Stopped
+from cpc_fast.files import locked
 
 OPTIONS = [*SET_TINY, "--set", "epochs=1", "--set", "made_for=48", "--device", "cpu"]
 
@@ -41,15 +42,9 @@ def test_every_category_is_fitted_once_and_told(tmp_path, capsys, monkeypatch):
     save(tmp_path / "parts" / "nut" / "train" / "good" / "wide.png", texture(9, 48, 64))
     assert run([*command, "--set", "place=true", "--fresh"]) == 0
     said = capsys.readouterr().out
+    assert "Earlier runs are kept: runs/parts/bolt.earlier, runs/parts/nut.earlier\n" in said
     assert "nut: of 7 images, sizes go from 48 x 48 to 48 x 64 pixels. A place is a share of height and width" in said
     assert "bolt: of" not in said
-    image = tmp_path / "parts" / "bolt" / "train" / "good" / "003.png"
-    whole, before = image.read_bytes(), {p: p.read_bytes() for p in (tmp_path / "runs/parts/bolt").iterdir()}
-    image.write_bytes(whole[: len(whole) // 2])
-    assert run([*command, "--fresh"]) == 1
-    assert "003.png' is damaged or cut short" in capsys.readouterr().err
-    assert {p: p.read_bytes() for p in (tmp_path / "runs/parts/bolt").iterdir()} == before
-    image.write_bytes(whole)
     assert run([*command, "--set", "width=16"]) == 2
     said = capsys.readouterr().err
     assert "with another config (width: 8 there, 16 now, place: True there, False now); choose the same, fit" in said
@@ -79,6 +74,40 @@ def test_a_run_of_another_dataset_is_not_taken_for_this_ones(tmp_path, capsys, m
     assert run([*command, "b/set", "--fresh"]) == 0
 
 
+def test_a_fresh_start_keeps_the_earlier_runs_and_is_gone_on_with_as_any_other(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "runs" / "parts"
+    for name in ("bolt", "nut"):
+        make_set(tmp_path / "parts" / name, train=6, good=2, holes=2)
+    command = ["evaluate", "--all", "parts", *OPTIONS]
+    assert run(command) == 0
+    before = {name: (runs / name / "model.safetensors").read_bytes() for name in ("bolt", "nut")}
+    image = tmp_path / "parts" / "bolt" / "train" / "good" / "003.png"
+    whole = image.read_bytes()
+    other = ["--set", "seed=1"]
+    capsys.readouterr()
+
+    with locked(runs / "nut"):
+        assert run([*command, *other, "--fresh"]) == 1
+    assert "nut' is being written by another process" in capsys.readouterr().err
+    assert sorted(path.name for path in runs.iterdir() if path.is_dir()) == ["bolt", "nut"]  # all or none
+
+    image.write_bytes(whole[: len(whole) // 2])
+    assert run([*command, *other, "--fresh"]) == 1
+    said = capsys.readouterr()
+    assert "Earlier runs are kept: runs/parts/bolt.earlier, runs/parts/nut.earlier\n" in said.out
+    assert "003.png' is damaged or cut short" in said.err
+    assert {name: (runs / f"{name}.earlier/model.safetensors").read_bytes() for name in before} == before
+    assert not list(runs.glob("*/run.lock"))
+
+    image.write_bytes(whole)
+    assert run([*command, *other]) == 0
+    assert "nut: fitted before" not in capsys.readouterr().out
+    assert all((runs / name / "model.safetensors").read_bytes() != old for name, old in before.items())
+    assert run([*command, *other, "--fresh"]) == 0
+    assert "Earlier runs are kept: runs/parts/bolt.earlier-2, runs/parts/nut.earlier-2\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("why", "said", "code"),
     [
@@ -105,8 +134,6 @@ def test_what_ends_it_says_how_to_go_on(tmp_path, capsys, monkeypatch, why, said
     )
     assert run(["demo", "--out", "demo", "--epochs", "2"]) == code
     assert capsys.readouterr().err == said.format("demo") + " Go on with: cpc-fast demo --out demo --epochs 2\n"
-    assert run(["demo", "--out", "demo", "--fresh"]) == code
-    assert "(a set with no epoch of the new fit saved still has its run of before" in capsys.readouterr().err
 
 
 def full(*_):
