@@ -42,7 +42,9 @@ def evaluate(
     ] = None,
     preset: Annotated[str | None, typer.Option(help="With --all: what is fitted; cpu-demo by default.")] = None,
     settings: Settings = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="With --all: fit anew; earlier runs are kept under other names.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="With --all: fit anew; earlier runs are kept under other names.")
+    ] = False,
     submission: Annotated[
         Path | None, typer.Option(help="With --all: folder for the maps that the server of MVTec AD 2 takes.")
     ] = None,

@@ -248,9 +248,7 @@ def fit_run(
                     writer.add_scalar("accuracy", step.accuracy, at)
                     writer.add_scalar("images per second", step.images_per_s, at)
 
-            detector = Detector.fit(
-                data, config, out=run, resume=resume, device=device, on_step=on_step, stop=stop
-            )
+            detector = Detector.fit(data, config, out=run, resume=resume, device=device, on_step=on_step, stop=stop)
         if lack := learnt_nothing(epoch):
             say(f"{name}: {lack}")
         return detector
