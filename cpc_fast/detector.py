@@ -42,7 +42,7 @@ from .images import (
 from .layouts import find_train
 from .model import CPC
 from .patches import grid_shape, patch_starts
-from .runs import DETECTOR, origin
+from .runs import DETECTOR, origin, own_threshold
 from .saving import in_short, load_run, remedy, save_run
 from .scoring import Calibration, Scorer, Surprise, held_out_scores
 from .segments import Segment, find_segments
@@ -209,17 +209,18 @@ class Detector:
         if isinstance(data, (str, os.PathLike)):
             paths = find_train(data)
             given = origin(str(data), paths)
-            images: Sequence[np.ndarray] = ImageCache(paths, size=config.image_size, channels=config.channels)
+            cache = ImageCache(paths, size=config.image_size, channels=config.channels)
+            images: Sequence[np.ndarray] = cache
+            shapes, originals = cache.shapes(), cache.originals
             names, short = [quoted(path) for path in paths], [path.name for path in paths]
-            originals = images.originals
         else:
             images = [prepare(image, config) for image in data]
+            shapes = [(image.shape[0], image.shape[1]) for image in images]
             given = origin(f"{len(data)} arrays", data)
             originals = {i: image.shape[:2] for i, image in enumerate(data)}
             names = short = [f"Image {i}" for i in range(len(images))]
         if not images:
             raise UsageError("There are no images to fit on (got an empty list); give at least 3 normal ones.")
-        shapes = [image.shape[:2] for image in images]
         sides = [min(shape) for shape in shapes]
         config = config.fitted_to(sides, names)
         _check_sizes(shapes, names, config)
@@ -358,11 +359,7 @@ class Detector:
         It is rounded to float32, as scores are, and promises no rate of false positives: its `threshold` rests on 0
         images and is meant for any rate. Raises UsageError for a value that is not finite in float32.
         """
-        with np.errstate(over="ignore"):
-            rounded = float(np.float32(value))
-        if not math.isfinite(rounded):
-            raise UsageError(f"The threshold is {value}; it must be a finite float32, in the units of the scores.")
-        threshold = Threshold(rounded, target_fpr=1.0, guaranteed_fpr=1.0, count=0)
+        threshold = Threshold(own_threshold(value), target_fpr=1.0, guaranteed_fpr=1.0, count=0)
         return Detector(
             self.model, self.bank, self.calibration, threshold, self.trained_on, self.train_images_per_s, self.sides
         )

@@ -16,11 +16,11 @@ import tempfile
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -31,6 +31,8 @@ SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".p
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000")  # none that starts another program
 MAX_PIXELS = 1 << 26  # 67 million: 8192 x 8192. Pillow's own warning comes later, at 89 million.
 MIN_SIDE = 8  # no patch fits into less
+
+T = TypeVar("T")
 
 _quiet = threading.Lock()  # warnings.catch_warnings edits process-wide state
 
@@ -328,21 +330,38 @@ def find_test(
     return found
 
 
+def of_each(paths: Sequence[str | os.PathLike], read: Callable[[int], T]) -> list[T]:
+    """`read(i)` for the i-th of the paths. Raises one ImageError that names all files that it is raised for."""
+    made: list[T] = []
+    first, others = "", []
+    for i, path in enumerate(paths):
+        try:
+            made.append(read(i))
+        except ImageError as error:
+            others += [quoted(path)] if first else []
+            first = first or str(error)
+    if others:
+        more = f" and {len(others) - 9} more" if len(others) > 9 else ""
+        first += f" No use either, of {len(paths)} images: {', '.join(others[:9])}{more}."
+    if first:
+        raise ImageError(first)
+    return made
+
+
 def shorter_sides(paths: Sequence[str | os.PathLike], size: int | None) -> list[int]:
     """The shorter side of each image in pixels, once scaled to `size` as an ImageCache does; only headers are read.
 
-    Raises ImageError for a file that is no image. Example: `shorter_sides(["a.png"], size=160)` -> `[160]`.
+    Raises ImageError for files that are no images. Example: `shorter_sides(["a.png"], size=160)` -> `[160]`.
     """
-    if size is not None:
-        return [size] * len(paths)
-    sides = []
-    for path in paths:
+
+    def side(i: int) -> int:
         try:
-            with Image.open(path, formats=FORMATS) as picture:
-                sides.append(min(picture.size))
+            with Image.open(paths[i], formats=FORMATS) as picture:
+                return min(picture.size)
         except Exception:
-            sides.append(min(read_image(path).shape[:2]))  # says what is wrong with it
-    return sides
+            return min(read_image(paths[i]).shape[:2])  # says what is wrong with it
+
+    return [size] * len(paths) if size is not None else of_each(paths, side)
 
 
 class ImageCache(Sequence[np.ndarray]):
@@ -387,6 +406,10 @@ class ImageCache(Sequence[np.ndarray]):
                 with self._lock:
                     self._keep(i, image)
         return image
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """(H, W) of each image as scaled; all are decoded. Raises one ImageError for all bad ones."""
+        return of_each(self.paths, lambda i: (self[i].shape[0], self[i].shape[1]))
 
     def _keep(self, i: int, image: np.ndarray) -> None:
         if i in self._held or i in self._spilt:

@@ -14,6 +14,8 @@ import numpy as np
 from .errors import CpcFastError, UsageError
 from .images import SUFFIXES, quoted, read_image
 
+INPUTS = os.path.join("progress", "inputs.jsonl")  # in a folder of answers: what they answer (journal.py)
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -85,8 +87,8 @@ def sources_in(out: Path, inputs: Sequence[tuple[str, str]], *kinds: str) -> set
 def find_inputs(
     images: Sequence[str | os.PathLike], on_repeat: Callable[[str], None] | None = None, out: Path | None = None
 ) -> list[tuple[str, str]]:
-    """Files and folders (searched to the bottom, without ground_truth and `out`) as (path, NAME) in the order given,
-    each path and each NAME once.
+    """Files and folders (searched to the bottom, without ground_truth, `out` and the pictures of other answers) as
+    (path, NAME) in the order given, each path and each NAME once.
 
     Raises UsageError for a path that does not exist, and for a folder without images.
     """
@@ -157,9 +159,11 @@ def _walk(folder: Path, out: Path | None) -> list[Path]:
 
     found = []
     for here, folders, files in os.walk(folder, onerror=refuse):
-        # masks are no parts, nor are the answers of a call before
+        # masks are no parts, nor are the answers of earlier calls
         folders[:] = [name for name in folders if not name.startswith(".") and name != "ground_truth"]
         folders[:] = [name for name in folders if os.path.realpath(os.path.join(here, name)) != answers]
+        if os.path.isfile(os.path.join(here, INPUTS)):
+            folders[:] = [name for name in folders if name not in answer_kinds(tiff=True)]
         found += [
             Path(here, name) for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
         ]

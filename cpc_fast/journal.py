@@ -22,8 +22,12 @@ from typing import Any
 from .errors import CpcFastError, NotWritten, UsageError
 from .files import locked, write_whole
 from .images import quoted
-from .inputs import Shard, answer_kinds, need_readable, sources_in
+from .inputs import INPUTS, Shard, answer_kinds, need_readable, sources_in
 
+SAID = {  # how a user calls what is asked for
+    "version": "the version of cpc_fast", "kinds": "--tiff or --scores-only", "min_area": "--min-area",
+    "images": "IMAGES",
+}  # fmt: skip
 SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing that was written
 
 
@@ -38,10 +42,10 @@ def _agree_on_inputs(
     Only under the locks of the inputs and of this shard; raises as journal does.
     """
     folder = out / "progress"
-    path = folder / "inputs.jsonl"
+    path = out / INPUTS
     if path.exists() and (resume or shard.count > 1):
         was, inputs = _read_inputs(path)
-        differ = ", ".join(name for name in asked if was.get(name) != asked[name])
+        differ = ", ".join(SAID.get(name, name) for name in asked if was.get(name) != asked[name])
         if not differ and not resume and find() != inputs:
             differ = "the images found"
         if differ:
@@ -79,7 +83,7 @@ def _agree_on_inputs(
 def answers_in(out: Path) -> int:
     """How many images an earlier call was about; 0 where there was none, or nobody knows."""
     try:
-        return len(_read_inputs(out / "progress" / "inputs.jsonl")[1])
+        return len(_read_inputs(out / INPUTS)[1])
     except CpcFastError:
         return 0
 

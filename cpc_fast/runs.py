@@ -60,6 +60,15 @@ def need_detector(run: Path) -> None:
     need_file(run, DETECTOR, "detector")
 
 
+def own_threshold(value: float) -> float:
+    """A threshold that somebody set, rounded to float32 as scores are. Raises UsageError where that is not finite."""
+    with np.errstate(over="ignore"):
+        rounded = float(np.float32(value))
+    if not np.isfinite(rounded):
+        raise UsageError(f"The threshold is {value}; it must be a finite float32, in the units of the scores.")
+    return rounded
+
+
 def need_checkpoint(run: Path) -> None:
     """Raises UsageError where nothing can be resumed."""
     if not (run / CHECKPOINT).is_file():

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from .console import going_on_with_sets, print_table, say, stopping, terminable
+from .console import complain, going_on_with_sets, print_table, say, stopping, terminable
 from .evaluate import evaluate_run, make_section
 from .fit import fit_or_go_on, set_runs_aside
 from .options import choose_config, choose_device
@@ -23,9 +23,12 @@ def evaluate_all(
     root: Path, runs: Path, *, preset: str | None, settings: list[str] | None, device: str, fresh: bool,
     submission: Path | None,
 ) -> int:  # fmt: skip
-    """A run for each category, fitted where none is; its metrics and report in it; the table in `runs`."""
-    from ..errors import Stopped, UsageError
-    from ..images import quoted
+    """A run for each category, fitted where none is; its metrics and report in it; the table in `runs`.
+
+    A category with images that are no use is left out, and with it the table.
+    """
+    from ..errors import CpcFastError, Stopped, UsageError
+    from ..images import ImageError, quoted
     from ..layouts import find_categories, find_private, find_test, find_train
     from ..runs import need_writable
 
@@ -48,20 +51,26 @@ def evaluate_all(
     from ..report import write_report
     from ..submission import write_submission
 
-    again = ["cpc-fast", "evaluate", "--all", str(root), "--runs", str(runs)]
-    again += ["--preset", preset] if preset else []
-    again += [part for setting in settings or [] for part in ("--set", setting)]
-    again += ["--device", device] if device != "auto" else []
-    again += ["--submission", str(submission)] if submission else []
+    parts = ["cpc-fast", "evaluate", "--all", str(root), "--runs", str(runs)]
+    parts += ["--preset", preset] if preset else []
+    parts += [part for setting in settings or [] for part in ("--set", setting)]
+    parts += ["--device", device] if device != "auto" else []
+    parts += ["--submission", str(submission)] if submission else []
+    again = shlex.join(parts)
     metrics: dict[str, dict[str, Any]] = {}
-    notes = []
+    notes, amiss = [], []
     if fresh:
         set_runs_aside([runs / category.name for category in categories])
-    with going_on_with_sets(runs, shlex.join(again)), terminable() as stop:
+    with going_on_with_sets(runs, again), terminable() as stop:
         for category in categories:
             name, run = category.name, runs / category.name
-            detector = fit_or_go_on(name, category, run, config, torch_device)
-            evaluation = evaluate_run(name, detector, category, stop)
+            try:
+                detector = fit_or_go_on(name, category, run, config, torch_device)
+                evaluation = evaluate_run(name, detector, category, stop)
+            except ImageError as why:
+                complain(f"{name}: {why}")
+                amiss.append(name)
+                continue
             write_metrics(run / "metrics.json", evaluation.metrics)
             write_report(run / "report.html", [make_section(name, detector, evaluation)])
             metrics[name] = evaluation.metrics
@@ -73,6 +82,11 @@ def evaluate_all(
                     write_submission(detector, category, submission, on_image=on_image)
             if stop():
                 raise Stopped(f"Stopped after {name}.")
+        if amiss:
+            raise CpcFastError(
+                f"{len(amiss)} of {len(categories)} categories are not done ({', '.join(amiss)}), so there is no table "
+                f"yet. Mend or remove the images named above, then: {again}"
+            )
         rows = summary(metrics)
         write_metrics(runs / "summary.json", mean_metrics(list(metrics.values())))
         write_text(runs / "table.md", markdown(rows))

@@ -138,11 +138,14 @@ def fit(
 
 def doubts(config: Config, paths: Sequence[Path]) -> list[str]:
     """What some of the images say against the config."""
-    from ..images import read_image
+    from ..images import ImageError, read_image
     from ..inputs import has_colour
 
     some, said = paths[:: -(-len(paths) // LOOKED_AT)], []
-    seen = [(has_colour(pixels), pixels.shape[:2]) for pixels in map(read_image, some)]
+    try:
+        seen = [(has_colour(pixels), pixels.shape[:2]) for pixels in map(read_image, some)]
+    except ImageError:  # the fit names all that are no use
+        return []
     coloured, shapes = sum(colour for colour, _ in seen), sorted({shape for _, shape in seen})
     looked_at = f"{len(some)} images{' looked at' if len(some) < len(paths) else ''}, "
     if config.channels == 1 and coloured:

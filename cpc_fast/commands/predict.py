@@ -17,7 +17,7 @@ def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that fit wrote.")],
     images: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGES...", help="Images, and folders of them (without ground_truth and OUT)."),
+        typer.Argument(metavar="IMAGES...", help="Images, and folders of them (without ground_truth and answers)."),
     ],
     out: Annotated[
         Path,
@@ -47,14 +47,16 @@ def predict(
     """Score and segment images whose truth nobody knows."""
     check_device(device)
     from ..images import quoted
-    from ..inputs import Shard, answer_kinds, plan
-    from ..runs import need_detector, refuse_swapped
+    from ..inputs import INPUTS, Shard, answer_kinds, plan
+    from ..runs import need_detector, own_threshold, refuse_swapped
 
     refuse_swapped(run, images, "predict RUN IMAGES --out DIR")
     rank, world = launched()
     part = Shard.parse(shard) if shard else Shard(rank + 1, world)
+    if threshold is not None:
+        own_threshold(threshold)
     need_detector(run)
-    if not (resume and (out / "progress" / "inputs.jsonl").exists()):
+    if not (resume and (out / INPUTS).exists()):
         repeats: list[str] = []
         plan(images, out, answer_kinds(tiff, not scores_only), repeats.append)
         if repeats and part.number == 1:
@@ -72,7 +74,7 @@ def predict(
         detector = detector.with_threshold(threshold)
     earlier = 0 if resume or part.count > 1 else answers_in(out)
     again = shlex.join([*again_as(run, images, out, tiff, min_area, threshold, scores_only, shard, device), "--resume"])
-    saved, so_far = f"Their answers are in {out}.", f"the answers so far are in {out}."
+    saved, so_far = f"Their answers are in {out}.", f"what was answered is in {out}."
     with going_on(again, saved, so_far), terminable() as stop, counting("predict") as on_image:
         found = answers.predict(
             detector, images, out, tiff=tiff, min_area=min_area, pictures=not scores_only, shard=part,

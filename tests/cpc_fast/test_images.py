@@ -13,7 +13,17 @@ from PIL import Image, ImageOps
 
 from cpc_fast import images
 from cpc_fast.errors import CpcFastError, UsageError
-from cpc_fast.images import ImageCache, ImageError, find_images, find_test, find_train, read_image, read_mask, resize
+from cpc_fast.images import (
+    ImageCache,
+    ImageError,
+    find_images,
+    find_test,
+    find_train,
+    read_image,
+    read_mask,
+    resize,
+    shorter_sides,
+)
 
 TILES = Path(__file__).parents[2].parent / "shared" / "data" / "magnetic_tile"
 
@@ -137,6 +147,21 @@ def test_exif_orientation_is_applied(tmp_path, orientation, suffix, kind):
     expected = np.asarray(ImageOps.exif_transpose(upright))
     np.testing.assert_array_equal(read_image(path).squeeze(), expected)
     assert read_image(path).shape[:2] == ((24, 32) if orientation < 5 else (32, 24))
+
+
+def test_all_that_are_no_use_are_named_at_once(tmp_path):
+    paths = [save(tmp_path / f"{i:02}.png", ramp(8, 9)) for i in range(14)]
+    ways = (lambda: shorter_sides(paths, None), lambda: ImageCache(paths, size=8, channels=1).shapes())
+    assert [len(way()) for way in ways] == [14, 14]
+    paths[0].write_text("no image")
+    paths[3].write_bytes(b"")
+    for way in ways:
+        with pytest.raises(ImageError, match=r"00\.png' is not an image.* No use either, of 14 images: '.*03\.png'\.$"):
+            way()
+    for path in paths:
+        path.write_bytes(b"")
+    with pytest.raises(ImageError, match=r"09\.png' and 4 more\.$"):
+        shorter_sides(paths, None)
 
 
 def test_broken_exif_does_not_matter(tmp_path):

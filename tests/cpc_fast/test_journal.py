@@ -128,12 +128,22 @@ def test_images_that_vanish_or_appear_do_not_move_the_others(detector, folder, t
     assert any("7.png" in entry["path"] and "No such file" in entry["reason"] for entry in record["skipped"])
 
 
+def test_pictures_that_other_calls_left_below_a_folder_are_no_images(detector, tmp_path):
+    images = tmp_path / "images"
+    for where in (".", "line 2", "line 2/masks"):
+        save(images / where / "a.png", texture(0))
+    answers.predict(detector, [images / "line 2" / "a.png"], images / "line 2" / "answers", tiff=True)
+    answers.predict(detector, [images / "a.png"], images, pictures=False, tiff=True)
+    assert [name for _, name in find_inputs([images])] == ["a", "line 2/a", "line 2/masks/a"]
+    assert [name for _, name in find_inputs([images / "line 2" / "answers" / "masks"])] == ["a"]  # asked for by name
+
+
 def test_answers_of_another_call_are_not_mixed(detector, folder, tmp_path):
     answers.predict(detector, [folder], tmp_path, shard=Shard(1, 2))
     other = Detector.fit([texture(i) for i in range(8)], TINY_CONFIG, epochs=1, seed=1)
     with pytest.raises(UsageError, match=r"another call \(different: detector, threshold\); choose another --out"):
         answers.predict(other, [folder], tmp_path, shard=Shard(2, 2))
-    with pytest.raises(UsageError, match=r"different: kinds, images"):
+    with pytest.raises(UsageError, match=r"different: --tiff or --scores-only, IMAGES"):
         answers.predict(detector, [folder / "0.png"], tmp_path, pictures=False, resume=True)
     save(folder / "9.png", texture(9))
     try:
