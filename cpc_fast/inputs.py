@@ -52,16 +52,22 @@ def plan(
 ) -> list[tuple[str, str]]:
     """What to read, as (path, NAME); on_repeat is called with each path that was given before.
 
-    Raises UsageError where an answer would overwrite an image that was given, and as find_inputs and refuse_among do.
+    Raises UsageError where an answer would overwrite an image that was given, or a file that no earlier call wrote, and
+    as find_inputs and refuse_among do.
     """
     inputs = find_inputs(images, on_repeat, out)
     refuse_among(images, out, kinds)
     sources = sources_in(out, inputs, *kinds)
     targets = (out / kind / f"{name}{suffix}" for _, name in inputs for kind, suffix in kinds.items())
-    for target in (*targets, out / "scores.csv", out / "predictions.json") if sources else ():
-        if os.path.realpath(target) in sources:
+    for target in (out / "scores.csv", out / "predictions.json", *targets):
+        if sources and os.path.realpath(target) in sources:
             raise UsageError(
                 f"Writing to {quoted(out)} would overwrite the image {quoted(target)}; choose another --out."
+            )
+        if os.path.lexists(target) and not (out / INPUTS).exists():  # a journal is there before the first answer
+            raise UsageError(
+                f"Writing to {quoted(out)} would overwrite {quoted(target)}, which no earlier predict left there; "
+                "choose another --out."
             )
     return inputs
 

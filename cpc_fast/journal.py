@@ -56,7 +56,7 @@ def _agree_on_inputs(
         if not resume and _ended(folder / f"{shard}.jsonl"):  # the others would be mixed with answers from before
             raise UsageError(
                 f"Shard {shard.number} of {shard.count} in {quoted(out)} is done; do the rest with --resume, or "
-                f"remove {quoted(folder)} to answer all images anew."
+                "answer all images anew in another --out."
             )
         return inputs
     inputs = find()
@@ -113,7 +113,7 @@ def _read_inputs(path: Path) -> tuple[dict[str, Any], Inputs]:
             raise ValueError("no record")
         return asked, inputs
     except (OSError, ValueError, TypeError, RecursionError):
-        raise CpcFastError(f"{quoted(path)} is damaged; remove {quoted(path.parent)} and predict again.") from None
+        raise CpcFastError(f"{quoted(path)} is damaged; predict into another --out.") from None
 
 
 class Journal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -65,6 +66,11 @@ def fit(
     from ..runs import CHECKPOINT, need_checkpoint, refuse_run
 
     images = find_train(data)
+    if not resume and os.path.realpath(out) == os.path.realpath(data):
+        raise UsageError(
+            f"--out is {quoted(out)}, the folder of the images; choose another, such as "
+            f"{Path('runs') / data.resolve().name}."
+        )
     if may_restart() and not (out / CHECKPOINT).exists():  # the command that goes on is the one that begins
         resume = False
     need_checkpoint(out) if resume else refuse_run(out)

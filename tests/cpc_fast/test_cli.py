@@ -321,6 +321,14 @@ def test_images_of_another_size_are_pointed_at(fitted, data, tmp_path, capsys):
     assert "another size" not in capsys.readouterr().out
 
 
+def test_a_run_does_not_go_among_the_images(tmp_path, capsys):
+    save(tmp_path / "parts" / "0.png", texture(0))
+    (tmp_path / "link").symlink_to(tmp_path / "parts")
+    assert cli.run(["fit", str(tmp_path / "parts"), "--out", str(tmp_path / "link")]) == 2
+    assert "link', the folder of the images; choose another, such as runs/parts." in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["0.png"]
+
+
 def test_masks_that_are_missing_are_missed(fitted, tmp_path, capsys):
     bare = make_set(tmp_path / "bare", train=0, masks=False)
     assert cli.run(["evaluate", str(fitted), str(bare), "--out", str(tmp_path / "out")]) == 0

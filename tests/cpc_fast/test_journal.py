@@ -159,7 +159,7 @@ def test_a_shard_that_is_done_is_not_begun_again(detector, folder, tmp_path):
     for n in (1, 2):
         answers.predict(detector, [folder], tmp_path, shard=Shard(n, 2))
     before = lists(tmp_path)
-    with pytest.raises(UsageError, match=r"Shard 1 of 2 in .* is done; do the rest with --resume, or remove"):
+    with pytest.raises(UsageError, match=r"Shard 1 of 2 in .* is done; do the rest with --resume, or answer all"):
         answers.predict(detector, [folder], tmp_path, shard=Shard(1, 2))
     assert answers.predict(detector, [folder], tmp_path, shard=Shard(1, 2), resume=True).listed
     assert lists(tmp_path) == before
@@ -190,6 +190,19 @@ def test_a_new_call_leaves_no_pictures_of_the_one_before(detector, folder, tmp_p
     answers.predict(detector, [out / "overlays"], out, pictures=False)  # its own pictures, given as images, stay
     assert len(list((out / "overlays").rglob("*.png"))) == 3
     assert not list((out / "masks").rglob("*.png"))
+
+
+@pytest.mark.parametrize("name", ["scores.csv", "predictions.json", "masks/0.png", "overlays/0.png", "maps/0.tiff"])
+def test_a_file_that_no_call_before_wrote_is_not_replaced(detector, folder, tmp_path, name):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("of the user")
+    with pytest.raises(UsageError, match=rf"would overwrite '.*{name}', which no earlier predict left there"):
+        answers.predict(detector, [folder], tmp_path / "out", tiff=True)
+    assert path.read_text() == "of the user"
+    path.unlink()
+    for _ in range(2):
+        answers.predict(detector, [folder], tmp_path / "out", tiff=True)
 
 
 def test_answers_among_the_images_are_no_images(detector, folder, tmp_path):
@@ -386,7 +399,7 @@ def test_the_command_killed_terminated_and_sharded_by_torchrun(tmp_path, capsys,
 def test_a_damaged_list_of_inputs(detector, folder, tmp_path):
     answers.predict(detector, [folder / "0.png"], tmp_path)
     (tmp_path / "progress" / "inputs.jsonl").write_text("[")
-    with pytest.raises(CpcFastError, match=r"inputs\.jsonl' is damaged; remove .*progress' and predict again"):
+    with pytest.raises(CpcFastError, match=r"inputs\.jsonl' is damaged; predict into another --out"):
         answers.predict(detector, [folder / "0.png"], tmp_path, resume=True)
 
 
