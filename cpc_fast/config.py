@@ -21,7 +21,7 @@ WHOLE_SHIFTS = (
     "quarter-turn", "turn", "magnify", "noise", "blur", "intensity", "brightness", "exposure", "sharpen", "shuffle",
     "invert", "warp",
 )  # fmt: skip
-SHIFTS = (*WHOLE_SHIFTS, "spots", "curves", *(f"local-{name}" for name in WHOLE_SHIFTS))
+SHIFTS = (*WHOLE_SHIFTS, "spots", "curves", "lines", *(f"local-{name}" for name in WHOLE_SHIFTS))
 KINDS = {
     "int": ((int,), "a whole number"), "int | None": ((int, type(None)), "a whole number, or none"),
     "float": ((float, int), "a number"), "str": ((str,), "a text"), "bool": ((bool,), "true or false"),
@@ -270,7 +270,7 @@ _TEXTURES = Config(
 
 _QUALITY = _TEXTURES.replace(
     made_for=256, members=3, epochs=16, learning_rate=4e-3, schedule="cosine", finer=2,
-    shifts=("spots", "curves", "warp", "shuffle"), shift_copies=4,
+    shifts=("spots", "curves", "lines", "warp", "shuffle"), shift_copies=4,
 )  # fmt: skip
 
 PRESETS: dict[str, Config] = {

@@ -4,9 +4,9 @@ On a homogeneous texture all patches look alike and in-batch contrast has nothin
 gives it something: the right answer must be told from a patch that is *almost* right. The idea is CSI's (Tack et al.
 2020, arXiv 2007.08176), carried from whole images to the candidates of CPC. The anomaly score stays the plain loss.
 
-Most families change the whole image. `spots` and `curves` change little of it, as defects do, and every patch. Of each
-of the others there is a `local-` one, which acts inside islands only: harder to tell from what is normal, so that alone
-they teach nothing in a short training, and beside whole ones a little.
+Most families change the whole image. `spots`, `curves` and `lines` change little of it, as defects do, and every patch.
+Of each of the others there is a `local-` one, which acts inside islands only: harder to tell from what is normal, so that
+alone they teach nothing in a short training, and beside whole ones a little.
 
 A `unit` is 1/32 of a patch in pixels, so that what is learned does not depend on the resolution.
 """
@@ -154,6 +154,16 @@ def _curves(images: Images, generator: torch.Generator, unit: float) -> Images:
     return images.lerp(tone.expand_as(images), inside)
 
 
+def _lines(images: Images, generator: torch.Generator, unit: float) -> Images:
+    """Thin straight lines side by side, a little darker or brighter, less than a patch apart."""
+    h, w = images.shape[2:]
+    angle, spacing = _pick(images, 0.0, math.pi, generator), _pick(images, 14.0, 24.0, generator) * unit
+    y, x = torch.arange(h, device=images.device)[:, None], torch.arange(w, device=images.device)
+    across = torch.cos(angle) * x + torch.sin(angle) * y + _pick(images, 0.0, 24.0, generator) * unit
+    away = (across % spacing - spacing / 2) / (_pick(images, 0.6, 1.5, generator) * unit)
+    return images + torch.exp(-(away**2)) * _pick(images, 0.3, 1.5, generator) * _sign(images, generator)
+
+
 WHOLE: dict[str, Family] = {
     "quarter-turn": _quarter_turn,
     "turn": _turn,
@@ -184,7 +194,7 @@ def _locally(family: Family) -> Family:
     return shifted
 
 
-LOCAL: dict[str, Family] = {"spots": _spots, "curves": _curves}
+LOCAL: dict[str, Family] = {"spots": _spots, "curves": _curves, "lines": _lines}
 FAMILIES = WHOLE | LOCAL | {f"local-{name}": _locally(family) for name, family in WHOLE.items()}
 
 
