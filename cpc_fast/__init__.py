@@ -10,6 +10,8 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from cpc_kernels import Negatives as Negatives
+    from cpc_kernels import bilinear_info_nce as bilinear_info_nce
+    from cpc_kernels import bilinear_info_nce_stats as bilinear_info_nce_stats
     from cpc_kernels import info_nce as info_nce
     from cpc_kernels import info_nce_stats as info_nce_stats
     from cpc_kernels import sampled_info_nce as sampled_info_nce
@@ -26,6 +28,8 @@ _WHERE = {
     "Detector": ".detector",
     "preset": ".config",
     "Negatives": "cpc_kernels",
+    "bilinear_info_nce": "cpc_kernels",
+    "bilinear_info_nce_stats": "cpc_kernels",
     "info_nce": "cpc_kernels",
     "info_nce_stats": "cpc_kernels",
     "sampled_info_nce": "cpc_kernels",

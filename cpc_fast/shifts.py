@@ -5,8 +5,8 @@ gives it something: the right answer must be told from a patch that is *almost* 
 2020, arXiv 2007.08176), carried from whole images to the candidates of CPC. The anomaly score stays the plain loss.
 
 Most families change the whole image. `spots`, `curves` and `lines` change little of it, as defects do, and every patch.
-Of each of the others there is a `local-` one, which acts inside islands only: harder to tell from what is normal, so that
-alone they teach nothing in a short training, and beside whole ones a little.
+Of each of the others there is a `local-` one, which acts inside islands only: harder to tell from what is normal, so
+that alone they teach nothing in a short training, and beside whole ones a little.
 
 A `unit` is 1/32 of a patch in pixels, so that what is learned does not depend on the resolution.
 """

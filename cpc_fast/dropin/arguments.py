@@ -44,7 +44,7 @@ def one_number(loss: str, name: str, value: object) -> float | Tensor:
         return value
     if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's scalars are
         raise TypeError(f"{loss}: {name} must be a number or a tensor of one element. Got {value!r}.")
-    if not math.isfinite(value):
+    if not torch.compiler.is_compiling() and not math.isfinite(value):  # there it may be any number
         raise ValueError(f"{loss}: {name} must be finite. Got {value}.")
     return float(value)
 

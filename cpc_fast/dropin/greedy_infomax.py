@@ -37,7 +37,7 @@ class GreedyInfoMaxLoss(nn.Module):
     def __init__(self, opt: Any, in_channels: int, out_channels: int, *, eps: float = 0.0) -> None:
         super().__init__()
         for name in ("negative_samples", "prediction_step"):
-            if int(getattr(opt, name, 0)) < 1:
+            if int(getattr(opt, name, 0) or 0) < 1:
                 raise ValueError(f"GreedyInfoMaxLoss: opt.{name} must be 1 or more. Got {getattr(opt, name, None)}.")
         self.opt = opt
         self.negative_samples = int(opt.negative_samples)
@@ -52,7 +52,7 @@ class GreedyInfoMaxLoss(nn.Module):
         """z: (B, in, H, W). c: (B, out, H, W). skip_step: rows left out between a patch and its first target.
         negatives: for each step, n_k S indices into the step's n_k targets in (y, x, image) order; by default
         torch.randint draws them, as the published code does: the same seed, the same draws. Returns a scalar."""
-        check_tensors("GreedyInfoMaxLoss", z=z, c=c)
+        check_tensors("GreedyInfoMaxLoss", z=z, c=c, weight=self.W_k[0].weight)
         if z.ndim != 4 or c.ndim != 4 or z.shape[0] != c.shape[0] or z.shape[2:] != c.shape[2:]:
             raise ValueError(
                 "GreedyInfoMaxLoss: z and c must be (B, C, H, W) with the same B, H, W. "
@@ -64,6 +64,8 @@ class GreedyInfoMaxLoss(nn.Module):
                 f"GreedyInfoMaxLoss: built with in_channels={ins}, out_channels={outs}, it needs as many channels of z "
                 f"and of c. Got z {tuple(z.shape)}, c {tuple(c.shape)}."
             )
+        if skip_step < 0:
+            raise ValueError(f"GreedyInfoMaxLoss: skip_step must be 0 or more. Got {skip_step}.")
         height = z.shape[2]
         if height <= self.k_predictions + skip_step:
             raise ValueError(
@@ -83,7 +85,7 @@ class GreedyInfoMaxLoss(nn.Module):
             targets = (below[rows:] @ weight.T).flatten(0, 2)  # (n, out)
             anchors = contexts[: height - rows].flatten(0, 2)
             if negatives is None:
-                drawn = torch.randint(len(targets), (len(targets) * self.negative_samples, 1), device=z.device)
+                drawn = torch.randint(max(len(targets), 1), (len(targets) * self.negative_samples, 1), device=z.device)
             else:
                 drawn = negatives[step]
                 if drawn.numel() != len(targets) * self.negative_samples:
@@ -95,7 +97,8 @@ class GreedyInfoMaxLoss(nn.Module):
             own = torch.arange(len(targets), device=z.device)
             drawn = drawn.view(len(targets), self.negative_samples)
             loss = sampled_info_nce(anchors, targets, own, drawn, reduction="none")
-            total = total + (loss if self.eps == 0 else -torch.log(torch.exp(-loss) + self.eps)).mean()
+            each = loss if self.eps == 0 else -torch.log(torch.exp(-loss) + self.eps)
+            total = total + each.sum() / max(len(each), 1)
         return total / self.k_predictions
 
     def extra_repr(self) -> str:

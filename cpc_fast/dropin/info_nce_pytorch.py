@@ -81,7 +81,7 @@ def check(query, positive_key, negative_keys, reduction, negative_mode) -> None:
             raise ValueError(f"info_nce: negative_keys must be {form} when they are {negative_mode}. {spell(**got)}")
         if negative_mode == "paired" and len(negative_keys) != len(query):
             raise ValueError(f"info_nce: paired negative_keys must have as many rows as query. {spell(**got)}")
-    if len({t.shape[-1] for t in got.values()}) > 1:
+    if any(t.shape[-1] != query.shape[-1] for t in got.values()):
         raise ValueError(f"info_nce: all vectors must have as many features. {spell(**got)}")
 
 

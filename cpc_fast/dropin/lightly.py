@@ -16,7 +16,7 @@ from cpc_kernels import info_nce, info_nce_across_ranks
 from cpc_kernels.arguments import spell
 from cpc_kernels.exchange import gather_rows, rank_and_world, shares
 
-from .arguments import check_tensors, one_number
+from .arguments import check_tensors, inverse, one_number
 
 
 class MemoryBank(nn.Module):
@@ -97,7 +97,8 @@ class NTXentLoss(nn.Module):
         of = None if alone else shares(n, out0.device)
         own = torch.arange(2 * n, device=out0.device) + (0 if of is None else 2 * of.first())
         others = own.roll(n)  # the other view of each
-        options = {"scale": 1 / self.temperature, "anchor_ids": own, "candidate_ids": own}  # none is its own negative
+        scale = inverse("NTXentLoss", self.temperature)
+        options = {"scale": scale, "anchor_ids": own, "candidate_ids": own}  # none is its own negative
         if of is None:
             return info_nce(vectors, vectors, others, **options)
         loss = info_nce_across_ranks(vectors, vectors, others, reduction="none", **options)
@@ -114,7 +115,7 @@ class NTXentLoss(nn.Module):
         bank = self.memory_bank.bank.to(query.device, query.dtype, copy=True)  # as it was before this batch enters it
         if out0.requires_grad:
             self.memory_bank.add(key)
-        return info_nce(query, bank, key, scale=1 / self.temperature)
+        return info_nce(query, bank, key, scale=inverse("NTXentLoss", self.temperature))
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"

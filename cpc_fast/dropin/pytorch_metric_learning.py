@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from cpc_kernels import info_nce
+from cpc_kernels import info_nce, info_nce_stats
 from cpc_kernels.arguments import spell
 
 from .arguments import check_tensors, inverse, one_number
@@ -243,24 +243,26 @@ class NTXentLoss(LabelLoss):
                 reduction="sum",
             )
         else:
-            total = PairSum.apply(q, k, log_sum_exp(q, k, scale, groups), scale, groups)
+            lse = log_sum_exp(q, k, scale, groups, alike=self.normalize_embeddings)
+            total = PairSum.apply(q, k, lse, scale, groups)
         total = total if self.sums else total / groups.positives.sum().clamp(min=1)
         return total.where(groups.any_loss(), 0)
 
 
-def log_sum_exp(q: Tensor, k: Tensor, scale: Tensor, groups: Groups) -> Tensor:
+def log_sum_exp(q: Tensor, k: Tensor, scale: Tensor, groups: Groups, alike: bool) -> Tensor:
     """log sum over j of another label of exp(s_ij) (N,), with gradients; -inf where there is none.
 
-    info_nce against made-up positives that score below every candidate: x = lse - s >= 0, loss = softplus(x), so
-    x = loss + log(1 - exp(-loss)) is exact and its derivative undoes the loss's.
+    info_nce against made-up positives of score s: x = lse - s, loss = softplus(x), so x = loss + log(1 - exp(-loss)),
+    whose derivative undoes the loss's. Where all vectors are of one length (`alike`), s is the least that any candidate
+    could score. Else a long one would make that lower than the digits of lse reach: s is lse itself, found first.
     """
+    options = {"scale": scale, "anchor_ids": groups.ids, "candidate_ids": groups.ref_ids}
+    some = groups.negatives > 0
     with torch.no_grad():
         length = torch.linalg.vector_norm(q, dim=1, dtype=scale.dtype).clamp(min=1e-12)
-        longest = torch.linalg.vector_norm(k, dim=1, dtype=scale.dtype).max()
-        made_up = (q * (-scale.sign() * longest / length)[:, None]).to(q.dtype)
-    some = groups.negatives > 0
-    loss = info_nce(
-        q, k, made_up, scale=scale, anchor_ids=groups.ids, candidate_ids=groups.ref_ids, reduction="none"
-    ).where(some, 1)
-    low = torch.linalg.vecdot(q.to(scale.dtype), made_up.to(scale.dtype)) * scale
-    return (loss + torch.log(-torch.expm1(-loss)) + low).where(some, -torch.inf)
+        reach = torch.linalg.vector_norm(k, dim=1, dtype=scale.dtype).max() * length * scale.abs()
+        s = -reach if alike else info_nce_stats(q, k, torch.zeros_like(q), **options).lse.clamp(-reach, reach)
+        made_up = (q * (s.where(some, 0) / (scale * length**2))[:, None]).to(q.dtype)
+    loss = info_nce(q, k, made_up, reduction="none", **options).where(some, 1)
+    s = torch.linalg.vecdot(q.to(scale.dtype), made_up.to(scale.dtype)) * scale
+    return (loss + torch.log(-torch.expm1(-loss)) + s).where(some, -torch.inf)

@@ -1,6 +1,7 @@
 """What every op asks of its arguments, in one voice, and the form of what it returns."""
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -41,12 +42,16 @@ def need_tensors(op: str, **given: object) -> None:
             raise TypeError(f"{op}: {name} must be a torch.Tensor. {spell_other(name, value)}")
 
 
+def check_reduction(op: str, reduction: str) -> None:
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"{op}: reduction must be none, sum or mean. Got {reduction!r}.")
+
+
 def check_types(op: str, anchors: Tensor, impl: str, impls: tuple[str, ...], reduction: str, **others: Tensor) -> None:
     """What both ops ask of their arguments."""
     if impl not in impls:
         raise ValueError(f"{op}: impl must be one of {', '.join(impls)}. Got {impl!r}.")
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f"{op}: reduction must be none, sum or mean. Got {reduction!r}.")
+    check_reduction(op, reduction)
     if not anchors.is_floating_point():
         raise TypeError(f"{op}: anchors must be floating point. Got {anchors.dtype}.")
     for name, tensor in others.items():
@@ -85,7 +90,7 @@ def check_indices(op: str, what: str, indices: Tensor, size: int, lowest: int = 
         return
     low, high = (int(v) for v in torch.aminmax(indices))
     if low < lowest or high >= size:
-        where = "candidates have" if pool == "candidates" else "the pool has"
+        where = "the pool has" if pool == "pool" else f"{pool} have"
         ignored = "; -1 is ignored" if lowest < 0 else ""
         raise IndexError(
             f"{op}: {what} must lie between {lowest} and {size - 1} ({where} {size} rows{ignored}). "
@@ -99,9 +104,16 @@ def need_finite(op: str, scale: float | Tensor) -> None:
         raise ValueError(f"{op}: scale must be finite. Got {scale}.")
 
 
+def plain_number(scale: float | Tensor) -> float | Tensor:
+    """NumPy's scalars as Python's."""
+    known = isinstance(scale, (int, float, Tensor)) or torch.compiler.is_compiling()
+    return float(scale) if not known and isinstance(scale, Real) else scale
+
+
 def scale_tensor(op: str, scale: float | Tensor, anchors: Tensor) -> Tensor:
     """(1,) in the compute dtype, differentiable when scale is a tensor."""
     dtype = compute_dtype(anchors.dtype)
+    scale = plain_number(scale)
     if not isinstance(scale, Tensor):
         if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
             raise TypeError(f"{op}: scale must be a number or a tensor of one element. Got {scale!r}.")

@@ -30,13 +30,14 @@ from .arguments import (
     autocast,
     check_ids,
     check_indices,
+    check_reduction,
     compute_dtype,
     need_tensors,
     reduce,
     scale_tensor,
     spell,
 )
-from .autograd import learns, once_differentiable, refuse_transforms
+from .autograd import learns, once_differentiable, refuse_transforms, undisturbed
 from .capabilities import triton_module
 from .info_nce import info_nce, info_nce_stats
 from .negatives import Negatives, draw_negatives
@@ -186,8 +187,6 @@ def fused(op, contexts, weights, candidates, positives, scale, anchor_ids, candi
     ):
         if wrong:
             raise RuntimeError(f'{op}: impl="fused" {why}; impl="auto" would run.')
-    check_ids(op, "anchor_ids", anchor_ids, len(contexts), candidate_ids, "candidate_ids", contexts.device)
-    check_ids(op, "candidate_ids", candidate_ids, len(candidates), anchor_ids, "anchor_ids", contexts.device)
     ids = [None if each is None else each.long() for each in (anchor_ids, candidate_ids)]
     found = fused_op(contexts, weights, candidates, positives.long().T.contiguous(), scale, *ids)
     return InfoNCEStats(*(each.T for each in found))
@@ -228,16 +227,36 @@ def check(op, contexts, weights, candidates, positives, negatives, sources, coun
                 f"{spell(contexts=contexts, weights=weights, positives=positives)}"
             )
         return
-    if sources.ndim != 1 or sources.is_floating_point() or len(counts) != k or sum(counts) != sources.shape[0]:
-        raise ValueError(
-            f"{op}: sources must be (P,) integers sorted by step, counts {k} numbers (one per step) that add up to P. "
-            f"Got sources {tuple(sources.shape)} {sources.dtype}, counts {list(counts)}."
-        )
+    check_rows(op, sources, counts, k, math.prod(contexts.shape[:-1]))
     if tuple(positives.shape) != (sources.shape[0], *vectors):
         raise ValueError(
             f"{op}: positives must be ({len(sources)},) indices or ({len(sources)}, {d}) vectors, one for each source. "
             f"{spell(sources=sources, positives=positives)}"
         )
+
+
+def check_rows(op: str, sources: Tensor, counts: Sequence[int], steps: int, contexts: int) -> None:
+    """Listed rows: whether the sources are some of so many contexts, and the counts of so many steps are theirs."""
+    numbers = not (sources.is_floating_point() or sources.dtype == torch.bool)
+    whole = len(counts) == steps and sum(counts) == len(sources) and min(counts, default=0) >= 0
+    if sources.ndim != 1 or not (numbers and whole):
+        raise ValueError(
+            f"{op}: sources must be (P,) integers sorted by step, counts {steps} numbers (one per step) that add up to "
+            f"P. Got sources {tuple(sources.shape)} {sources.dtype}, counts {list(counts)}."
+        )
+    if undisturbed():
+        check_indices(op, "sources", sources, contexts, 0, "contexts")
+
+
+def check_negatives(op: str, negatives: Tensor, rows: int, steps: int, m: int) -> None:
+    """Listed negatives, (N, S) or (N, K, S), or (P, S) with steps 0."""
+    if negatives.is_floating_point() or negatives.dtype == torch.bool:
+        raise TypeError(f"{op}: negatives must be integer indices or Negatives(count, seed). Got {negatives.dtype}.")
+    if negatives.ndim < 2 or tuple(negatives.shape[:-1]) not in ((rows,), (rows, steps) if steps else (rows,)):
+        forms = f"({rows}, S) or ({rows}, {steps}, S)" if steps else f"({rows}, S), one row for each source"
+        raise ValueError(f"{op}: negatives must be {forms}. {spell(negatives=negatives)}")
+    if undisturbed():
+        check_indices(op, "negatives", negatives, m)
 
 
 def cheaper_side(rows: int, steps: int, m: int, scored: int, d: int, c: int, vectors: bool = False) -> str:
@@ -272,6 +291,13 @@ def _run(
     if not listed:
         positives = positives.reshape(n, steps, *positives.shape[positives.ndim - vectors :])
     rows = sources.shape[0] if listed else n * steps
+    check_reduction(op, reduction)
+    check_ids(op, "anchor_ids", anchor_ids, rows if listed else n, candidate_ids, "candidate_ids", contexts.device)
+    check_ids(op, "candidate_ids", candidate_ids, m, anchor_ids, "anchor_ids", contexts.device)
+    if not vectors and undisturbed():
+        check_indices(op, "positives", positives, m)
+    if isinstance(negatives, Tensor):
+        check_negatives(op, negatives, rows if listed else n, 0 if listed else steps, m)
     drawn = isinstance(negatives, Negatives)
     scored = m if negatives is None else negatives.count if drawn else negatives.shape[-1]
     if side == "auto" and impl == "fused":
@@ -291,6 +317,8 @@ def _run(
         if listed:
             anchors = project_rows(contexts, weights, sources, counts, impl)  # (P, D)
         else:
+            if not vectors:  # what a context holds that never speaks is in no gradient, NaN neither
+                contexts = contexts.masked_fill((positives < 0).all(1, keepdim=True), 0)
             anchors = (contexts @ weights.reshape(steps * d, c).T).view(n, steps, d)
         if not stats:
             options["reduction"] = reduction

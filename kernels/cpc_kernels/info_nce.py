@@ -193,7 +193,12 @@ def compute_sum(
         False,
         (dq, dk, dv, dscale),
     )
-    return loss.sum(), dq, dk.to(candidates.dtype), dv, dscale
+    return loss.sum(), dq, dk.to(_unit_dtype(candidates)), dv, dscale
+
+
+def _unit_dtype(candidates: Tensor) -> torch.dtype:
+    """Of a candidate's gradient before the upstream one multiplies it: the sum of many rows has no room in float16."""
+    return torch.float32 if candidates.dtype == torch.float16 else candidates.dtype
 
 
 info_nce_sum = torch.library.custom_op("cpc_kernels::info_nce_sum", compute_sum, mutates_args=())
@@ -205,7 +210,7 @@ def _(anchors, candidates, positives, scale, anchor_ids, candidate_ids, need_sca
     return (
         anchors.new_empty((), dtype=dtype),
         anchors.new_empty(anchors.shape),
-        candidates.new_empty(candidates.shape),
+        candidates.new_empty(candidates.shape, dtype=_unit_dtype(candidates)),
         positives.new_empty(positives.shape) if positives.is_floating_point() else anchors.new_empty(0),
         anchors.new_empty(1 if need_scale else 0, dtype=dtype),
     )
@@ -224,15 +229,23 @@ def sum_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From the last four, whose gradients these are, nothing is computed: through them a second derivative is refused.
     (Four, not a list: where an op takes a list, torch refuses is_grads_batched.)"""
-    return tuple(each * grad.to(each.dtype) for each in (dq, dk, dv, dscale))
+    return _times(dq, grad), _times(dk, grad).to(candidates.dtype), _times(dv, grad), _times(dscale, grad)
+
+
+def _times(unit: Tensor, grad: Tensor) -> Tensor:
+    """Not in 16 bits: 1 / N has no room there, nor has what a GradScaler multiplies by. On the CPU torch sees to it."""
+    if unit.device.type == "cpu" or unit.dtype == grad.dtype:
+        return unit * grad
+    return (unit.to(grad.dtype) * grad).to(unit.dtype)
 
 
 info_nce_sum_backward = torch.library.custom_op("cpc_kernels::info_nce_sum_backward", sum_gradients, mutates_args=())
 
 
 @info_nce_sum_backward.register_fake
-def _(grad, dq, dk, dv, dscale, *_):
-    return tuple(torch.empty_like(each) for each in (dq, dk, dv, dscale))
+def _(grad, dq, dk, dv, dscale, anchors, candidates, *_):
+    dk = torch.empty_like(dk, dtype=candidates.dtype)
+    return torch.empty_like(dq), dk, torch.empty_like(dv), torch.empty_like(dscale)
 
 
 def _save_sum(ctx, inputs, output):

@@ -11,6 +11,7 @@ that hits the positive of another step is skipped for that step, by the ops.
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
 """
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,14 @@ class Negatives:
     per_step: bool = False
 
     def __post_init__(self):
+        for name, kind in (("count", int), ("seed", (int, Tensor))):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                try:
+                    object.__setattr__(self, name, operator.index(value))
+                except TypeError:
+                    or_one = " or a tensor" if name == "seed" else ""
+                    raise TypeError(f"Negatives: {name} must be an integer{or_one}. Got {value!r}.") from None
         if self.count < 0:
             raise ValueError(f"Negatives: count must be 0 or more. Got {self.count}.")
         if isinstance(self.seed, Tensor):

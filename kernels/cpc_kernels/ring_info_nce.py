@@ -30,11 +30,13 @@ from torch.nn import functional as F
 from .arguments import (
     autocast,
     check_indices,
+    check_reduction,
     compute_dtype,
     need_tensors,
     scale_tensor,
     spell,
 )
+from .bilinear_info_nce import check as check_bilinear
 from .bilinear_info_nce import project_rows
 from .capabilities import triton_module
 from .chunked_info_nce import chunked_backward_candidates, chunked_forward, sigmoid_weight
@@ -366,6 +368,7 @@ def sampled_info_nce_across_ranks(
         )
     if rows is not None and (rows.ndim != 1 or len(rows) != len(anchors) or rows.is_floating_point()):
         raise ValueError(f"{op}: rows must be ({len(anchors)},) integers. Got {tuple(rows.shape)} {rows.dtype}.")
+    check_reduction(op, reduction)
     scale = scale_tensor(op, scale, anchors)
     learning = torch.is_grad_enabled() and pool.requires_grad
     any_learning = torch.is_grad_enabled() and any(t.requires_grad for t in (anchors, pool, positives, scale))
@@ -428,7 +431,8 @@ def bilinear_info_nce_across_ranks(
     """
     op = "bilinear_info_nce_across_ranks"
     need_tensors(op, contexts=contexts, weights=weights, candidates=candidates, positives=positives, sources=sources)
-    contexts, weights = autocast(contexts.device, contexts, weights)
+    contexts, weights, candidates, positives = autocast(contexts.device, contexts, weights, candidates, positives)
+    check_bilinear(op, contexts, weights, candidates, positives, negatives, sources, counts, "auto")
     anchors = project_rows(contexts, weights, sources, counts, impl)
     if negatives is None:
         return info_nce_across_ranks(anchors, candidates, positives, impl=impl, **options)

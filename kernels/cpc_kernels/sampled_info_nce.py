@@ -29,6 +29,7 @@ from .arguments import (
     need_finite,
     need_tensors,
     own_vectors,
+    plain_number,
     reduce,
     scale_tensor,
     spell,
@@ -411,6 +412,7 @@ def _run(op, anchors, pool, positives, negatives, scale, anchor_ids, pool_ids, i
     need_negatives(op, negatives)
     anchors, pool, positives = autocast(anchors.device, anchors, pool, positives)
     check(op, anchors, pool, positives, negatives, anchor_ids, pool_ids, impl, reduction)
+    scale = plain_number(scale)
     need_finite(op, scale)
     impl = choose(impl, anchors.device)
     if not stats:

@@ -363,7 +363,7 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
       saved["scale"] = factor;
       saved["rows"] = options.reduction == MEAN ? rows : 1;
     }
-    if (options.reduction == NONE) return flat ? loss.squeeze(1) : loss;
+    if (options.reduction == NONE) return flat ? loss.squeeze_(1) : loss;  // a view could not be changed in place
     loss = loss.sum();
     return options.reduction == MEAN ? loss.div_(double(rows)) : loss;
   }

@@ -366,6 +366,30 @@ def reference_greedy(z, c, weights, drawn, skip):
     return total / len(weights)
 
 
+def test_greedy_infomax_of_an_empty_batch_is_0():
+    loss, nobody = dropin.GreedyInfoMaxLoss(gim_options(4, 2), 8, 8), torch.randn(0, 8, 6, 6)
+    for negatives in (None, [torch.zeros(0, dtype=torch.long)] * 2):
+        assert loss(nobody, nobody, negatives=negatives) == 0
+
+
+@pytest.mark.parametrize("loss", [dropin.InfoNCE(), dropin.ClipLoss(), lightly.NTXentLoss()])
+def test_a_schedule_of_temperatures_compiles_once_for_all(loss):
+    q, k = leaves((6, 8), (6, 8), dtype=torch.float32)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for value in (0.1, 0.2, 0.3):
+        if isinstance(loss, dropin.ClipLoss):
+            torch.testing.assert_close(compiled(q, k, 1 / value), loss(q, k, 1 / value))
+        else:
+            loss.temperature = value
+            torch.testing.assert_close(compiled(q, k), loss(q, k))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit, which goes on working all the same
+def test_info_nce_can_be_traced():
+    q, k = leaves((6, 8), (6, 8), dtype=torch.float32)
+    torch.testing.assert_close(torch.jit.trace(dropin.InfoNCE(), (q, k))(q + 1, k), dropin.InfoNCE()(q + 1, k))
+
+
 def test_greedy_infomax_refusals():
     with pytest.raises(ValueError, match=r"opt.negative_samples must be 1 or more. Got None"):
         dropin.GreedyInfoMaxLoss(SimpleNamespace(prediction_step=2), 4, 4)
@@ -377,8 +401,10 @@ def test_greedy_infomax_refusals():
         loss(torch.zeros(2, 5, 6, 6), z)
     with pytest.raises(IndexError, match=r"negatives of step 1 must lie between 0 and 47 .* 48 rows\). Got .* to 48"):
         dropin.GreedyInfoMaxLoss(gim_options(1, 1), 4, 4)(z, z, negatives=[torch.arange(1, 49)])
-    empty, none = torch.zeros(0, 4, 6, 6), torch.zeros(0, dtype=torch.long)
-    assert dropin.GreedyInfoMaxLoss(gim_options(1, 1), 4, 4)(empty, empty, negatives=[none]).isnan()  # as torch's mean
+    with pytest.raises(ValueError, match=r"skip_step must be 0 or more. Got -2"):
+        loss(z, z, -2)
+    with pytest.raises(TypeError, match=r"weight must have the dtype of z. Got torch.float32 and torch.float16"):
+        loss(z.half(), z.half())
     with pytest.raises(ValueError, match=r"Got z \(2, 4, 6, 6\), c \(2, 4, 6, 5\)"):
         loss(z, z[..., :5])
     with pytest.raises(ValueError, match=r"one tensor for each of the 5 steps. Got 1"):
@@ -552,6 +578,24 @@ def test_positives_far_apart_keep_their_gradient():
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
     assert float(results[1][1].abs().max()) > 0.1
     torch.testing.assert_close(*(grad for _, grad in results), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1.0, 1e2, 1e4])
+def test_one_long_embedding_ruins_nobody_elses_loss(length):
+    """Dot products of vectors that are not normalised: the long one is orthogonal to all others."""
+    metric, distances = original("pytorch_metric_learning"), pytest.importorskip("pytorch_metric_learning.distances")
+    distance = distances.DotProductSimilarity(normalize_embeddings=False)
+    (x,) = leaves((9, 8), dtype=torch.float32)
+    x[:, 0] = x[8] = 0
+    x[8, 0] = length
+    labels = torch.arange(3).repeat_interleave(3)
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    loss = pytorch_metric_learning.NTXentLoss(0.1, distance=distance)(ours, labels)
+    expected = metric.NTXentLoss(0.1, distance=distance)(theirs, labels)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.grad[:8].double(), theirs.grad[:8], rtol=1e-5, atol=1e-6)
 
 
 def test_label_loss_refusals():

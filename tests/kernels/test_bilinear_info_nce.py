@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cpc_kernels import Negatives, info_nce, reference, sampled_info_nce
+from cpc_kernels import Negatives, bilinear_info_nce_across_ranks, info_nce, reference, sampled_info_nce
 from cpc_kernels.bilinear_info_nce import bilinear_info_nce, bilinear_info_nce_stats, cheaper_side, project
 
 N, K, D, C, M = 6, 3, 5, 4, 9
@@ -190,6 +190,56 @@ def test_errors_say_what_to_do():
     for arguments, options, kind, text in cases:
         with pytest.raises(kind, match=text):
             bilinear_info_nce(*arguments, **options)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("run", [bilinear_info_nce, bilinear_info_nce_stats])
+def test_an_index_of_another_steps_candidate_is_refused(run, side):
+    """On the side of the candidates, M + j of a step is j of the next."""
+    contexts, weights, candidates, positives, _ = problem(learns=False)
+    negatives = torch.randint(0, M, (N, 4))
+    for what, where in (
+        ("positives", (positives.clamp(min=0) + M, negatives)),
+        ("positives", (positives * 0 - 5, Negatives(3, 0))),
+        ("positives", (positives * 0 + M, None)),
+        ("negatives", (positives, negatives + M)),
+        ("negatives", (positives, negatives * 0 - 5)),
+    ):
+        with pytest.raises(IndexError, match=rf"nce.*: {what} must lie between -1 and 8 \(candidates have 9 rows"):
+            run(contexts, weights, candidates, *where, side=side)
+    for kind, wrong in (
+        (TypeError, negatives.bool()),
+        (TypeError, negatives.float()),
+        (ValueError, negatives[:, None]),
+    ):
+        with pytest.raises(kind, match="negatives must be"):
+            run(contexts, weights, candidates, positives, wrong, side=side)
+
+
+@pytest.mark.parametrize("run", [bilinear_info_nce, bilinear_info_nce_across_ranks])
+def test_listed_rows_that_are_none_are_refused(run):
+    contexts, weights, candidates, positives, _ = problem(learns=False)
+    sources, counts, own, _ = listed_rows(positives)
+    for wrong in (counts[:-1], [*counts[:-1], counts[-1] + 1], [len(sources) + 1, 0, -1]):
+        with pytest.raises(ValueError, match=r"counts 3 numbers \(one per step\) that add up to P"):
+            run(contexts, weights, candidates, own, sources=sources, counts=wrong)
+    for wrong in (sources - 1, sources + 1):
+        with pytest.raises(IndexError, match=r"sources must lie between 0 and 5 \(contexts have 6 rows\)"):
+            run(contexts, weights, candidates, own, sources=wrong, counts=counts)
+    with pytest.raises(ValueError, match=r"sources must be .* Got sources .* torch\.bool"):
+        run(contexts, weights, candidates, own, sources=sources > 0, counts=counts)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("negatives", [None, Negatives(3, 0)])
+def test_a_context_that_never_speaks_may_hold_anything(negatives, side):
+    contexts, weights, candidates, positives, options = problem()
+    positives[4] = -1
+    with torch.no_grad():
+        contexts[4] = torch.nan
+    bilinear_info_nce(contexts, weights, candidates, positives, negatives, side=side, **options).backward()
+    assert weights.grad.isfinite().all()
+    assert not contexts.grad[4].any()
 
 
 def test_second_derivatives_are_refused():

@@ -3,6 +3,7 @@
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 from tolerance import assert_as_good_as_naive, error
@@ -271,6 +272,36 @@ def test_small_losses_keep_their_gradient(margin, reduction):
     info_nce(q, problem[1], problem[2], scale=scale, reduction="sum").backward()
     exact = run(reference.info_nce, *problem, scale, torch.float64, torch.ones(n), reduction="none")[1]
     assert float(((q.grad.double() - exact).norm(dim=1) / exact.norm(dim=1)).max()) <= 4e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_upstream_gradients_are_not_rounded_to_16_bits(dtype):
+    """1 / N would turn every gradient by the same factor, and a GradScaler's 65536 would make float16's infinite."""
+    q, k = (torch.randn(48, 32, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1))
+    for upstream, reduction, scale in ((1.0, "mean", 1.0), (65536.0, "sum", 0.01)):
+        found = []
+        for cast in (dtype, torch.float64):
+            inputs = [t.to(cast).requires_grad_() for t in (q, k)]
+            (info_nce(*inputs, torch.arange(48), scale=scale, reduction=reduction) * upstream).backward()
+            found.append(torch.cat([t.grad.double() for t in inputs]))
+        ours, exact = found
+        assert abs((ours * exact).sum() / exact.square().sum() - 1) < 4e-4
+
+
+def test_a_candidate_that_many_rows_share_has_room_in_float16():
+    q = torch.nn.functional.normalize(torch.rand(65536, 8) + 0.2, dim=1).half()
+    k = torch.nn.functional.normalize(torch.randn(4, 8), dim=1).half().requires_grad_()
+    info_nce(q, k, torch.zeros(65536, dtype=torch.long), scale=14.0).backward()  # its sum over the rows passes 65504
+    exact = k.detach().double().requires_grad_()
+    info_nce(q.double(), exact, torch.zeros(65536, dtype=torch.long), scale=14.0).backward()
+    torch.testing.assert_close(k.grad.double(), exact.grad, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_numpys_scalars_are_numbers(kind):
+    q, k = torch.randn(6, 8), torch.randn(9, 8)
+    for loss, more in ((info_nce, ()), (sampled_info_nce, (Negatives(4, 0),))):
+        assert loss(q, k, torch.arange(6), *more, scale=kind(3)) == loss(q, k, torch.arange(6), *more, scale=3.0)
 
 
 def test_strides_do_not_matter_and_inputs_are_left_alone():

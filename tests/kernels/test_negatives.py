@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,6 +103,17 @@ def test_cpp_draws_the_same(size, indexed):
         if indexed:
             truth[positives[row]] -= s
         torch.testing.assert_close(gradient[:, 0], truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("count", "seed"), [(4.0, 0), (None, 0), (4, 3.0), (4, None), (4, "0"), (4, torch.Generator())]
+)
+def test_what_is_no_integer_is_named(count, seed):
+    with pytest.raises(
+        TypeError, match=r"Negatives: (count must be an integer|seed must be an integer or a tensor)\. Got"
+    ):
+        Negatives(count, seed)
+    assert Negatives(np.int32(4), np.uint64(2**63 + 5)) == Negatives(4, 2**63 + 5)
 
 
 def test_bad_arguments():

@@ -293,6 +293,15 @@ def test_equal_rows_tie_whatever_the_number_of_features(d, dtype, level):
 
 
 @both
+def test_losses_can_be_changed_in_place(impl):
+    anchors, pool = torch.randn(6, 8, requires_grad=True), torch.randn(9, 8)
+    losses = sampled_info_nce(anchors, pool, torch.arange(6), Negatives(4, 0), reduction="none", impl=impl)
+    losses.mul_(2)
+    losses[:2] = 0
+    losses.sum().backward()
+    assert not anchors.grad[:2].any()
+
+
 def test_retain_graph_and_strides(impl):
     anchors, pool, positives, negatives, _ = make()
     q, z = anchors.mT.contiguous().mT.requires_grad_(), pool.T.contiguous().T.requires_grad_()
