@@ -287,8 +287,8 @@ PRESETS: dict[str, Config] = {
     ),
     # Parts that lie alike in every image: what belongs at a place is known, and learnt from what is too dark or bright.
     "aligned": _QUALITY.replace(
-        place=True, epochs=20, shift_copies=1, finer=1, mirrored=True,
-        shifts=("brightness", "exposure", "local-brightness", "local-exposure"),
+        place=True, members=1, epochs=20, finer=1, mirrored=True,
+        shifts=("brightness", "exposure", "local-brightness", "local-exposure", "curves", "lines"),
     ),
     # One network with a coarser first convolution, fewer epochs and copies, and patches only where training has them.
     "fast": _QUALITY.replace(stem=4, members=1, epochs=12, finer=1, shift_copies=2, made_for=256),
