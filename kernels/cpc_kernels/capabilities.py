@@ -99,7 +99,7 @@ def interpreting() -> bool:
 def triton_module(op: str, device: torch.device) -> ModuleType:
     """The Triton launchers of `op` (a module beside this one), or an error that says why they cannot run."""
     instead = "chunked" if op == "info_nce" else "cpp" if CPP.available and device.type == "cpu" else "gather"
-    if device.type not in ("cuda", "xpu") and not interpreting():
+    if device.type != "cuda" and not interpreting():
         raise RuntimeError(
             f'{op}: impl="triton" needs tensors on a GPU, or TRITON_INTERPRET=1 set before Python starts. '
             f'Got tensors on {device}; impl="{instead}" would run.'

@@ -302,7 +302,7 @@ def check(op, anchors, candidates, positives, anchor_ids, candidate_ids, impl, r
 def choose(impl: str, device: torch.device) -> str:
     if impl != "auto":
         return impl
-    return "triton" if device.type in ("cuda", "xpu") else "chunked"
+    return "triton" if device.type == "cuda" else "chunked"
 
 
 def accept(op, anchors, candidates, positives, anchor_ids, candidate_ids, impl, reduction="none"):

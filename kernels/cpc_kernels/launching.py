@@ -92,7 +92,9 @@ class Launch:
         aligned = tensor.stride(0) % 16 == 0 and tensor.data_ptr() % 16 == 0
         if wide == d and tensor.stride(1) == 1 and tensor.stride(0) >= d and aligned:
             return tensor
-        return torch.nn.functional.pad(tensor, (0, wide - d)).contiguous()
+        if wide == d:  # contiguous() would take one row of a wider buffer as it lies
+            return tensor.clone(memory_format=torch.contiguous_format)
+        return torch.nn.functional.pad(tensor, (0, wide - d))
 
     def describe(self, tensor: Tensor, rows: int, features: int) -> TensorDescriptor:
         return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, features])

@@ -61,7 +61,7 @@ class Negatives:
         """The seed as (1,) int64."""
         if isinstance(self.seed, Tensor):
             return self.seed.reshape(1).to(device)
-        return torch.tensor([self.seed_number()], dtype=torch.int64, device=device)
+        return torch.full((1,), self.seed_number(), dtype=torch.int64, device=device)  # a copy would wait for it
 
 
 def multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -392,7 +392,7 @@ def check(op, anchors, pool, positives, negatives, anchor_ids, pool_ids, impl, r
 def choose(impl: str, device: torch.device) -> str:
     if impl != "auto":
         return impl
-    if device.type in ("cuda", "xpu"):
+    if device.type == "cuda":
         return "triton"
     return "cpp" if CPP.available and device.type == "cpu" else "gather"
 

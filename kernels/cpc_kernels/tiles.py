@@ -136,6 +136,11 @@ def _tma(*rows: Tile) -> tuple[Tile, ...]:
     return tuple(t._replace(descriptors=True) for t in rows)
 
 
+def _as_the_negatives(t: Tile) -> tuple[Tile, ...]:
+    """Of float32: features added in the steps of the scores' kernels, all 64 at once or 32, so that ties stay ties."""
+    return tuple(t._replace(features=64 if bucket == 64 else 32) for bucket in BUCKETS)
+
+
 # Plain forward at D = 256 reads through pointers: with descriptors it spills (a stack of 56 bytes).
 _PLAIN_256 = T(128, 64, 8, 3)
 # fmt: off
@@ -161,6 +166,7 @@ _HOPPER_FP32 = {
     "scores": (              T(64, 64, 4, 2),),
     "backward": (            T(64, 32, 4, 2),),
     "streamed": (            T(64, 64, 4, 2, features=32),),
+    "positive": _as_the_negatives(T(64, 64, 4, 2)),
     "projected": (           T(64, 32, 4, 2, features=32),),
 }
 _BLACKWELL_FP32 = {
@@ -168,6 +174,7 @@ _BLACKWELL_FP32 = {
     "scores": (              T(64, 32, 8, 2),),
     "backward": (            T(64, 32, 8, 2),),
     "streamed": (            T(64, 32, 8, 2, features=32),),
+    "positive": _as_the_negatives(T(64, 64, 4, 2)),
     "projected": (           T(64, 32, 8, 2, features=32),),
 }
 _AMPERE = {
@@ -194,7 +201,7 @@ _FP32 = {
     "scores": (              T(64, 32, 8, 2),),
     "backward": (            T(32, 32, 4, 2),),
     "streamed": (            T(64, 32, 8, 2, features=32),),
-    "positive": (            T(32, 32, 4, 2, features=32),),
+    "positive": _as_the_negatives(T(32, 32, 4, 2)),
     "projected": (           T(32, 32, 4, 2, features=32),),
 }
 _SMALL_FP32 = {
@@ -202,7 +209,7 @@ _SMALL_FP32 = {
     "scores": (              T(32, 32, 4, 2),),
     "backward": (            T(32, 32, 4, 2),),
     "streamed": (            T(32, 32, 4, 2, features=32),),
-    "positive": (            T(32, 32, 4, 2, features=32),),
+    "positive": _as_the_negatives(T(32, 32, 4, 2)),
     "projected": (           T(32, 32, 4, 2, features=32),),
 }
 # fmt: on

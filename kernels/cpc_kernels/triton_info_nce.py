@@ -12,8 +12,9 @@ r_ij = <q_i, k_j> the raw score, s_ij = scale * r_ij. Candidate j is a negative 
 `forward` is attention with V = K: lse and O in one pass (4 NMD), scores only (2 NMD) when no gradient is wanted.
 `backward_candidates` has the same shape with the roles swapped (4 NMD). Neither uses atomics: deterministic.
 Above `tiles.one_pass_max_d` features a [rows, D] accumulator no longer fits: chunks of rows go through matrix products
-and one Triton kernel makes the exponentials in between; scores alone take features in steps. Memory: O (N, D) fp32, or
-one chunk x M.
+and one Triton kernel makes the exponentials in between; scores alone take features in steps. Memory: O (N, D) fp32, of
+each piece where the candidates are split (dk (M, D) alike); above that also one chunk x M of scores in fp32 and, of
+16-bit inputs, once more in 16 bits. Inputs that tiles cannot read as they lie are copied (`Launch.rows`).
 
 How the accuracy is kept. The positive never enters the sum, and is never subtracted from one. The gap is formed from
 raw scores, log2(sum) - fma(r_p, c, -m), and so does not see how large the scores are. The positive's score is the
@@ -121,8 +122,8 @@ def positive_kernel(
     p_anchors,  # (N, D)
     p_vectors,  # (M, D) candidates when INDEXED, else (N, D) positive vectors
     p_index,  # (N,) int64 when INDEXED
-    p_raw,  # (N,) out: <q_i, k_p(i)>, 0 for ignored rows
-    n, d,
+    p_raw,  # (N,) out: <q_i, k_p(i)>, 0 for ignored rows, NaN for an index past the candidates
+    n, m, d,
     stride_an, stride_ad, stride_vn, stride_vd,
     INDEXED: tl.constexpr, EVEN_D: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -132,7 +133,7 @@ def positive_kernel(
     m_n = o_n < n
     if INDEXED:
         o_v = tl.load(p_index + o_n, mask=m_n, other=-1).to(tl.int64)
-        m_v = o_v >= 0
+        m_v = (o_v >= 0) & (o_v < m)
     else:
         o_v = o_n
         m_v = m_n
@@ -143,7 +144,10 @@ def positive_kernel(
         b_v = _load_tile(p_vectors, o_v, m_v, o_d, stride_vn, stride_vd, d, 0, False, EVEN_D)
         b_raw = _dot(b_q, tl.trans(b_v), b_raw, PRECISION, UPCAST)
     m_diagonal = tl.arange(0, BN)[:, None] == tl.arange(0, BN)[None, :]
-    tl.store(p_raw + o_n, tl.sum(tl.where(m_diagonal, b_raw, 0.0), 1), mask=m_n)
+    b_own = tl.sum(tl.where(m_diagonal, b_raw, 0.0), 1)
+    if INDEXED:
+        b_own = tl.where(o_v < m, b_own, float("nan"))
+    tl.store(p_raw + o_n, b_own, mask=m_n)
 
 
 @triton.jit
@@ -573,7 +577,7 @@ def forward(
         tile = launch.tile("positive", d)
         launch(
             "positive", positive_kernel, (triton.cdiv(n, tile.rows),),
-            anchors, vectors, own, raw, n, d, *anchors.stride(), *vectors.stride(),
+            anchors, vectors, own, raw, n, m, d, *anchors.stride(), *vectors.stride(),
             INDEXED=indexed, EVEN_D=d % tile.features == 0, **launch.dot(),
             BN=tile.rows, BD=tile.features, **tile.options(),
         )  # fmt: skip
@@ -824,11 +828,11 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
             **common, HAS_IDS=True, RANK=True, INDEXED=True, EXPECTATION=False, STREAMED=True, SPLIT=True,
             DESCRIPTORS=False, PROJECTED=False, BC=0, BN=tile.rows, BM=tile.columns, BD=tile.features,
         )  # fmt: skip
-        tile = tiles.tile("positive", 1024, width, arch, precision)
-        yield entry(
-            f"positive {label}", positive_kernel, tile, source, matrix,
-            **common, INDEXED=True, BN=tile.rows, BD=tile.features,
-        )  # fmt: skip
+        for tile in dict.fromkeys(tiles.tile("positive", d, width, arch, precision) for d in (64, 1024)):
+            yield entry(
+                f"positive {label}, {tile.features} at a time", positive_kernel, tile, source, matrix,
+                **common, INDEXED=True, BN=tile.rows, BD=tile.features,
+            )  # fmt: skip
     plain = {"ACC": tl.float32, "INDEXED": True, "HAS_IDS": True, "RANK": True, "EXPECTATION": True}
     tile = tiles.tile("combine", 256, 32, arch)
     partial = {"p_gaps": "*fp32", "p_lses": "*fp32", "p_ranks": "*i32", "p_expectations": "*fp32", "splits": "i32"}

@@ -52,8 +52,8 @@ def _negatives(
     aid, base, n, k, start, count, m, stride_nn, stride_nk, stride_ns,
     DRAWN: tl.constexpr, INDEXED: tl.constexpr, HAS_IDS: tl.constexpr, BS: tl.constexpr,
 ):
-    """[BS] pool rows of the entries start.. of row n, step k (0 when shared), int64; -1 where there is none or it has
-    the anchor's id. A draw may still be the positive."""
+    """[BS] pool rows of the entries start.. of row n, step k (0 when shared), int64; -1 where there is none, it has the
+    anchor's id, or lies past the pool. A draw may still be the positive."""
     o_s = start + tl.arange(0, BS)
     if DRAWN:
         b_zero = tl.zeros([BS // 4], dtype=tl.int32)
@@ -68,8 +68,9 @@ def _negatives(
             b_j = tl.where(b_j >= m, b_j - m, b_j)
         b_j = tl.where(o_s < count, b_j, -1)
     else:
-        p_entry = p_negatives + n.to(tl.int64) * stride_nn + k * stride_nk + o_s.to(tl.int64) * stride_ns
-        b_j = tl.load(p_entry, mask=o_s < count, other=-1).to(tl.int64)
+        p_entry = p_negatives + n.to(tl.int64) * stride_nn + (n * 0 + k).to(tl.int64) * stride_nk
+        b_j = tl.load(p_entry + o_s.to(tl.int64) * stride_ns, mask=o_s < count, other=-1).to(tl.int64)
+    b_j = tl.where(b_j < m, b_j, -1)  # nobody looked: that would wait for the device
     if HAS_IDS:
         b_j = tl.where(tl.load(p_pool_ids + b_j, mask=b_j >= 0, other=0) != aid, b_j, -1)
     return b_j
@@ -128,6 +129,7 @@ def gathered_forward_kernel(
     k = i_row % steps
     row = i_row.to(tl.int64)
     row_n = n.to(tl.int64)
+    row_k = k.to(tl.int64)
     o_d = tl.arange(0, BD).to(tl.int64)
     m_d = _features(o_d, d, EVEN_D)
     scale, sign, scale2 = _scales(p_scale, ACC)
@@ -136,13 +138,14 @@ def gathered_forward_kernel(
     if INDEXED:
         p_v = p_pool + own * stride_zm + o_d * stride_zd
     else:
-        p_v = p_vectors + row_n * stride_vn + k * stride_vk + o_d * stride_vd
+        p_v = p_vectors + row_n * stride_vn + row_k * stride_vk + o_d * stride_vd
     aid = _tag(p_anchor_ids, n, HAS_IDS)
     # [BD]
-    m_q = o_d < tl.where(kept, d, 0)
-    b_q = tl.load(p_anchors + row_n * stride_an + k * stride_ak + o_d * stride_ad, mask=m_q, other=0.0)
+    m_q = o_d < tl.where(kept & (own < m), d, 0)
+    b_q = tl.load(p_anchors + row_n * stride_an + row_k * stride_ak + o_d * stride_ad, mask=m_q, other=0.0)
     b_q = b_q.to(ACC) * sign
     raw_p = tl.sum(b_q * tl.load(p_v, mask=m_q, other=0.0).to(ACC))
+    raw_p = tl.where(own < m, raw_p, float("nan"))
 
     b_max = tl.full([BS], float("-inf"), dtype=ACC)  # of raw scores, one for each slot
     b_sum = tl.zeros([BS], dtype=ACC)
@@ -208,8 +211,8 @@ def gathered_backward_kernel(
     if INDEXED:
         kept &= own >= 0
     aid = _tag(p_anchor_ids, n, HAS_IDS)
-    m_q = o_d < tl.where(kept, d, 0)
-    b_q = tl.load(p_anchors + row_n * stride_an + k * stride_ak + o_d * stride_ad, mask=m_q, other=0.0)
+    m_q = o_d < tl.where(kept & (own < m), d, 0)
+    b_q = tl.load(p_anchors + row_n * stride_an + k.to(tl.int64) * stride_ak + o_d * stride_ad, mask=m_q, other=0.0)
     b_q = b_q.to(ACC)  # [BD]
     for i_s in range(0, tl.where(kept, count, 0), BS):
         b_j = _negatives(p_negatives, p_seed, p_pool_ids, aid, base, n, k if PER_STEP else 0, i_s, count, m,
@@ -229,7 +232,7 @@ def gathered_backward_kernel(
 @triton.jit
 def _load_rows(p_rows, o_row, m_row, o_d, m_d, stride_row, stride_d):
     """[B, BD], zero where not m_row."""
-    return tl.load(p_rows + o_row[:, None] * stride_row + o_d[None, :] * stride_d,
+    return tl.load(p_rows + o_row.to(tl.int64)[:, None] * stride_row + o_d[None, :] * stride_d,
                    mask=m_row[:, None] & m_d[None, :], other=0.0)
 
 
@@ -257,7 +260,7 @@ def steps_forward_kernel(
         b_own = tl.load(p_index + o_row, mask=m_k, other=-1)
         m_kept = b_own >= 0
         base = tl.maximum(tl.load(p_index + row_n * steps), 0)
-        b_v = _load_rows(p_pool, b_own, m_kept, o_d, m_d, stride_zm, stride_zd)
+        b_v = _load_rows(p_pool, b_own, m_kept & (b_own < m), o_d, m_d, stride_zm, stride_zd)
     else:
         b_v = _load_rows(p_vectors + row_n * stride_vn, o_k, m_k, o_d, m_d, stride_vk, stride_vd)
     aid = _tag(p_anchor_ids, n, HAS_IDS)
@@ -266,6 +269,8 @@ def steps_forward_kernel(
     b_all = _dot(b_q, tl.trans(b_v), tl.zeros([BK, BK], dtype=ACC), PRECISION, UPCAST)
     m_diagonal = tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :]
     b_raw_p = tl.sum(tl.where(m_diagonal, b_all, 0.0), 1) * sign
+    if INDEXED:
+        b_raw_p = tl.where(b_own < m, b_raw_p, float("nan"))
 
     b_max = tl.full([BK], float("-inf"), dtype=ACC)
     b_sum = tl.zeros([BK], dtype=ACC)
@@ -355,7 +360,7 @@ def steps_backward_kernel(
         tl.atomic_add(p_grad + b_j[:, None] * d + o_d[None, :], b_each, mask=m_j[:, None] & m_d[None, :], sem="relaxed")
     if INDEXED:
         b_pull = b_q.to(ACC) * (-b_w * norm)[:, None]
-        m_pull = m_kept[:, None] & m_d[None, :]
+        m_pull = (m_kept & (b_own < m))[:, None] & m_d[None, :]
         tl.atomic_add(p_grad + b_own[:, None] * d + o_d[None, :], b_pull, mask=m_pull, sem="relaxed")
 
 
@@ -547,7 +552,8 @@ class Problem:
             if self.indexed:
                 q = q.where((self.index[part] >= 0).reshape(-1, 1), 0.0)
             with self.launch.range("scores"):
-                yield part, rows, counts, q, self.launch.product(q, self.pool.t())
+                scores = self.launch.product(q, self.pool.t())
+            yield part, rows, counts, q, scores
 
 
 def forward(

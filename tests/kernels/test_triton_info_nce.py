@@ -249,6 +249,25 @@ def test_any_strides(dtype):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+def test_a_positive_past_the_candidates_is_nan():
+    """On a GPU nobody looks at it first."""
+    q, k, p, *rest = problem()
+    p[3] = 2**40
+    loss = triton_info_nce.forward(q, k, p, *rest)[0]
+    assert loss[3].isnan()
+    assert loss[:3].isfinite().all()
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_row_of_a_wider_buffer(side):
+    """Its stride is of no account to torch, but to a descriptor."""
+    sides = [torch.randn(8, 33, dtype=torch.float16, device=DEVICE)[:, :32] for _ in range(2)]
+    sides[side] = sides[side][:1]
+    positives = torch.zeros(len(sides[0]), dtype=torch.int64, device=DEVICE)
+    ours, theirs = (info_nce(*sides, positives, impl=impl) for impl in ("triton", "reference"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="the pages in between cost nothing on a CPU only")
 @pytest.mark.parametrize("ids", [False, True], ids=["descriptors", "pointers"])
 def test_rows_beyond_two_to_the_31st_element(ids):

@@ -316,6 +316,27 @@ def test_ignored_rows_may_hold_anything():
         assert o.isfinite().all()
 
 
+def test_indices_past_the_pool_are_not_followed():
+    """On a GPU nobody looks at them first. A negative is skipped; a positive makes its own loss NaN."""
+    for schedule, backward in (("gathered", "gathered"), ("steps", "steps"), ("dense", "segments")):
+        q, z, p, listed, *rest = problem()
+        weights = torch.ones_like(p, dtype=torch.float32)
+        found = []
+        for index in (-1, 2**40):
+            listed[1, 2] = index
+            where = q, z, p, listed, *rest
+            out = triton_sampled_info_nce.forward(*where, schedule=schedule)
+            found.append([*out, triton_sampled_info_nce.backward_pool(weights, out[1], *where, schedule=backward)])
+        for skipped, far in zip(*found, strict=True):
+            torch.testing.assert_close(far, skipped, rtol=0, atol=0)
+        if schedule != "dense":
+            p[0, 1] = 2**40
+            loss = triton_sampled_info_nce.forward(q, z, p, listed, *rest, schedule=schedule)[0]
+            assert loss[0, 1].isnan()
+            assert loss[1:].isfinite().all()
+            triton_sampled_info_nce.backward_pool(weights, out[1], q, z, p, listed, *rest, schedule=backward)
+
+
 def test_listed_copies_tie():
     for schedule in SCHEDULES:
         where = list(problem(n=2, steps=4, d=33, m=5, s=3))
