@@ -3,8 +3,9 @@
 import torch
 
 
-def error(actual: torch.Tensor, truth: torch.Tensor) -> float:
-    """The largest error relative to the truth's largest entry: one number, comparable between implementations."""
+def error(actual: torch.Tensor, truth: torch.Tensor, floor: float = 0.0) -> float:
+    """The largest error relative to the truth's largest entry, or to `floor` where that is more: one number, comparable
+    between implementations."""
     truth = truth.to(torch.float64)
     actual = actual.to(torch.float64)
     same = (actual == truth) | (actual.isnan() & truth.isnan())  # equal infinities and NaNs are no error
@@ -12,7 +13,7 @@ def error(actual: torch.Tensor, truth: torch.Tensor) -> float:
     if difference.numel() == 0:
         return 0.0
     finite = truth[truth.isfinite()].abs()
-    return float(difference.max()) / max(float(finite.max()) if finite.numel() else 0.0, 1e-300)
+    return float(difference.max()) / max(float(finite.max()) if finite.numel() else 0.0, floor, 1e-300)
 
 
 def assert_as_good_as_naive(*, actual, naive, truth, name, dtype=None):
