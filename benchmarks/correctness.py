@@ -231,6 +231,8 @@ def check(probe: Probe, device: torch.device, impl: str = "triton") -> dict[str,
             finally:
                 torch.use_deterministic_algorithms(False)
     except Exception as problem:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # raises where no call can succeed any more: another process must go on
         return told | {"status": "raised", "why": f"{type(problem).__name__}: {problem}"[:300]}
     dtype, terms = getattr(torch, probe.dtype), sizes(probe, made)
     rounding, kept = (torch.finfo(t).eps / 2 for t in (dtype, reference.compute_dtype(dtype)))

@@ -1,4 +1,4 @@
-"""The matrix passes what float32 can do and fails what is wrong."""
+"""The matrix passes what float32 can do and fails what is wrong; a lost device is not taken for a wrong kernel."""
 
 from dataclasses import replace
 
@@ -59,3 +59,15 @@ def test_bfloat16_is_held_to_its_rounding(monkeypatch):
     assert correctness.check(probe, DEVICE, "chunked")["status"] == "passed"
     alter(monkeypatch, "chunked", 2, lambda x: 1.03 * x)
     assert correctness.check(probe, DEVICE, "chunked")["why"] == "dk is off"
+
+
+def test_a_lost_device_ends_its_process(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(correctness, "compute", broken)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert correctness.check(HARD[0], torch.device("cuda"))["status"] == "raised"  # the next probe can be served
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        correctness.check(HARD[0], torch.device("cuda"))
