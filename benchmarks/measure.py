@@ -103,7 +103,9 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
+    """What can be allocated; on a GPU, once the allocator has returned the blocks that it keeps idle."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     found = (
         re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
@@ -264,8 +266,6 @@ class Race:
                 f"{type(error).__name__}: {str(error).strip().splitlines()[:1] or ''}"[:160],
             )
             first.clear()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
         else:
             if not providers.right(case, lane.errors):
                 lane.status = "wrong"

@@ -77,6 +77,13 @@ def test_a_wrong_provider_is_not_timed(monkeypatch):
     assert "off by" in rows["half"]["why"]
 
 
+def test_idle_blocks_are_free(monkeypatch):
+    free = [10]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.insert(0, 90))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 100))
+    assert measure.free_bytes(torch.device("cuda")) == 90
+
+
 def test_seeded_providers_draw_what_the_others_were_given():
     case = Case("", 12, 20, 8, s=3)
     problem = providers.make_problem(case, 4)
