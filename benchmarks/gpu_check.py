@@ -242,8 +242,17 @@ def check_end_to_end(worker: Worker, dry: bool, book, budget: Budget) -> int:
 def tune(args: argparse.Namespace) -> int:
     """Times tile candidates of one op, nearest to the present one first; wrong and spilling ones are rejected."""
     from benchmarks import cases
+    from cpc_kernels import tiles
 
     budget, sampled = Budget(args.minutes), args.op == "gathered"
+    largest = tiles.one_pass_max_d(32 if args.dtype == "float32" else 16)
+    if not sampled and args.d > largest:
+        print(
+            f"gpu_check: {args.dtype} inputs of more than {largest} features do not pass through the tiles of "
+            f"{args.op}, so there is nothing to tune. Got --d {args.d}.",
+            file=sys.stderr,
+        )
+        return 2
     case = cases.Case("tune", args.n, args.n, args.d, dtype=args.dtype, s=64 if sampled else 0)
     case = case.tiny() if args.dry else case
     results: list[tuple[float, Any]] = []

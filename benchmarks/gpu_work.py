@@ -173,7 +173,11 @@ def try_tile(op: str, case, dry: bool, tile) -> tuple[float | None, str]:
 
     on = bench(op, case, dry)
     on.put(tile)
-    out = on.step()
+    try:
+        out = on.step()
+    except Exception as problem:  # it does not compile, or there is not enough shared memory
+        measure.synchronize(on.device)  # raises where no call can succeed any more
+        return None, f"{type(problem).__name__}: {problem}"[:150]
     errors = {
         name: float((out[name].double() - true).norm() / true.norm())
         for name, true in on.true.items() if out[name] is not None

@@ -1,5 +1,6 @@
 """The GPU check runs to its end with no GPU, so that it works on the day there is one."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -7,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import cases, gpu_check, report
+from benchmarks import cases, gpu_check, gpu_work, report
 from benchmarks.ledger import Ledger
 from benchmarks.workers import Answer
 
@@ -43,6 +45,34 @@ def test_tune_prints_a_table(tmp_path):
     assert "(present)" in done.stdout
 
 
+@pytest.mark.parametrize(("d", "dtype", "largest"), [(256, "float32", 64), (640, "bfloat16", 512)])
+def test_tiles_that_nothing_passes_through_are_not_tuned(capsys, d, dtype, largest):
+    given = argparse.Namespace(op="backward", d=d, dtype=dtype, n=64, minutes=0.0, dry=True)
+    assert gpu_check.tune(given) == 2
+    assert f"{dtype} inputs of more than {largest} features" in capsys.readouterr().err
+
+
+def test_a_tile_that_does_not_compile_leaves_the_bench_standing(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    given = ("forward", cases.Case("tune", 24, 24, 16), not torch.cuda.is_available())
+    present, _ = gpu_work.present_tile(*given)
+    bench = gpu_work.bench(*given)
+
+    def step():
+        raise OutOfResources(300000, 232448, "shared memory")
+
+    monkeypatch.setattr(bench, "step", step)
+    try:
+        ms, why = gpu_work.try_tile(*given, present)
+        assert ms is None
+        assert why.startswith("OutOfResources: out of resource: shared memory")
+        monkeypatch.undo()
+        assert gpu_work.try_tile(*given, present)[0] is not None
+    finally:
+        setattr(bench.holder, bench.attribute, bench.original)
+
+
 def test_small_shapes_are_ready_for_the_sanitizer():
     done = run("sanitize", "--dry")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -51,8 +81,6 @@ def test_small_shapes_are_ready_for_the_sanitizer():
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     done = run("--out", str(tmp_path))
