@@ -1,7 +1,7 @@
 """What `gpu_check` does on the device, each in a worker process: ceilings, a probe, a case, a model, a tile.
 
-Each function takes and returns what a pickle can hold. `tell` names the provider that is being tried, so that the one
-that crashed is known, and left out when the case is tried again.
+Each function takes and returns what a pickle can hold. A race tells which provider is at work, so that the one that
+crashed is known, and left out when the case is tried again.
 """
 
 from __future__ import annotations
@@ -73,15 +73,12 @@ def measure_case(case, dry: bool, ceilings: dict[str, Any], left_out: list[str])
 
     def wanted(provider) -> bool:
         # chunked and gather run on a GPU too, and are there to be beaten; compilers take longer than a dry run has
-        if provider.name in left_out or (dry and provider.compiles):
-            return False
-        tell(provider.name)
-        return True
+        return provider.name not in left_out and not (dry and provider.compiles)
 
     race = measure.Race(case, device(dry), 0.2 if dry else CASE_SECONDS, only=wanted, memory=not dry)
-    tell("")
     if race.base is not None:
         race.run()
+    tell("")
     record = race.record(ceilings)
     del race
     if torch.cuda.is_available():

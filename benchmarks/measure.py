@@ -38,6 +38,7 @@ from cpc_kernels.capabilities import device_name
 from . import providers
 from .cases import BYTES, Case
 from .providers import Problem, Provider, Unavailable
+from .workers import tell
 
 ROOT = Path(__file__).parents[1]
 MIN_ROUNDS, MAX_ROUNDS = 5, 25
@@ -218,7 +219,8 @@ class Race:
     """Providers on one case: each checked, then timed in turns.
 
     budget_s is what the timed rounds of all providers together may take; a slow one gets fewer rounds, never fewer than
-    three. `base` is ours, the first that runs: ratios are against it.
+    three. `base` is ours, the first that runs: ratios are against it. One that raises leaves the race and the others
+    go on; if it is the base, the race ends.
     """
 
     def __init__(
@@ -240,10 +242,11 @@ class Race:
         if memory:
             for lane in self.lanes:
                 if lane.status == "ok":
-                    lane.extra_mb = extra_memory(case, lane.provider, device, self)
+                    self._attempt(lane, self._weigh)
 
     def _enter(self, provider: Provider) -> Lane:
         lane, case, first = Lane(provider), self.case, self.sets[0]
+        tell(provider.name)
         room = free_bytes(self.device)
         if provider.memory(case) > 0.7 * room:
             lane.status = "too big"
@@ -259,18 +262,34 @@ class Race:
                 self._capture(lane)
         except Unavailable as reason:
             lane.status, lane.why = "unavailable", str(reason)
-        except Exception as error:  # a peer may fail in any way; the table says so
-            synchronize(self.device)  # raises where no call can succeed any more
-            lane.status, lane.why = (
-                "failed",
-                f"{type(error).__name__}: {str(error).strip().splitlines()[:1] or ''}"[:160],
-            )
-            first.clear()
+        except Exception as error:
+            self._drop(lane, error)
         else:
             if not providers.right(case, lane.errors):
                 lane.status = "wrong"
                 lane.why = ", ".join(f"{name} off by {error:.1e}" for name, error in lane.errors.items())
         return lane
+
+    def _drop(self, lane: Lane, error: Exception) -> None:
+        """A peer may fail in any way; the table says so."""
+        synchronize(self.device)  # raises where no call can succeed any more
+        lane.status = "failed"
+        lane.why = f"{type(error).__name__}: {str(error).strip().splitlines()[:1] or ''}"[:160]
+        lane.graphs, lane.graph_samples = [], []
+        for problem in self.sets:
+            problem.clear()
+
+    def _attempt(self, lane: Lane, work: Callable[[Lane], None]) -> None:
+        tell(lane.provider.name)
+        try:
+            work(lane)
+        except Exception as error:
+            if lane is self.base:
+                raise
+            self._drop(lane, error)
+
+    def _weigh(self, lane: Lane) -> None:
+        lane.extra_mb = extra_memory(self.case, lane.provider, self.device, self)
 
     def _truth(self, seeded: bool) -> dict[str, torch.Tensor]:
         known = self.__dict__.setdefault("_truths", {})
@@ -320,7 +339,7 @@ class Race:
         share = self.budget_s * 1e3 / max(len(self.running), 1)
         for lane in self.running:
             if lane is not self.base and (len(lane.samples) < 3 or sum(lane.samples.values()) < share):
-                self._time(lane)
+                self._attempt(lane, self._time)
 
     def ours(self) -> None:
         """One step of the base, timed by whoever calls."""
@@ -339,7 +358,7 @@ class Race:
         for _ in range(self.rounds):
             self.others()
             assert self.base is not None
-            self._time(self.base)
+            self._attempt(self.base, self._time)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per provider, for the results file."""

@@ -1,5 +1,6 @@
 """Cases say what they cost; providers are judged before they are timed; slopes and ratios are counted right."""
 
+import pytest
 import torch
 
 from benchmarks import cases, measure, providers
@@ -75,6 +76,65 @@ def test_a_wrong_provider_is_not_timed(monkeypatch):
     assert [rows[name]["status"] for name in ("half", "broken", "large")] == ["wrong", "failed", "too big"]
     assert "median_ms" not in rows["half"]
     assert "off by" in rows["half"]["why"]
+
+
+class Tired:
+    """A criterion that raises from its third call on."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, p):
+        self.calls += 1
+        if self.calls > 2:
+            raise RuntimeError("tired")
+        return providers.eager_dense(p.anchors, p.candidates, p.positives, p.scale)
+
+
+def tell_to(monkeypatch):
+    said = []
+    monkeypatch.setattr(measure, "tell", said.append)
+    return said
+
+
+def test_a_peer_that_raises_while_timed_is_dropped(monkeypatch):
+    ours = providers.find("dense", "ours: chunked")
+    tired = providers.Provider("tired", lambda case, device: Tired())
+    monkeypatch.setitem(providers.PROVIDERS, "dense", (ours, tired))
+    said = tell_to(monkeypatch)
+    race = measure.Race(Case("", 12, 20, 8), CPU, 0.01, memory=False)
+    race.run()
+    rows = {row["provider"]: row for row in race.rows()}
+    assert (rows["tired"]["status"], "median_ms" in rows["tired"]) == ("failed", False)
+    assert "tired" in rows["tired"]["why"]
+    assert rows["ours: chunked"]["rounds"] >= measure.MIN_ROUNDS
+    assert said[:4] == ["ours: chunked", "tired", "tired", "ours: chunked"]
+
+
+def test_a_base_that_raises_is_named_and_ends_the_race(monkeypatch):
+    tired = providers.Provider("ours: tired", lambda case, device: Tired(), ours=True)
+    monkeypatch.setitem(providers.PROVIDERS, "dense", (tired, providers.find("dense", "eager")))
+    said = tell_to(monkeypatch)
+    race = measure.Race(Case("", 12, 20, 8), CPU, 0.01, memory=False)
+    with pytest.raises(RuntimeError, match="tired"):
+        race.run()
+    assert said[-1] == "ours: tired"
+
+
+def test_a_peer_whose_memory_cannot_be_measured_is_dropped(monkeypatch):
+    def extra_memory(case, provider, device, race):
+        if not provider.ours:
+            raise RuntimeError("out of memory")
+        return 1.0
+
+    monkeypatch.setattr(measure, "extra_memory", extra_memory)
+    monkeypatch.setitem(
+        providers.PROVIDERS, "dense", tuple(providers.find("dense", name) for name in ("ours: chunked", "eager"))
+    )
+    said = tell_to(monkeypatch)
+    race = measure.Race(Case("", 12, 20, 8), CPU, 0.01)
+    assert [lane.status for lane in race.lanes] == ["ok", "failed"]
+    assert said == ["ours: chunked", "eager", "ours: chunked", "eager"]
 
 
 def test_idle_blocks_are_free(monkeypatch):
