@@ -43,6 +43,7 @@ class Problem:
     candidates: Tensor
     positives: Tensor
     negatives: Tensor | None  # (N, S)
+    drawn: cpc_kernels.Negatives | None  # the same negatives, as a seed on the device
     scale: float
 
     def clear(self) -> None:
@@ -69,16 +70,17 @@ def make_problem(case: Case, seed: int, device: str | torch.device = "cpu") -> P
     positives = positives.to(device)
     noise = torch.randn(*shape, case.d, generator=make, device=device)
     anchors = F.normalize(F.normalize(noise, dim=-1) + 0.3 * candidates[positives], dim=-1)
-    negatives = None
+    negatives = drawn = None
     if case.s:
         base = positives if case.k == 1 else positives[:, 0]
-        drawn = cpc_kernels.Negatives(case.s, SEED + seed)
+        drawn = cpc_kernels.Negatives(case.s, torch.tensor([SEED + seed], device=device))
         negatives = cpc_kernels.draw_negatives(drawn, base, case.m, case.n)
     return Problem(
         anchors.to(dtype).requires_grad_(),
         candidates.to(dtype).requires_grad_(case.learns != "anchors"),
         positives,
         negatives,
+        drawn,
         scale=1 / 0.07,
     )
 
@@ -193,33 +195,16 @@ def build_ours(impl: str):
 
 
 def build_seeded(impl: str):
-    """The draw inside the op. Its seed follows the input's, so that it draws what the others were given."""
+    """The draw inside the op, of what the others were given."""
 
     def build(case: Case, device: torch.device) -> Loss:
         build_ours(impl)(case, device)
         need(case.k == 1, "with shared steps a draw skips other steps' positives: another loss")
-        seeds: dict[int, cpc_kernels.Negatives] = {}
-
-        def loss(p: Problem) -> Tensor:
-            if id(p) not in seeds:
-                seeds[id(p)] = find_seed(case, p)
-            return cpc_kernels.sampled_info_nce(
-                p.anchors, p.candidates, p.positives, seeds[id(p)], scale=p.scale, impl=impl
-            )
-
-        return loss
+        return lambda p: cpc_kernels.sampled_info_nce(
+            p.anchors, p.candidates, p.positives, cast(cpc_kernels.Negatives, p.drawn), scale=p.scale, impl=impl
+        )
 
     return build
-
-
-def find_seed(case: Case, p: Problem) -> cpc_kernels.Negatives:
-    """Which seed drew a problem's negatives: looked for once, by its first row."""
-    for seed in range(1024):
-        drawn = cpc_kernels.Negatives(case.s, torch.tensor([SEED + seed], device=p.positives.device))
-        assert p.negatives is not None
-        if torch.equal(cpc_kernels.draw_negatives(drawn, p.positives[:1], case.m, 1), p.negatives[:1]):
-            return drawn
-    raise Unavailable("the negatives were not drawn by a small seed")
 
 
 def build_eager(case: Case, device: torch.device) -> Loss:

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+import cpc_kernels
 from benchmarks import cases, measure, providers
 from benchmarks.cases import Case
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_names_are_unique_and_found():
@@ -146,8 +148,14 @@ def test_idle_blocks_are_free(monkeypatch):
 
 def test_seeded_providers_draw_what_the_others_were_given():
     case = Case("", 12, 20, 8, s=3)
-    problem = providers.make_problem(case, 4)
-    assert providers.find_seed(case, problem).seed.item() == providers.SEED + 4
+    pytest.importorskip("triton")
+    loss = providers.find("sampled", "ours: triton, seeded").build(case, DEVICE)
+    for seed in range(2):
+        problem = providers.make_problem(case, seed, DEVICE)
+        assert problem.drawn.seed.item() == providers.SEED + seed
+        drawn = cpc_kernels.draw_negatives(problem.drawn, problem.positives, case.m, case.n)
+        assert torch.equal(drawn, problem.negatives)
+        assert providers.right(case, providers.judge(case, problem, loss, providers.truth(case, problem, seeded=True)))
 
 
 def test_exponents():
