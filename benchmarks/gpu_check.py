@@ -146,7 +146,8 @@ def check_correctness(args: argparse.Namespace, worker: Worker, book, budget: Bu
     def write() -> dict[str, Any]:
         passed = sum(row["status"] == "passed" for row in rows)
         told = {"passed": passed, "failed": len(bad()), "not_reached": len(probes) - len(rows)}
-        book.add("correctness", None, told | {"environment": book.told["environment"], "rows": rows})
+        if rows or "correctness" not in book.told:  # nothing does not replace what an earlier run found
+            book.add("correctness", None, told | {"environment": book.told["environment"], "rows": rows})
         return told
 
     jobs = 1 if args.dry else args.jobs

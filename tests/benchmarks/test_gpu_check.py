@@ -127,6 +127,13 @@ def test_whoever_breaks_a_case_is_recorded_and_ours_is_missed(book):
     assert [(row["provider"], row["ours"]) for row in rows] == [("Liger", False), ("ours", True)]
 
 
+def test_a_run_that_reaches_no_probe_keeps_what_another_found(book):
+    worker, args = Silent(Answer("done", ["a probe"])), argparse.Namespace(dry=True, jobs=1)
+    book.add("correctness", None, {"passed": 7, "failed": 0, "not_reached": 0, "rows": []})
+    assert gpu_check.check_correctness(args, worker, book, gpu_check.Budget(0.0)) == 0
+    assert json.loads(book.path.read_text())["correctness"]["passed"] == 7
+
+
 def test_no_minutes_left_is_no_fault(book):
     worker = Silent(Answer("done", None))
     assert gpu_check.check_end_to_end(worker, True, book, gpu_check.Budget(0.0)) == 0
