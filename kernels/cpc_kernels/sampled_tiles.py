@@ -50,7 +50,8 @@ def steps(op: str, d: int, arch: str) -> Tile:
     # backward's [columns, D] product is added to memory; gfx942 would use scratch memory at D = 512
     few = arch == "interpreter" or (d > 128 and op == "backward") or (d > 256 and arch == "gfx942")
     columns = 16 if few else 32
-    return Tile(16, columns, 8 if d > 256 else 4, 2, _features(d))
+    many = d > 256 or (d > 128 and op == "backward" and arch == "sm_100")  # with 4 warps it spills 16 bytes
+    return Tile(16, columns, 8 if many else 4, 2, _features(d))
 
 
 def resolve(arch: str) -> Tile:

@@ -151,6 +151,7 @@ _HOPPER = {
     "scores": _tma(          T(128, 128, 8, 3), T(256, 64, 8, 3),  T(256, 64, 8, 3),  T(128, 32, 8, 3)),
     "backward": _tma(        T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 2)),
     "streamed": (            T(128, 64, 8, 3, features=64),),
+    "positive": (            T(64, 64, 4, 2, features=64),),
     "projected": (           T(128, 64, 8, 2, features=64),),
 }
 _BLACKWELL = {  # products end in tensor memory, and pass through registers to be scaled
@@ -159,6 +160,7 @@ _BLACKWELL = {  # products end in tensor memory, and pass through registers to b
     "scores": _tma(          T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3)),
     "backward": _tma(        T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 2)),
     "streamed": (            T(128, 64, 8, 3, features=64),),
+    "positive": (            T(64, 64, 4, 2, features=64),),
     "projected": (           T(128, 64, 8, 2, features=64),),
 }
 _HOPPER_FP32 = {

@@ -342,6 +342,7 @@ def steps_backward_kernel(
     base = row_n * 0
     if INDEXED:
         b_own = tl.load(p_index + o_row, mask=m_k, other=-1)
+        b_own = tl.where(b_own < m, b_own, -1)
         m_kept = b_own >= 0
         base = tl.maximum(tl.load(p_index + row_n * steps), 0)
     aid = _tag(p_anchor_ids, n, HAS_IDS)
@@ -360,7 +361,7 @@ def steps_backward_kernel(
         tl.atomic_add(p_grad + b_j[:, None] * d + o_d[None, :], b_each, mask=m_j[:, None] & m_d[None, :], sem="relaxed")
     if INDEXED:
         b_pull = b_q.to(ACC) * (-b_w * norm)[:, None]
-        m_pull = (m_kept & (b_own < m))[:, None] & m_d[None, :]
+        m_pull = m_kept[:, None] & m_d[None, :]
         tl.atomic_add(p_grad + b_own[:, None] * d + o_d[None, :], b_pull, mask=m_pull, sem="relaxed")
 
 
