@@ -30,6 +30,7 @@ from .files import locked
 from .images import (
     Chosen,
     ImageCache,
+    ImageError,
     check_pixels,
     described,
     is_one_image,
@@ -463,7 +464,7 @@ def _check_sizes(shapes: Sequence[tuple[int, ...]], names: Sequence[str], config
     """Every image can be cut into patches, and windows of training hold every step, or none is trained on."""
     for name, (h, w) in zip(names, shapes, strict=True):
         if min(h, w) < config.patch_size:
-            raise CpcFastError(
+            raise ImageError(
                 f"{name} is {h} x {w} pixels, smaller than one patch of {config.patch_size} pixels; "
                 "remove it, set image_size to enlarge all images, or make patch_size smaller."
             )

@@ -100,7 +100,8 @@ def locked(folder: Path, name: str = "run.lock", wait: bool = False) -> Iterator
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        if _same(file.fileno(), path):  # not in a folder that took the place of the one held
+            path.unlink(missing_ok=True)
         file.close()
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 
 from .errors import CpcFastError, UsageError
 from .images import SUFFIXES, quoted, read_image
 
+Inputs = list[tuple[str, str]]  # (path, NAME)
 INPUTS = os.path.join("progress", "inputs.jsonl")  # in a folder of answers: what they answer (journal.py)
 
 
@@ -52,24 +55,63 @@ def plan(
 ) -> list[tuple[str, str]]:
     """What to read, as (path, NAME); on_repeat is called with each path that was given before.
 
-    Raises UsageError where an answer would overwrite an image that was given, or a file that no earlier call wrote, and
-    as find_inputs and refuse_among do.
+    Raises UsageError where an answer would overwrite an image that was given, or a file that the last call did not
+    leave, and as find_inputs and refuse_among do.
     """
     inputs = find_inputs(images, on_repeat, out)
     refuse_among(images, out, kinds)
     sources = sources_in(out, inputs, *kinds)
-    targets = (out / kind / f"{name}{suffix}" for _, name in inputs for kind, suffix in kinds.items())
-    for target in (out / "scores.csv", out / "predictions.json", *targets):
-        if sources and os.path.realpath(target) in sources:
+    targets = files_of(inputs, kinds)
+    for target in targets if sources else ():
+        if os.path.realpath(out / target) in sources:
             raise UsageError(
-                f"Writing to {quoted(out)} would overwrite the image {quoted(target)}; choose another --out."
+                f"Writing to {quoted(out)} would overwrite the image {quoted(out / target)}; choose another --out."
             )
-        if os.path.lexists(target) and not (out / INPUTS).exists():  # a journal is there before the first answer
+    left = left_in(out)
+    for target in targets if os.path.isdir(out) else ():
+        # asked once more, as another process may have begun: its list is there before its first answer
+        if target not in left and os.path.lexists(out / target) and target not in left_in(out):
             raise UsageError(
-                f"Writing to {quoted(out)} would overwrite {quoted(target)}, which no earlier predict left there; "
-                "choose another --out."
+                f"Writing to {quoted(out)} would overwrite {quoted(out / target)}, which the last predict did not "
+                "leave there; choose another --out."
             )
     return inputs
+
+
+def files_of(inputs: Inputs, kinds: dict[str, str]) -> list[str]:
+    """What the answers are written to, below OUT."""
+    pictures = [f"{kind}/{name}{suffix}" for _, name in inputs for kind, suffix in kinds.items()]
+    return ["scores.csv", "predictions.json", *pictures]
+
+
+def left_in(out: Path) -> set[str]:
+    """What an earlier call wrote, or may have written, to `out`; nothing where none did or its list is damaged."""
+    try:
+        asked, inputs = read_inputs(out / INPUTS)
+        return set(files_of(inputs, _kinds(asked)))
+    except CpcFastError:
+        return set()
+
+
+def read_inputs(path: Path) -> tuple[dict[str, Any], Inputs]:
+    """What a call was about: what was asked for, and its images."""
+    try:
+        with open(path, encoding="ascii") as file:
+            asked = json.loads(file.readline())
+            inputs = [(str(p), str(name)) for p, name in map(json.loads, file)]
+        if not isinstance(asked, dict):
+            raise ValueError("no record")
+        return asked, inputs
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise CpcFastError(f"{quoted(path)} is damaged; predict into another --out.") from None
+
+
+def _kinds(asked: dict[str, Any]) -> dict[str, str]:
+    """The kinds of pictures that a call asked for."""
+    kinds = asked.get("kinds")
+    return {
+        kind: suffix for kind, suffix in answer_kinds(tiff=True).items() if isinstance(kinds, list) and kind in kinds
+    }
 
 
 def refuse_among(images: Sequence[str | os.PathLike], out: Path, kinds: dict[str, str]) -> None:
@@ -168,12 +210,22 @@ def _walk(folder: Path, out: Path | None) -> list[Path]:
         # masks are no parts, nor are the answers of earlier calls
         folders[:] = [name for name in folders if not name.startswith(".") and name != "ground_truth"]
         folders[:] = [name for name in folders if os.path.realpath(os.path.join(here, name)) != answers]
-        if os.path.isfile(os.path.join(here, INPUTS)):
-            folders[:] = [name for name in folders if name not in answer_kinds(tiff=True)]
+        if os.path.isfile(list_of := os.path.join(here, INPUTS)):
+            kinds = _first_kinds(list_of)
+            folders[:] = [name for name in folders if name not in kinds]
         found += [
             Path(here, name) for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
         ]
     return found
+
+
+def _first_kinds(path: str) -> dict[str, str]:
+    """The kinds of pictures of the call that left this list; all kinds where nobody can tell."""
+    try:
+        with open(path, encoding="ascii") as file:
+            return _kinds(json.loads(file.readline()))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return answer_kinds(tiff=True)
 
 
 def _harmless(part: str) -> str:

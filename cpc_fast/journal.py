@@ -22,16 +22,13 @@ from typing import Any
 from .errors import CpcFastError, NotWritten, UsageError
 from .files import locked, write_whole
 from .images import quoted
-from .inputs import INPUTS, Shard, answer_kinds, need_readable, sources_in
+from .inputs import INPUTS, Inputs, Shard, left_in, need_readable, read_inputs, sources_in
 
 SAID = {  # how a user calls what is asked for
     "version": "the version of cpc_fast", "kinds": "--tiff or --scores-only", "min_area": "--min-area",
     "images": "IMAGES",
 }  # fmt: skip
 SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing that was written
-
-
-Inputs = list[tuple[str, str]]  # (path, NAME)
 
 
 def _agree_on_inputs(
@@ -44,7 +41,7 @@ def _agree_on_inputs(
     folder = out / "progress"
     path = out / INPUTS
     if path.exists() and (resume or shard.count > 1):
-        was, inputs = _read_inputs(path)
+        was, inputs = read_inputs(path)
         differ = ", ".join(SAID.get(name, name) for name in asked if was.get(name) != asked[name])
         if not differ and not resume and find() != inputs:
             differ = "the images found"
@@ -72,7 +69,7 @@ def _agree_on_inputs(
             stack.enter_context(locked(folder, f"{name}.lock"))
         if path.exists():
             need_readable(inputs, out)
-            _remove_answers(out, path, sources_in(out, inputs))
+            _remove_answers(out, sources_in(out, inputs))
             path.unlink()  # so that whoever goes on where there was no room for the new one does not read this
         for name in names:
             (folder / f"{name}.jsonl").unlink(missing_ok=True)
@@ -83,37 +80,19 @@ def _agree_on_inputs(
 def answers_in(out: Path) -> int:
     """How many images an earlier call was about; 0 where there was none, or nobody knows."""
     try:
-        return len(_read_inputs(out / INPUTS)[1])
+        return len(read_inputs(out / INPUTS)[1])
     except CpcFastError:
         return 0
 
 
-def _remove_answers(out: Path, path: Path, spare: set[str]) -> None:
+def _remove_answers(out: Path, spare: set[str]) -> None:
     """What an earlier call wrote to `out`: its lists, and its pictures, which this call need not write again."""
-    try:
-        asked, inputs = _read_inputs(path)
-        suffixes = {kind: suffix for kind, suffix in answer_kinds(tiff=True).items() if kind in asked["kinds"]}
-    except (CpcFastError, KeyError, TypeError):  # damaged: nobody knows what is ours
-        return
     inside = os.path.join(os.path.realpath(out), "")
-    pictures = (out / kind / f"{name}{suffix}" for _, name in inputs for kind, suffix in suffixes.items())
-    for target in (out / "scores.csv", out / "predictions.json", *pictures):
+    for target in left_in(out):
         with suppress(OSError, ValueError):
-            real = os.path.realpath(target)
+            real = os.path.realpath(out / target)
             if real.startswith(inside) and real not in spare:
-                os.unlink(target)
-
-
-def _read_inputs(path: Path) -> tuple[dict[str, Any], Inputs]:
-    try:
-        with open(path, encoding="ascii") as file:
-            asked = json.loads(file.readline())
-            inputs = [(str(p), str(name)) for p, name in map(json.loads, file)]
-        if not isinstance(asked, dict):
-            raise ValueError("no record")
-        return asked, inputs
-    except (OSError, ValueError, TypeError, RecursionError):
-        raise CpcFastError(f"{quoted(path)} is damaged; predict into another --out.") from None
+                os.unlink(out / target)
 
 
 class Journal:

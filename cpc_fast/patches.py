@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .errors import CpcFastError
+from .images import ImageError
 from .shapes import Frames, Images, Patches, Places
 from .stages import stage
 
@@ -25,7 +25,7 @@ def grid_shape(height: int, width: int, size: int, stride: int) -> tuple[int, in
     (7, 6)
     """
     if min(height, width) < size:
-        raise CpcFastError(
+        raise ImageError(
             f"An image of {height} x {width} pixels is smaller than one patch ({size} pixels); "
             "use one at the scale of the images that are fitted on. (A fit with image_size enlarges small ones.)"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ def evaluate_all(
             raise UsageError(
                 f"{quoted(category)} has no test_private: only MVTec AD 2 takes --submission; leave it out."
             )
+    if taken := [c for c in categories if os.path.realpath(runs / c.name) == os.path.realpath(c)]:
+        raise UsageError(
+            f"--runs is {quoted(runs)}, the folder of the images (of {taken[0].name} and others); choose another, such "
+            f"as {Path('runs') / root.resolve().name}."
+        )
     for folder in (runs, submission):
         if folder:
             need_writable(folder)
@@ -67,25 +73,25 @@ def evaluate_all(
             try:
                 detector = fit_or_go_on(name, category, run, config, torch_device)
                 evaluation = evaluate_run(name, detector, category, stop)
+                write_metrics(run / "metrics.json", evaluation.metrics)
+                write_report(run / "report.html", [make_section(name, detector, evaluation)])
+                if submission:
+                    with counting(f"{name}: private images") as show:
+                        on_image = stopping(show, stop, f"the private images of {name} were scored")
+                        write_submission(detector, category, submission, on_image=on_image)
             except ImageError as why:
                 complain(f"{name}: {why}")
                 amiss.append(name)
                 continue
-            write_metrics(run / "metrics.json", evaluation.metrics)
-            write_report(run / "report.html", [make_section(name, detector, evaluation)])
             metrics[name] = evaluation.metrics
             if detector.threshold.note:
                 notes.append(f"{name}: {detector.threshold.note}")
-            if submission:
-                with counting(f"{name}: private images") as show:
-                    on_image = stopping(show, stop, f"the private images of {name} were scored")
-                    write_submission(detector, category, submission, on_image=on_image)
             if stop():
                 raise Stopped(f"Stopped after {name}.")
         if amiss:
             raise CpcFastError(
-                f"{len(amiss)} of {len(categories)} categories are not done ({', '.join(amiss)}), so there is no table "
-                f"yet. Mend or remove the images named above, then: {again}"
+                f"{len(amiss)} of {len(categories)} categories are not done ({', '.join(amiss)}), so the table is not "
+                f"written. Mend or remove the images named above, then: {again}"
             )
         rows = summary(metrics)
         write_metrics(runs / "summary.json", mean_metrics(list(metrics.values())))

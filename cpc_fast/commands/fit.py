@@ -66,7 +66,7 @@ def fit(
     from ..runs import CHECKPOINT, need_checkpoint, refuse_run
 
     images = find_train(data)
-    if not resume and os.path.realpath(out) == os.path.realpath(data):
+    if not resume and os.path.realpath(out) in map(os.path.realpath, (data, images[0].parent)):
         raise UsageError(
             f"--out is {quoted(out)}, the folder of the images; choose another, such as "
             f"{Path('runs') / data.resolve().name}."

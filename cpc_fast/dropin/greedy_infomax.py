@@ -52,7 +52,7 @@ class GreedyInfoMaxLoss(nn.Module):
         """z: (B, in, H, W). c: (B, out, H, W). skip_step: rows left out between a patch and its first target.
         negatives: for each step, n_k S indices into the step's n_k targets in (y, x, image) order; by default
         torch.randint draws them, as the published code does: the same seed, the same draws. Returns a scalar."""
-        check_tensors("GreedyInfoMaxLoss", z=z, c=c, weight=self.W_k[0].weight)
+        check_tensors("GreedyInfoMaxLoss", z=z, c=c, weight=self.W_k[0].weight)  # type: ignore[arg-type]
         if z.ndim != 4 or c.ndim != 4 or z.shape[0] != c.shape[0] or z.shape[2:] != c.shape[2:]:
             raise ValueError(
                 "GreedyInfoMaxLoss: z and c must be (B, C, H, W) with the same B, H, W. "

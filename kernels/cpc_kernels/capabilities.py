@@ -101,7 +101,7 @@ def triton_module(op: str, device: torch.device) -> ModuleType:
     instead = "chunked" if op == "info_nce" else "cpp" if CPP.available and device.type == "cpu" else "gather"
     if device.type != "cuda" and not interpreting():
         raise RuntimeError(
-            f'{op}: impl="triton" needs tensors on a GPU, or TRITON_INTERPRET=1 set before Python starts. '
+            f'{op}: impl="triton" needs tensors on a CUDA or ROCm GPU, or TRITON_INTERPRET=1 set before Python starts. '
             f'Got tensors on {device}; impl="{instead}" would run.'
         )
     try:

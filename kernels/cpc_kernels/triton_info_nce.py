@@ -445,6 +445,8 @@ def exponentials_kernel(
         own = tl.load(p_index + i_r)
         kept = own >= 0
         raw_p = tl.load(p_row + own, mask=kept & (own < m), other=0.0) * sign
+        # past the end; m itself stands for a positive on another rank, which counted rows do not have
+        raw_p = tl.where(own >= (m if COUNTED else m + 1), float("nan"), raw_p)
     else:
         raw_p = tl.load(p_raw + i_r) * sign
     if HAS_IDS:

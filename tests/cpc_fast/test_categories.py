@@ -74,6 +74,28 @@ def test_a_run_of_another_dataset_is_not_taken_for_this_ones(tmp_path, capsys, m
     assert run([*command, "b/set", "--fresh"]) == 0
 
 
+def test_an_image_that_cannot_be_scored_stops_its_category_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("bolt", "nut"):
+        make_set(tmp_path / "parts" / name, train=6, good=2, holes=2)
+    save(tmp_path / "parts" / "bolt" / "test" / "good" / "small.png", texture(1, 9, 9))
+    assert run(["evaluate", "--all", "parts", *OPTIONS]) == 1
+    said = capsys.readouterr().err
+    assert "\nbolt: 'parts/bolt/test/good/small.png': An image of 9 x 9 pixels is smaller than one patch" in said
+    assert said.splitlines()[-1].startswith(
+        "Error: 1 of 2 categories are not done (bolt), so the table is not written."
+    )
+    assert (tmp_path / "runs" / "parts" / "nut" / "metrics.json").is_file()
+
+
+def test_runs_do_not_go_among_the_images(tmp_path, capsys):
+    make_set(tmp_path / "parts" / "nut", train=6, good=2, holes=2)
+    assert run(["evaluate", "--all", str(tmp_path / "parts"), "--runs", str(tmp_path / "parts"), "--fresh"]) == 2
+    assert "parts', the folder of the images (of nut and others); choose another, such as runs/parts." in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_fresh_start_keeps_the_earlier_runs_and_is_gone_on_with_as_any_other(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = tmp_path / "runs" / "parts"
@@ -98,7 +120,7 @@ def test_a_fresh_start_keeps_the_earlier_runs_and_is_gone_on_with_as_any_other(t
     assert "Earlier runs are kept: runs/parts/bolt.earlier, runs/parts/nut.earlier\n" in said.out
     last = said.err.splitlines()[-1]
     assert "\nbolt: 'parts/bolt/train/good/003.png' is damaged or cut short" in f"\n{said.err}"
-    assert last.startswith("Error: 1 of 2 categories are not done (bolt), so there is no table yet. Mend or remove")
+    assert last.startswith("Error: 1 of 2 categories are not done (bolt), so the table is not written. Mend or ")
     assert " then: cpc-fast evaluate --all parts --runs runs/parts --set " in last
     assert "--fresh" not in last
     assert {name: (runs / f"{name}.earlier/model.safetensors").read_bytes() for name in before} == before

@@ -133,7 +133,7 @@ def test_pictures_that_other_calls_left_below_a_folder_are_no_images(detector, t
     for where in (".", "line 2", "line 2/masks"):
         save(images / where / "a.png", texture(0))
     answers.predict(detector, [images / "line 2" / "a.png"], images / "line 2" / "answers", tiff=True)
-    answers.predict(detector, [images / "a.png"], images, pictures=False, tiff=True)
+    answers.predict(detector, [images / "a.png"], images / "line 2", pictures=False)  # its masks are no pictures of it
     assert [name for _, name in find_inputs([images])] == ["a", "line 2/a", "line 2/masks/a"]
     assert [name for _, name in find_inputs([images / "line 2" / "answers" / "masks"])] == ["a"]  # asked for by name
 
@@ -197,9 +197,16 @@ def test_a_file_that_no_call_before_wrote_is_not_replaced(detector, folder, tmp_
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
     path.write_text("of the user")
-    with pytest.raises(UsageError, match=rf"would overwrite '.*{name}', which no earlier predict left there"):
+    with pytest.raises(UsageError, match=rf"would overwrite '.*{name}', which the last predict did not leave there"):
         answers.predict(detector, [folder], tmp_path / "out", tiff=True)
     assert path.read_text() == "of the user"
+    if name != "scores.csv" and name != "predictions.json":  # nor beside an earlier call that wrote no such file
+        path.rename(tmp_path / "aside")
+        answers.predict(detector, [folder], tmp_path / "out", pictures=False)
+        (tmp_path / "aside").rename(path)
+        with pytest.raises(UsageError, match=rf"would overwrite '.*{name}'"):
+            answers.predict(detector, [folder], tmp_path / "out", tiff=True)
+        assert path.read_text() == "of the user"
     path.unlink()
     for _ in range(2):
         answers.predict(detector, [folder], tmp_path / "out", tiff=True)

@@ -142,6 +142,14 @@ def test_sizes_of_shifts_grow_with_the_patch():
         for unit in (1.0, 4.0)
     )
     assert 0.5 < fine / coarse < 2  # lines four times as wide, and a quarter as many
+    fine, coarse = (
+        (shift(torch.zeros(8, 1, 256, 256), ("lines",), torch.Generator().manual_seed(0), unit).abs() > 0.1)
+        .float()
+        .mean()
+        for unit in (1.0, 4.0)
+    )
+    assert 0.7 < fine / coarse < 1.4
+    assert 0.02 < fine < 0.3  # they are thin
     grain = torch.randn(4, 1, 64, 64, generator=torch.Generator().manual_seed(1))
     soft, softer = (shift(grain, ("blur",), torch.Generator().manual_seed(0), unit).std() for unit in (1.0, 2.0))
     assert softer < 0.7 * soft

@@ -302,6 +302,7 @@ def test_losses_can_be_changed_in_place(impl):
     assert not anchors.grad[:2].any()
 
 
+@both
 def test_retain_graph_and_strides(impl):
     anchors, pool, positives, negatives, _ = make()
     q, z = anchors.mT.contiguous().mT.requires_grad_(), pool.T.contiguous().T.requires_grad_()

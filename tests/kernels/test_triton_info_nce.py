@@ -249,9 +249,10 @@ def test_any_strides(dtype):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_a_positive_past_the_candidates_is_nan():
+@pytest.mark.parametrize("d", [17, 640])
+def test_a_positive_past_the_candidates_is_nan(d):
     """On a GPU nobody looks at it first."""
-    q, k, p, *rest = problem()
+    q, k, p, *rest = problem(d=d)
     p[3] = 2**40
     loss = triton_info_nce.forward(q, k, p, *rest)[0]
     assert loss[3].isnan()
