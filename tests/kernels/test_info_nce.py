@@ -281,7 +281,7 @@ def test_upstream_gradients_are_not_rounded_to_16_bits(dtype):
     for upstream, reduction, scale in ((1.0, "mean", 1.0), (65536.0, "sum", 0.01)):
         found = []
         for cast in (dtype, torch.float64):
-            inputs = [t.to(cast).requires_grad_() for t in (q, k)]
+            inputs = [t.to(cast, copy=True).requires_grad_() for t in (q, k)]
             (info_nce(*inputs, torch.arange(48), scale=scale, reduction=reduction) * upstream).backward()
             found.append(torch.cat([t.grad.double() for t in inputs]))
         ours, exact = found
