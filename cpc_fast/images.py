@@ -409,7 +409,8 @@ class ImageCache(Sequence[np.ndarray]):
 
     def shapes(self) -> list[tuple[int, int]]:
         """(H, W) of each image as scaled; all are decoded. Raises one ImageError for all bad ones."""
-        return of_each(self.paths, lambda i: (self[i].shape[0], self[i].shape[1]))
+        shapes = of_each(self.paths, lambda i: self[i].shape)
+        return [(shape[0], shape[1]) for shape in shapes]
 
     def _keep(self, i: int, image: np.ndarray) -> None:
         if i in self._held or i in self._spilt:
