@@ -90,8 +90,8 @@ def evaluate_all(
                 raise Stopped(f"Stopped after {name}.")
         if amiss:
             raise CpcFastError(
-                f"{len(amiss)} of {len(categories)} categories are not done ({', '.join(amiss)}), so the table is not "
-                f"written. Mend or remove the images named above, then: {again}"
+                f"{len(amiss)} of {len(categories)} categories are not done ({', '.join(amiss)}), so no new table "
+                f"is written. Mend or remove the images named above, then: {again}"
             )
         rows = summary(metrics)
         write_metrics(runs / "summary.json", mean_metrics(list(metrics.values())))

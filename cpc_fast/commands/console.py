@@ -71,7 +71,7 @@ def going_on(again: str, saved: str, so_far: str) -> Iterator[None]:
 
 def going_on_with_sets(out: Path, again: str) -> AbstractContextManager[None]:
     """going_on, for the runs of several sets in `out`."""
-    return going_on(again, f"All of it is saved in {out}.", f"every finished epoch is in {out}.")
+    return going_on(again, f"All of it is saved in {out}.", f"every saved epoch is in {out}.")
 
 
 def stopping(on_image: Callable[[int, int], None], stop: Callable[[], bool], what: str) -> Callable[[int, int], None]:

@@ -218,7 +218,7 @@ def learnt_nothing(epoch: Sequence[Progress]) -> str:
     if not losses or mean < guessing - LEARNT:
         return ""
     return (
-        f"nothing was learnt: the loss of the last epoch, {mean:.2f}, is that of guessing among "
+        f"nothing was learnt: the loss of the last epoch, {mean:.2f}, is no better than that of guessing among "
         f"{math.exp(guessing):.0f} patches, {guessing:.2f}. Try another learning_rate (--set) or more --epochs, and "
         "look at the images."
     )

@@ -82,9 +82,7 @@ def test_an_image_that_cannot_be_scored_stops_its_category_alone(tmp_path, capsy
     assert run(["evaluate", "--all", "parts", *OPTIONS]) == 1
     said = capsys.readouterr().err
     assert "\nbolt: 'parts/bolt/test/good/small.png': An image of 9 x 9 pixels is smaller than one patch" in said
-    assert said.splitlines()[-1].startswith(
-        "Error: 1 of 2 categories are not done (bolt), so the table is not written."
-    )
+    assert said.splitlines()[-1].startswith("Error: 1 of 2 categories are not done (bolt), so no new table is written.")
     assert (tmp_path / "runs" / "parts" / "nut" / "metrics.json").is_file()
 
 
@@ -120,7 +118,7 @@ def test_a_fresh_start_keeps_the_earlier_runs_and_is_gone_on_with_as_any_other(t
     assert "Earlier runs are kept: runs/parts/bolt.earlier, runs/parts/nut.earlier\n" in said.out
     last = said.err.splitlines()[-1]
     assert "\nbolt: 'parts/bolt/train/good/003.png' is damaged or cut short" in f"\n{said.err}"
-    assert last.startswith("Error: 1 of 2 categories are not done (bolt), so the table is not written. Mend or ")
+    assert last.startswith("Error: 1 of 2 categories are not done (bolt), so no new table is written. Mend or ")
     assert " then: cpc-fast evaluate --all parts --runs runs/parts --set " in last
     assert "--fresh" not in last
     assert {name: (runs / f"{name}.earlier/model.safetensors").read_bytes() for name in before} == before
@@ -141,7 +139,7 @@ def test_a_fresh_start_keeps_the_earlier_runs_and_is_gone_on_with_as_any_other(t
     [
         (Stopped("Stopped in epoch 1."), "Stopped in epoch 1. All of it is saved in {}.", 0),
         (NotWritten("No room."), "Error: No room.", 1),
-        (KeyboardInterrupt(), "Stopped; every finished epoch is in {}.", 130),
+        (KeyboardInterrupt(), "Stopped; every saved epoch is in {}.", 130),
     ],
     ids=["terminated", "full disk", "Ctrl-C"],
 )

@@ -80,7 +80,9 @@ def test_a_fit_that_only_guesses_says_so(data, tmp_path, capsys):
     fit = ["fit", str(data), *SET_TINY, "--epochs", "6", "--out"]
     assert cli.run([*fit, str(tmp_path / "a"), "--set", "learning_rate=1e-9"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"^fit: nothing was learnt: the loss of the last epoch, 4\.\d\d, is that of guessing", said)
+    assert re.search(
+        r"^fit: nothing was learnt: the loss of the last epoch, 4\.\d\d, is no better than that of guessing", said
+    )
     assert " among 100 patches, 4.61. Try another learning_rate (--set) or more --epochs" in said
     assert cli.run([*fit, str(tmp_path / "b"), "--set", "learning_rate=0.01"]) == 0
     assert "nothing was learnt" not in capsys.readouterr().out
