@@ -148,7 +148,9 @@ def find_inputs(
             continue
         inside = sorted(_walk(given, out))
         if not inside:
-            raise UsageError(f"{quoted(given)} holds no images ({' '.join(SUFFIXES)}); name images, or another folder.")
+            answers = os.path.isfile(given / INPUTS)
+            what = "nothing but answers of predict" if answers else f"no images ({' '.join(SUFFIXES)})"
+            raise UsageError(f"{quoted(given)} holds {what}; name images, or another folder.")
         found += [(path, path.relative_to(given)) for path in inside]
     taken: set[str] = set()
     counts: dict[str, int] = defaultdict(lambda: 1)  # the last number that each name was given

@@ -136,6 +136,10 @@ def test_pictures_that_other_calls_left_below_a_folder_are_no_images(detector, t
     answers.predict(detector, [images / "a.png"], images / "line 2", pictures=False)  # its masks are no pictures of it
     assert [name for _, name in find_inputs([images])] == ["a", "line 2/a", "line 2/masks/a"]
     assert [name for _, name in find_inputs([images / "line 2" / "answers" / "masks"])] == ["a"]  # asked for by name
+    with pytest.raises(
+        UsageError, match=r"answers' holds nothing but answers of predict; name images, or another folder"
+    ):
+        find_inputs([images / "line 2" / "answers"])
 
 
 def test_answers_of_another_call_are_not_mixed(detector, folder, tmp_path):
