@@ -8,7 +8,7 @@ convolution; the S negatives are drawn with replacement from all targets of the 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +52,14 @@ class GreedyInfoMaxLoss(nn.Module):
         """z: (B, in, H, W). c: (B, out, H, W). skip_step: rows left out between a patch and its first target.
         negatives: for each step, n_k S indices into the step's n_k targets in (y, x, image) order; by default
         torch.randint draws them, as the published code does: the same seed, the same draws. Returns a scalar."""
-        check_tensors("GreedyInfoMaxLoss", z=z, c=c, weight=self.W_k[0].weight)  # type: ignore[arg-type]
+        first = cast(Tensor, self.W_k[0].weight)
+        check_tensors("GreedyInfoMaxLoss", z=z, c=c, weight=first)
         if z.ndim != 4 or c.ndim != 4 or z.shape[0] != c.shape[0] or z.shape[2:] != c.shape[2:]:
             raise ValueError(
                 "GreedyInfoMaxLoss: z and c must be (B, C, H, W) with the same B, H, W. "
                 f"Got z {tuple(z.shape)}, c {tuple(c.shape)}."
             )
-        outs, ins = self.W_k[0].weight.shape[:2]  # type: ignore[union-attr, index]
+        outs, ins = first.shape[:2]
         if (z.shape[1], c.shape[1]) != (ins, outs):
             raise ValueError(
                 f"GreedyInfoMaxLoss: built with in_channels={ins}, out_channels={outs}, it needs as many channels of z "

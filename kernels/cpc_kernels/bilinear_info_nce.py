@@ -42,7 +42,7 @@ from .capabilities import triton_module
 from .info_nce import info_nce, info_nce_stats
 from .negatives import Negatives, draw_negatives
 from .ranges import stage
-from .sampled_info_nce import need_negatives, sampled_info_nce, sampled_info_nce_stats
+from .sampled_info_nce import check_listed, need_negatives, sampled_info_nce, sampled_info_nce_stats
 
 # --- the projection of listed rows ------------------------------------------------------------------------------------
 
@@ -248,17 +248,6 @@ def check_rows(op: str, sources: Tensor, counts: Sequence[int], steps: int, cont
         check_indices(op, "sources", sources, contexts, 0, "contexts")
 
 
-def check_negatives(op: str, negatives: Tensor, rows: int, steps: int, m: int) -> None:
-    """Listed negatives, (N, S) or (N, K, S), or (P, S) with steps 0."""
-    if negatives.is_floating_point() or negatives.dtype == torch.bool:
-        raise TypeError(f"{op}: negatives must be integer indices or Negatives(count, seed). Got {negatives.dtype}.")
-    if negatives.ndim < 2 or tuple(negatives.shape[:-1]) not in ((rows,), (rows, steps) if steps else (rows,)):
-        forms = f"({rows}, S) or ({rows}, {steps}, S)" if steps else f"({rows}, S), one row for each source"
-        raise ValueError(f"{op}: negatives must be {forms}. {spell(negatives=negatives)}")
-    if undisturbed():
-        check_indices(op, "negatives", negatives, m)
-
-
 def cheaper_side(rows: int, steps: int, m: int, scored: int, d: int, c: int, vectors: bool = False) -> str:
     """Whose projection costs fewer multiply-adds; `scored`: candidates that each row is scored against; `vectors`: the
     positives are, and would be projected with the candidates."""
@@ -294,10 +283,11 @@ def _run(
     check_reduction(op, reduction)
     check_ids(op, "anchor_ids", anchor_ids, rows if listed else n, candidate_ids, "candidate_ids", contexts.device)
     check_ids(op, "candidate_ids", candidate_ids, m, anchor_ids, "anchor_ids", contexts.device)
-    if not vectors and undisturbed():
-        check_indices(op, "positives", positives, m)
     if isinstance(negatives, Tensor):
-        check_negatives(op, negatives, rows if listed else n, 0 if listed else steps, m)
+        check_listed(op, negatives, (rows,) if listed else (n, steps), positives=positives)
+    for name, given in (("positives", positives), ("negatives", negatives)) if undisturbed() else ():
+        if isinstance(given, Tensor) and not given.is_floating_point():  # on one side they would be another step's
+            check_indices(op, name, given, m)
     drawn = isinstance(negatives, Negatives)
     scored = m if negatives is None else negatives.count if drawn else negatives.shape[-1]
     if side == "auto" and impl == "fused":

@@ -378,15 +378,18 @@ def check(op, anchors, pool, positives, negatives, anchor_ids, pool_ids, impl, r
             f"{op}: positives given as {what} must be {expected}. {spell(anchors=anchors, positives=positives)}"
         )
     if tensors:
-        if negatives.is_floating_point():
-            raise TypeError(
-                f"{op}: negatives must be integer indices or Negatives(count, seed). Got {negatives.dtype}."
-            )
-        if tuple(negatives.shape[:-1]) not in (leading[:1], leading) or negatives.ndim < 2:
-            forms = "(N, S)" if anchors.ndim == 2 else "(N, S), shared by the K steps, or (N, K, S)"
-            raise ValueError(f"{op}: negatives must be {forms}. {spell(anchors=anchors, negatives=negatives)}")
+        check_listed(op, negatives, leading, anchors=anchors)
     check_ids(op, "anchor_ids", anchor_ids, leading[0], pool_ids, "pool_ids", anchors.device)
     check_ids(op, "pool_ids", pool_ids, pool.shape[0], anchor_ids, "anchor_ids", anchors.device)
+
+
+def check_listed(op: str, negatives: Tensor, leading: tuple[int, ...], **beside: Tensor) -> None:
+    """Listed negatives of rows `leading`, (N,) or (N, K); an error shows what they stand beside, too."""
+    if negatives.is_floating_point() or negatives.dtype == torch.bool:
+        raise TypeError(f"{op}: negatives must be integer indices or Negatives(count, seed). Got {negatives.dtype}.")
+    if tuple(negatives.shape[:-1]) not in (leading[:1], leading) or negatives.ndim < 2:
+        forms = "(N, S)" if len(leading) == 1 else "(N, S), shared by the K steps, or (N, K, S)"
+        raise ValueError(f"{op}: negatives must be {forms}. {spell(**beside, negatives=negatives)}")
 
 
 def choose(impl: str, device: torch.device) -> str:

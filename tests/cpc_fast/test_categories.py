@@ -94,6 +94,16 @@ def test_runs_do_not_go_among_the_images(tmp_path, capsys):
     )
 
 
+def test_a_lock_is_let_go_of_where_it_lies(tmp_path):
+    """Whoever takes the place of a folder that was renamed under its lock keeps a lock of its own."""
+    run_folder = tmp_path / "run"
+    with locked(run_folder):
+        run_folder.rename(tmp_path / "aside")
+        run_folder.mkdir()
+        (run_folder / "run.lock").write_text("of another process")
+    assert (run_folder / "run.lock").read_text() == "of another process"
+
+
 def test_a_fresh_start_keeps_the_earlier_runs_and_is_gone_on_with_as_any_other(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = tmp_path / "runs" / "parts"

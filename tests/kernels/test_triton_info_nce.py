@@ -249,6 +249,14 @@ def test_any_strides(dtype):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("arch", tiles.ARCHITECTURES)
+def test_float32_adds_the_positives_features_as_the_negatives(arch):
+    """In steps of one size: three tf32 products are added at the end of each, and ties must stay ties."""
+    for d in (1, 33, 64, 65, 256, 2048):
+        negatives = tiles.tile("streamed" if d > tiles.one_pass_max_d(32) else "scores", d, 32, arch, "tf32x3")
+        assert tiles.tile("positive", d, 32, arch, "tf32x3").features == (negatives.features or 64)
+
+
 @pytest.mark.parametrize("d", [17, 640])
 def test_a_positive_past_the_candidates_is_nan(d):
     """On a GPU nobody looks at it first."""

@@ -4,6 +4,7 @@ Inputs sit inside larger NaN-filled buffers, so that a read beyond the end shows
 conftest), so that an element nobody wrote shows.
 """
 
+import numpy as np
 import pytest
 import torch
 from tolerance import assert_as_good_as_naive, error
@@ -282,6 +283,31 @@ def test_any_strides(drawn):
     check([*strange, *rest])
     for a, b in zip(strange, (q, z, p, listed), strict=True):
         assert a is None or (torch.equal(a, b) and not a.is_contiguous())
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the pages in between cost nothing on a CPU only")
+@pytest.mark.parametrize("schedule", ["gathered", "steps"])
+def test_steps_beyond_two_to_the_31st_element(schedule):
+    """Steps 2^30 elements apart: the third lies where 32 bits no longer reach. What is between is never touched."""
+    q, z, _, *rest = problem(n=2, steps=3, d=16, dtype=torch.float16, per_step=False)
+    v = torch.randn(2, 3, 16, dtype=torch.float16)
+
+    def far_apart(rows):
+        there = torch.from_numpy(np.empty(2 * 2**30 + 64, np.float16)).as_strided(rows.shape, (16, 2**30, 1))
+        return there.copy_(rows)
+
+    near, far = (
+        triton_sampled_info_nce.forward(*where, z, own, *rest, schedule=schedule)
+        for where, own in (((q,), v), ((far_apart(q),), far_apart(v)))
+    )
+    for ours, theirs in zip(far, near, strict=True):
+        assert torch.equal(ours, theirs)
+    weights = torch.ones(2, 3)
+    near, far = (
+        triton_sampled_info_nce.backward_pool(weights, near[1], where, z, v, *rest, schedule=schedule)
+        for where in (q, far_apart(q))
+    )
+    torch.testing.assert_close(far, near)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
