@@ -14,7 +14,7 @@ from .errors import CpcFastError, UsageError
 NORMS = ("group", "layer", "none")
 DIRECTION_NAMES = ("down", "up", "right", "left")
 CONTEXTS = ("none", "masked-conv")
-NEGATIVES = ("batch", "other-images", "sampled")
+NEGATIVES = ("batch", "other-images", "sampled", "hard")
 ACROSS_RANKS = ("auto", "local", "gathered", "ring")
 PRECISIONS = ("auto", "float32")
 WHOLE_SHIFTS = (
@@ -68,7 +68,7 @@ class Config:
     place: bool = False  # also predict each patch from where in its image it lies, for aligned parts
     # predictions -> loss
     negatives: str = "batch"
-    negatives_count: int = 16  # per anchor; for "sampled" only
+    negatives_count: int = 16  # per anchor; for "sampled" and "hard" only
     across_ranks: str = "auto"  # in training on several ranks, whose latents count: "local", "gathered", "ring"
     shifts: tuple[str, ...] = ()  # transformed copies of each batch whose latents are further wrong answers
     shift_copies: int = 1  # how many such copies of each image
@@ -80,6 +80,8 @@ class Config:
     weight_decay: float = 1e-4
     averaging: float = 0.98  # decay of the running mean of the weights that the run ends with; 0: the last weights
     jitter: float = 0.1  # standard deviation of the random brightness and contrast of a training image
+    patch_jitter: float = 0.0  # the same of each of its patches by itself
+    gamma: float = 0.0  # standard deviation of the log of the random power that a training image's pixels are raised to
     flips: bool = False  # random mirror images in training
     seed: int = 0
     # training and scoring
@@ -111,6 +113,8 @@ class Config:
         need(self.across_ranks in ACROSS_RANKS, "across_ranks", f"one of {', '.join(ACROSS_RANKS)}")
         rings = self.across_ranks != "ring" or self.negatives != "sampled"
         need(rings, "across_ranks", "auto, local or gathered with sampled negatives, for which there is no ring")
+        found = self.across_ranks in ("auto", "local") or self.negatives != "hard"
+        need(found, "across_ranks", "auto or local with hard negatives, which a rank looks for among its own")
         need(self.directions in (1, 2, 4), "directions", "1, 2 or 4")
         need(self.standardise in ("set", "image", "imagenet"), "standardise", "set, image or imagenet")
         need(self.channels in (1, 3), "channels", "1 (grayscale) or 3 (colour)")
@@ -139,7 +143,8 @@ class Config:
         need(0 <= self.averaging < 1, "averaging", "at least 0 and below 1")
         need(self.learning_rate > 0, "learning_rate", "positive")
         need(self.weight_decay >= 0, "weight_decay", "0 or more")
-        need(self.jitter >= 0, "jitter", "0 or more")
+        for name in ("jitter", "patch_jitter", "gamma"):
+            need(getattr(self, name) >= 0, name, "0 or more")
 
     @property
     def offsets(self) -> tuple[int, ...]:

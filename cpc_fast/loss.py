@@ -9,6 +9,7 @@ Right answers and negatives are indices into the latents, which nobody copies.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cpc_kernels import (
@@ -42,14 +43,15 @@ def cpc_loss(
         predictions: n of them, about patches of the images that are not shifted.
         latents: (b, gy, gx, d); every patch of the batch is a candidate.
         negatives: "batch", all other patches; "other-images", all patches of other images; "sampled", `count` patches
-            drawn at random for each prediction.
-        count: how many to draw; for "sampled".
+            drawn at random for each prediction; "hard", the `count` others that a prediction scores highest.
+        count: how many; for "sampled" and "hard".
         seed: of the draw; the same seed draws the same patches on every device.
         shifted: how many of the b images, the last ones, are transformed copies. Their patches are further wrong
-            answers for "batch" and "other-images", and never drawn for "sampled".
+            answers for "batch", "other-images" and "hard", and never drawn for "sampled".
         reduction: "none" gives (n,), "mean" and "sum" a scalar, of all ranks.
         across_ranks: where there are several, whose patches are candidates: "local", this rank's own; "gathered" or
-            "ring", everybody's; "auto" chooses between those by size. All ranks call this together.
+            "ring", everybody's; "auto" chooses between those by size, and is "local" for "hard". All ranks call this
+            together.
 
     >>> from cpc_fast.predictions import Predictor
     >>> z = torch.randn(2, 3, 3, 8)
@@ -63,6 +65,8 @@ def cpc_loss(
         drawn = Negatives(count, seed)
         images -= shifted
         latents = latents[:images]
+    elif negatives == "hard":
+        drawn, across_ranks = hardest(predictions, latents, count), "local"
     elif negatives == "other-images":
         candidate_images = torch.arange(images * patches, device=latents.device) // patches
         anchor_images = targets // patches
@@ -81,6 +85,27 @@ def cpc_loss(
         contexts, weight, latents.flatten(0, 2), targets + before * patches, drawn,
         anchor_ids=anchor_images, candidate_ids=candidate_images, exchange=across_ranks, **options,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def hardest(predictions: Predictions, latents: Latents, count: int, rows: int = 4096) -> Tensor:
+    """(n, count) the wrong answers, of all `latents`, that each prediction scores highest; fewer where there are fewer.
+
+    Scores are made for `rows` predictions at a time and forgotten.
+
+    >>> from cpc_fast.predictions import Predictor
+    >>> z = torch.randn(2, 3, 3, 8)
+    >>> hardest(Predictor(8, (2,), directions=1)(z[None]), z, count=5).shape
+    torch.Size([6, 5])
+    """
+    contexts, weight, sources, targets, counts = predictions
+    candidates, found = latents.flatten(0, 2), []
+    for matrix, own, right in zip(weight, sources.split(counts), targets.split(counts), strict=True):
+        for some, answer in zip(own.split(rows), right.split(rows), strict=True):
+            scores = F.linear(contexts[some], matrix.to(contexts.dtype)) @ candidates.to(contexts.dtype).T
+            scores.scatter_(1, answer[:, None], -torch.inf)
+            found.append(scores.topk(max(0, min(count, len(candidates) - 1))).indices)
+    return torch.cat(found)
 
 
 def rows_of_all(counts: list[int], images: int, before: int, total: int, device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ from .contexts import ContextNet, PlaceNet
 from .errors import UsageError
 from .latents import PatchEncoder, encode
 from .loss import accuracy, cpc_loss
-from .patches import extract_patches, grid_shape, patch_places, places_turned_over, turned_over
+from .patches import extract_patches, grid_shape, jittered, patch_places, places_turned_over, turned_over
 from .predictions import Predictions, Predictor, geometry
 from .shapes import Frames, Images, Latents, Losses, Places, Shifted
 
@@ -56,9 +56,15 @@ class Member(nn.Module):
         self.predictor = Predictor(features, config.offsets, config.directions, config.place)
         self.place = PlaceNet(features) if config.place else None
 
-    def latents(self, images: Images, stride: int | None = None) -> Latents:
-        """(b, c, h, w) -> (b, gy, gx, d), on the grid of training unless another stride is given."""
-        return encode(self.encoder, extract_patches(images, self.config.patch_size, stride or self.config.patch_stride))
+    def latents(self, images: Images, stride: int | None = None, draws: torch.Generator | None = None) -> Latents:
+        """(b, c, h, w) -> (b, gy, gx, d), on the grid of training unless another stride is given.
+
+        draws: in training, what the patch_jitter of the config is drawn from.
+        """
+        patches = extract_patches(images, self.config.patch_size, stride or self.config.patch_stride)
+        if draws is not None and self.config.patch_jitter:
+            patches = jittered(patches, self.config.patch_jitter, draws, each=3)
+        return encode(self.encoder, patches)
 
     def predictions(
         self, latents: Latents, places: Places | None, stride: int | None = None, axes: tuple[int, ...] = ()
@@ -160,12 +166,18 @@ class CPC(nn.Module):
         return torch.cat([member.latents(images, stride) for member in self.members], -1)
 
     def forward(
-        self, images: Images, shifted: Shifted | None = None, seed: int = 0, frames: Frames | None = None
+        self,
+        images: Images,
+        shifted: Shifted | None = None,
+        seed: int = 0,
+        frames: Frames | None = None,
+        draws: torch.Generator | None = None,
     ) -> StepResult:
         """The loss of a batch, the mean over the members: each has an equal part of the images, in their order.
 
         shifted: transformed images whose patches are further wrong answers, an equal part for each member too.
         frames: where each image was cut from; they are whole by default.
+        draws: what the patch_jitter of the config is drawn from; without it there is none.
         """
         members = len(self.members)
         frames = whole_frames(images) if frames is None else frames
@@ -178,7 +190,7 @@ class CPC(nn.Module):
         if shifted is not None:
             everything.append(shifted.tensor_split(members))
         results = [
-            member.compare(member.latents(torch.cat(own)), *part, seed)
+            member.compare(member.latents(torch.cat(own), draws=draws), *part, seed)
             for member, part, *own in zip(self.members, parts, *everything, strict=True)
         ]
         mean = [torch.stack([getattr(result, name) for result in results]).mean() for name in ("loss", "accuracy")]

@@ -83,6 +83,18 @@ def extract_patches(images: Images, size: int, stride: int) -> Patches:
     return images.permute(0, 2, 3, 1, 4, 5)
 
 
+def jittered(pixels: Tensor, spread: float, generator: torch.Generator, each: int) -> Tensor:
+    """Standardised pixels with a random contrast and brightness, of that spread, for each entry of the first `each`
+    dimensions: 1 for images, 3 for patches.
+
+    >>> jittered(torch.zeros(2, 7, 7, 1, 32, 32), 0.1, torch.Generator(), each=3).flatten(3).std(3).max()
+    tensor(0.)
+    """
+    shape = *pixels.shape[:each], *[1] * (pixels.ndim - each)
+    gain, offset = (torch.randn(2, *shape, generator=generator) * spread).to(pixels.device)
+    return pixels * (1 + gain) + offset
+
+
 def patch_places(frames: Frames, window: Sequence[int], size: int, stride: int) -> Places:
     """Where in its image the centre of each patch of a window lies, (b, 4) -> (b, gy, gx, 2).
 

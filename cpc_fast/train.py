@@ -27,7 +27,7 @@ from .config import Config
 from .errors import CpcFastError, Stopped
 from .latent_cache import LatentCache
 from .model import CPC
-from .patches import grid_shape, window_start
+from .patches import grid_shape, jittered, window_start
 from .shapes import Frames, Images
 from .shifts import shift
 from .stages import stage
@@ -90,8 +90,8 @@ def learning_rate(step: int, steps: int, peak: float, schedule: str = "cosine") 
 def make_batch(
     model: CPC, images: Sequence[np.ndarray], side: int, generator: torch.Generator
 ) -> tuple[Images, Frames]:
-    """Random square windows of `side` pixels, standardised, with random brightness and contrast; and their frames, in
-    their images as they are shown: of a mirrored window, in the mirrored image."""
+    """Random square windows of `side` pixels, standardised, with random brightness, contrast and gamma; and their
+    frames, in their images as they are shown: of a mirrored window, in the mirrored image."""
     config = model.config
     if not images:
         return model.pixel_mean.new_empty(0, config.channels, side, side), model.pixel_mean.new_empty(0, 4)
@@ -99,10 +99,12 @@ def make_batch(
     for image in images:
         start = [window_start(length, side, config.patch_size, generator) for length in image.shape[:2]]
         rows, columns = (slice(first, first + side) for first in start)
-        if config.standardise == "image":  # by the mean and spread of all of it
-            window = model.standardise(image)[:, rows, columns]
-        else:
-            window = model.standardise(image[rows, columns])
+        whole = config.standardise == "image"  # by the mean and spread of all of it
+        window = image if whole else image[rows, columns]
+        if config.gamma:
+            window = 255 * (window / 255) ** math.exp(config.gamma * float(torch.randn((), generator=generator)))
+        window = model.standardise(window)
+        window = window[:, rows, columns] if whole else window
         if config.flips:
             axes = [axis for axis in (1, 2) if torch.rand((), generator=generator) < 0.5]
             window = window.flip(axes)
@@ -110,9 +112,8 @@ def make_batch(
                 start[axis - 1] = image.shape[axis - 1] - side - start[axis - 1]
         windows.append(window)
         frames.append([*start, *image.shape[:2]])
-    batch = torch.stack(windows)
-    gain, offset = (torch.randn(2, len(batch), 1, 1, 1, generator=generator) * config.jitter).to(batch.device)
-    return batch * (1 + gain) + offset, torch.tensor(frames, dtype=torch.float32, device=batch.device)
+    batch = jittered(torch.stack(windows), config.jitter, generator, each=1)
+    return batch, torch.tensor(frames, dtype=torch.float32, device=batch.device)
 
 
 def make_optimizer(model: CPC, config: Config) -> torch.optim.AdamW:
@@ -159,7 +160,7 @@ def guessing(config: Config, images: int, side: int) -> float:
     >>> round(math.exp(guessing(Config(patch_size=32, patch_stride=16), images=8, side=96)))
     200
     """
-    if config.negatives == "sampled":
+    if config.negatives in ("sampled", "hard"):
         return math.log(1 + config.negatives_count)
     gy, gx = grid_shape(side, side, config.patch_size, config.patch_stride)
     whole = images * (1 + config.shift_copies) if config.shifts else images
@@ -231,7 +232,7 @@ def train(
                 copies = torch.cat([part.repeat(config.shift_copies, 1, 1, 1) for part in parts])
                 shifted = shift(copies, config.shifts, draws, config.unit) if config.shifts else None
                 with autocast(device, config.precision):
-                    result = forward(batch, shifted, seed=step, frames=frames)
+                    result = forward(batch, shifted, seed=step, frames=frames, draws=draws)
             optimizer.zero_grad(set_to_none=True)
             total_loss = result.loss * len(model.members)  # each member learns as if alone
             stage("backward")(total_loss.backward)()

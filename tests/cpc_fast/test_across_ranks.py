@@ -30,7 +30,7 @@ CASES = [
 # with its own patches as candidates, a rank computes what one process does where it has all images
 LOCAL = [
     ({"negatives": negatives, "across_ranks": "local", "context": "masked-conv", "place": True}, counts)
-    for negatives, counts in [("batch", (4, 0)), ("other-images", (0, 4)), ("sampled", (0, 4))]
+    for negatives, counts in [("batch", (4, 0)), ("other-images", (0, 4)), ("sampled", (0, 4)), ("hard", (4, 0))]
 ]
 IMAGES = {  # how many of the four images each rank has, for each case
     2: [*zip(CASES, [(3, 1), (4, 0), (4, 0), (3, 1)], strict=True), *LOCAL],
@@ -100,6 +100,8 @@ def test_a_rank_that_never_has_an_image_fits_along(tmp_path):
 def test_there_is_no_ring_for_sampled_negatives():
     with pytest.raises(UsageError, match="across_ranks is 'ring'; it must be auto, local or gathered with sampled"):
         TINY_CONFIG.replace(negatives="sampled", across_ranks="ring")
+    with pytest.raises(UsageError, match="across_ranks is 'gathered'; it must be auto or local with hard"):
+        TINY_CONFIG.replace(negatives="hard", across_ranks="gathered")
 
 
 # nothing of the images is drawn: they are as large as the window

@@ -16,7 +16,7 @@ from cpc_fast.errors import CpcFastError, UsageError
 from cpc_fast.latents import ResidualBlock
 from cpc_fast.loss import accuracy, cpc_loss
 from cpc_fast.model import CPC
-from cpc_fast.patches import extract_patches, grid_shape, patch_places, patch_starts
+from cpc_fast.patches import extract_patches, grid_shape, jittered, patch_places, patch_starts
 from cpc_fast.predictions import Predictions, Predictor, geometry
 from cpc_fast.scoring import Scorer, patch_medians
 from cpc_fast.train import guessing, make_batch
@@ -115,7 +115,7 @@ def made(predictions: Predictions) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["none", "masked-conv"])
 @pytest.mark.parametrize("shifted", [0, 2])
-@pytest.mark.parametrize("negatives", ["batch", "other-images", "sampled"])
+@pytest.mark.parametrize("negatives", ["batch", "other-images", "sampled", "hard"])
 def test_the_loss_is_the_reference_loss(negatives, shifted, kind):
     torch.manual_seed(1)
     latents = torch.randn(3 + shifted, 4, 4, 8, requires_grad=True)
@@ -135,7 +135,8 @@ def test_the_loss_is_the_reference_loss(negatives, shifted, kind):
             allowed = targets[:, None] // 16 != torch.arange(len(flat)) // 16
         allowed[torch.arange(n), targets] = False
         scores = made(predictions) @ flat.T
-        lse = scores.masked_fill(~allowed, -torch.inf).logsumexp(1)
+        wrong = scores.masked_fill(~allowed, -torch.inf)
+        lse = (wrong.sort(1, descending=True).values[:, :6] if negatives == "hard" else wrong).logsumexp(1)
         expected = torch.nn.functional.softplus(lse - scores.gather(1, targets[:, None])[:, 0])
     torch.testing.assert_close(got, expected)
     inputs = latents, predictor.weight, *context.parameters()
@@ -285,7 +286,7 @@ def test_one_small_image_does_not_shrink_the_patches_of_all():
     assert config.fitted_to([100] + [210] * 19).patch_size == 32  # costs nothing
 
 
-@pytest.mark.parametrize("negatives", ["batch", "other-images", "sampled"])
+@pytest.mark.parametrize("negatives", ["batch", "other-images", "sampled", "hard"])
 @pytest.mark.parametrize("shifts", [(), ("noise",)])
 def test_a_model_that_knows_nothing_has_the_loss_of_guessing(negatives, shifts):
     config = Config(width=4, negatives=negatives, negatives_count=5, shifts=shifts, shift_copies=2)
@@ -391,6 +392,37 @@ def test_windows_are_cut_from_standardised_images(standardise, channels):
     batch, frames = make_batch(model, images, 32, torch.Generator().manual_seed(3))
     for image, window, (top, left) in zip(images, batch, frames[:, :2].int().tolist(), strict=True):
         assert torch.equal(window, model.standardise(image)[:, top : top + 32, left : left + 32])
+
+
+def test_gamma_is_a_power_of_the_pixels():
+    """Black and white stay; the power is the window's own, and drawn once more for it where there is a gamma."""
+    model = CPC(TINY_CONFIG.replace(jitter=0.0, gamma=0.5))
+    image = np.repeat(np.linspace(0, 255, 48).astype(np.uint8)[None], 48, 0)[..., None]
+    images, powers = [image] * 8, []
+    batch, _ = make_batch(model, images, 48, torch.Generator().manual_seed(0))
+    for window in batch * model.pixel_spread + model.pixel_mean:
+        row = window[0, 0].clamp(0, 255) / 255
+        power = float(row[24].log() / np.log(image[0, 24, 0] / 255))
+        torch.testing.assert_close(row, torch.tensor(image[0, :, 0] / 255).float() ** power, rtol=0, atol=1e-5)
+        powers.append(power)
+    assert len({round(power, 4) for power in powers}) == 8
+    assert 0.3 < np.std(np.log(powers)) < 0.8
+
+
+def test_each_patch_can_have_a_brightness_and_contrast_of_its_own():
+    """Only in training, and from what is handed in to draw from."""
+    model = CPC(TINY_CONFIG.replace(norm="none", patch_jitter=0.3))
+    images, member = torch.randn(1, 1, 48, 48).expand(2, -1, -1, -1), model.members[0]
+    plain = member.latents(images)
+    assert torch.equal(plain[0], plain[1])
+    first, again = (member.latents(images, draws=torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert (first[0] != first[1]).any(-1).all()
+    calm = model(images, images, seed=1).loss
+    assert model(images, images, seed=1).loss == calm
+    assert model(images, images, seed=1, draws=torch.Generator().manual_seed(1)).loss != calm
+    patches = jittered(torch.zeros(2, 3, 3, 1, 8, 8), 0.3, torch.Generator().manual_seed(0), each=3)
+    assert len(patches.unique()) == 18
 
 
 def test_windows_know_where_they_lie_in_the_image_as_it_is_shown():
