@@ -29,6 +29,7 @@ from benchmarks.workers import Answer, Worker, spread
 SHARE_CORRECTNESS, SHARE_CASES = 0.35, 0.85  # of the minutes, counted from the start
 PROBE_SECONDS, LANE_SECONDS = 90.0, 100.0  # the longest that a probe, or a provider of a case, may take
 OVER = "no minutes left"  # the only reason for a missing figure that is no fault
+BAD = ("failed", "raised", "died", "late")  # of a probe's row; "absent" is neither that nor passed
 TUNED = ("forward", "scores", "backward", "gathered")
 
 
@@ -135,20 +136,23 @@ def check_correctness(args: argparse.Namespace, worker: Worker, book, budget: Bu
         told = {"passed": 0, "failed": 1, "not_reached": 0, "rows": [row]}
         book.add("correctness", None, told | {"environment": book.told["environment"]})
         return 1
-    probes, rows = listed.value, []
+    probes, rows, earlier = listed.value, [], book.told.get("correctness", {})
+    same = all(
+        earlier.get("environment", {}).get(key) == book.told["environment"][key]
+        for key in ("commit", "torch", "triton")
+    )
+    before = earlier.get("rows", []) if same else []  # of a run that may have come further than this one
 
     def seconds() -> float:
         return min(PROBE_SECONDS, budget.left(SHARE_CORRECTNESS))
 
-    def bad() -> list[dict[str, Any]]:
-        return [row for row in rows if row["status"] in ("failed", "raised", "died", "late")]
-
     def write() -> dict[str, Any]:
-        passed = sum(row["status"] == "passed" for row in rows)
-        told = {"passed": passed, "failed": len(bad()), "not_reached": len(probes) - len(rows)}
-        if rows or "correctness" not in book.told:  # nothing does not replace what an earlier run found
-            book.add("correctness", None, told | {"environment": book.told["environment"], "rows": rows})
-        return told
+        seen = {row["probe"] for row in rows}
+        known = [row for row in before if row["probe"] not in seen] + rows
+        told = counted(known, len(probes))
+        if rows or not earlier:  # nothing does not replace what an earlier run found
+            book.add("correctness", None, told | {"environment": book.told["environment"], "rows": known})
+        return counted(rows, len(probes))
 
     jobs = 1 if args.dry else args.jobs
     for probe, answer in spread(jobs, probes, seconds, gpu_work.check_probe, gpu_work.prepare, args.dry):
@@ -159,10 +163,16 @@ def check_correctness(args: argparse.Namespace, worker: Worker, book, budget: Bu
         write()
     summary = write()
     say("correctness: {passed} passed, {failed} failed, {not_reached} not reached".format(**summary))
-    for row in bad():
+    bad = [row for row in rows if row["status"] in BAD]
+    for row in bad:
         off = f" (error {row['error']:.1e}, allowed {row['allowed']:.1e})" if "error" in row else ""
         say(f"  {row['status']}: {row['probe']}: {row.get('why', '')}{off}")
-    return len(bad())
+    return len(bad)
+
+
+def counted(rows: list[dict[str, Any]], probes: int) -> dict[str, int]:
+    passed, bad = (sum(row["status"] in kinds for row in rows) for kinds in (("passed",), BAD))
+    return {"passed": passed, "failed": bad, "not_reached": probes - len(rows)}
 
 
 def failed(provider: str, answer: Answer) -> dict[str, Any]:

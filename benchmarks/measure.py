@@ -54,9 +54,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     def git(*words: str) -> str:
         try:
             return subprocess.run(
-                ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
+                ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True, timeout=20
             ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
+        except (OSError, subprocess.SubprocessError):
             return ""
 
     told = {
@@ -89,8 +89,8 @@ def _version(package: str) -> str:
 def _driver() -> str:
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
         return "unknown"
 
 

@@ -134,6 +134,23 @@ def test_a_run_that_reaches_no_probe_keeps_what_another_found(book):
     assert json.loads(book.path.read_text())["correctness"]["passed"] == 7
 
 
+@pytest.mark.parametrize("commit", ["0123abcd", "4567cdef"])
+def test_a_shorter_run_adds_to_what_one_of_the_same_code_found(book, commit, monkeypatch):
+    environment = {"commit": commit, "torch": "2.13.0", "triton": "3.9.0"}
+    earlier = [
+        {"probe": name, "status": status} for name, status in (("a", "passed"), ("b", "failed"), ("c", "passed"))
+    ]
+    book.add("correctness", None, {"passed": 2, "failed": 1, "rows": earlier, "environment": environment})
+    found = [(argparse.Namespace(name="b"), Answer("done", {"probe": "b", "status": "passed"}))]
+    monkeypatch.setattr(gpu_check, "spread", lambda *_: found)
+    worker, args = Silent(Answer("done", ["a", "b", "c", "d"])), argparse.Namespace(dry=True, jobs=1)
+    assert gpu_check.check_correctness(args, worker, book, gpu_check.Budget(1.0)) == 0
+    told = json.loads(book.path.read_text())["correctness"]
+    kept = 3 if commit == "0123abcd" else 1
+    assert (told["passed"], told["failed"], told["not_reached"]) == (kept, 0, 4 - kept)
+    assert len(told["rows"]) == kept
+
+
 def test_no_minutes_left_is_no_fault(book):
     worker = Silent(Answer("done", None))
     assert gpu_check.check_end_to_end(worker, True, book, gpu_check.Budget(0.0)) == 0
