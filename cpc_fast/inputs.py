@@ -146,7 +146,7 @@ def find_inputs(
             _need(given)
             found.append((given, PurePath(given.name)))
             continue
-        inside = sorted(_walk(given, out))
+        inside = sorted(walk(given, out))
         if not inside:
             answers = os.path.isfile(given / INPUTS)
             what = "nothing but answers of predict" if answers else f"no images ({' '.join(SUFFIXES)})"
@@ -201,7 +201,8 @@ def _need(path: Path) -> None:
         pass
 
 
-def _walk(folder: Path, out: Path | None) -> list[Path]:
+def walk(folder: Path, out: Path | None = None) -> list[Path]:
+    """The image files of a folder, to the bottom: without ground_truth, `out` and the pictures of answers."""
     answers = None if out is None else os.path.realpath(out)
 
     def refuse(error: OSError) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .. import config as configs
 from ..errors import CpcFastError, Interrupted, NotWritten, Stopped, UsageError
 from ..torchrun import launched, may_restart, together
 from .console import say, terminable
@@ -61,7 +62,10 @@ def fit(
 ) -> int:
     """Learn what is normal, and from where on a score is anomalous."""
     check_device(device)
-    from ..images import count_below, quoted
+    if preset:
+        configs.preset(preset)  # a wrong name is refused before an old run is
+    from ..images import quoted
+    from ..inputs import walk
     from ..layouts import find_test, find_train
     from ..runs import CHECKPOINT, need_checkpoint, refuse_run
 
@@ -78,7 +82,8 @@ def fit(
     config = choose_config(preset, options, settings, resume=out if resume else None)
     finished = resume and _finished(out, fitted_to_files(config, images), data)
     if not (finished or launched()[0]):
-        if left := count_below(folder := images[0].parent):
+        folder = images[0].parent
+        if left := sum(path.parent != folder for path in walk(folder)):
             say(f"Subfolders of {quoted(folder)} hold {left} images that are not read; to learn from them, move them.")
         for doubt in doubts(config, images):
             say(f"Of {doubt}")

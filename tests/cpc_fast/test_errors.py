@@ -190,6 +190,13 @@ def test_images_in_subfolders_are_not_passed_over_in_silence(tmp_path, capsys):
         save(tmp_path / "in" / f"{i}.png", texture(i))
     assert cli.run([*map(str, fit)]) == 0
     assert f"Subfolders of '{tmp_path / 'in'}' hold 3 images that are not read;" in capsys.readouterr().out
+    assert (
+        cli.run(["predict", str(tmp_path / "run"), str(tmp_path / "in" / "0.png"), "--out", str(tmp_path / "in/x")])
+        == 0
+    )
+    assert cli.run([*map(str, fit[:3]), str(tmp_path / "again"), *map(str, fit[4:])]) == 0
+    assert "hold 3 images that are not read;" in capsys.readouterr().out  # answers are none
+    fails(capsys, [*fit, "--preset", "qualty"], 2, "There is no preset called 'qualty'")
 
 
 def test_predict_gives_advice_that_predict_can_take(fitted, tmp_path, capsys):
