@@ -121,6 +121,8 @@ class Ablations:
 
     def asks_nothing(self, row: Row, bed: Bed | None = None) -> bool:
         """Whether the base is what the row asks for, or cannot have it."""
+        if row.read.get("closing") == self.config(None, bed).closing:
+            return True
         if row.read.get("mirrored"):
             return self.config(None, bed).mirrored
         if "nearest" in row.read.get("form", ""):  # the distance stands where the loss from a place would
@@ -171,12 +173,9 @@ def tables(ablations: Ablations, part: str = "validation") -> str:
     rows = [("**the preset**", "", *("-" if value is None else f"**{value:.3f}**" for value in base), "")]
     missing, same = [], []
     for row in ablations.rows:
-        if ablations.asks_nothing(row):
-            same.append(f"{row.factor}: {row.name}")
-            continue
         values = means(row)
         if all(value is None for value in values):
-            missing.append(f"{row.factor}: {row.name}")
+            (same if ablations.asks_nothing(row) else missing).append(f"{row.factor}: {row.name}")
             continue
         cells = [
             "-" if value is None else f"{value:.3f}" + ("" if zero is None else f" ({value - zero:+.3f})")

@@ -9,6 +9,7 @@ pool          image score: max, mean or top (mean of the highest 1%) of the map;
               less its mean on held-out normal images and over its spread there
 bank_size     how many normal latents
 finer         grid cells of scoring in one of training, each way
+closing       cells of the closing of the map
 mirrored      mirror images are scored too, where the detector does not score them anyway
 about         mean or median of the predictions about a patch
 Merged        the mean of the maps of several detectors (patches of several sizes), each calibrated by its own
@@ -124,6 +125,7 @@ class Other:
     bank_size: int = 0  # 0: the detector's own bank
     finer: int = 0  # 0: the detector's own grid
     about: str = "median"
+    closing: int = 0  # 0: the detector's own
     mirrored: bool = False
 
     def __post_init__(self) -> None:
@@ -163,6 +165,8 @@ class Reread(Baseline):
         form = Form.of(model, how.form)
         if how.finer:
             form.config = form.config.replace(finer=how.finer)
+        if how.closing:
+            form.config = form.config.replace(closing=how.closing)
         if how.mirrored:
             form.config = form.config.replace(mirrored=True)
         if "nearest" in how.form:  # the distance stands where the loss from a place would

@@ -17,6 +17,7 @@ CONTEXTS = ("none", "masked-conv")
 NEGATIVES = ("batch", "other-images", "sampled", "hard")
 ACROSS_RANKS = ("auto", "local", "gathered", "ring")
 PRECISIONS = ("auto", "float32")
+ENSEMBLES = ("rms", "max")
 WHOLE_SHIFTS = (
     "quarter-turn", "turn", "magnify", "noise", "blur", "intensity", "brightness", "exposure", "sharpen", "shuffle",
     "invert", "warp",
@@ -31,7 +32,8 @@ KINDS = {
 LIMITS = {
     "image_size": 1 << 16, "patch_size": 4096, "patch_stride": 4096, "crop": 1 << 16, "made_for": 1 << 16,
     "width": 4096, "members": 64, "steps": 64, "negatives_count": 1 << 24, "shift_copies": 64, "epochs": 10**6,
-    "batch_size": 1 << 20, "finer": 64, "bank_size": 1 << 24,
+    "batch_size": 1 << 20, "finer": 64, "closing": 255,
+    "bank_size": 1 << 24,
 }  # fmt: skip
 
 
@@ -90,6 +92,8 @@ class Config:
     # scoring
     finer: int = 1  # grid cells of scoring in one of training, each way: 2 also looks at patches halfway between
     mirrored: bool = False  # three mirror images are scored too (test-time augmentation): 4 times the work; needs flips
+    ensemble: str = "rms"  # what members and views say of a patch counts as its root mean square, or as its "max"
+    closing: int = 1  # odd: a dip in the map fewer cells of scoring wide, each way, is filled (morphological closing)
     bank_size: int = 1024  # normal latents that test patches are compared with
     calibration_share: float = 0.2  # share of the normal images held out of training
     target_fpr: float = 0.01  # share of normal images that may be flagged
@@ -137,6 +141,8 @@ class Config:
         need(self.image_size is None or self.image_size >= self.patch_size, "image_size", "at least patch_size")
         need(self.crop is None or self.crop >= self.patch_size, "crop", "at least patch_size")
         need(self.made_for is None or self.made_for >= self.patch_size, "made_for", "at least patch_size")
+        need(self.ensemble in ENSEMBLES, "ensemble", f"one of {', '.join(ENSEMBLES)}")
+        need(self.closing % 2 == 1, "closing", "odd")
         need(0 < self.calibration_share < 1, "calibration_share", "between 0 and 1")
         need(0 < self.target_fpr < 1, "target_fpr", "between 0 and 1")
         need(self.schedule in ("cosine", "constant"), "schedule", "cosine or constant")
@@ -274,7 +280,7 @@ _TEXTURES = Config(
 )  # fmt: skip
 
 _QUALITY = _TEXTURES.replace(
-    made_for=256, members=3, epochs=16, learning_rate=4e-3, schedule="cosine", finer=2,
+    made_for=256, members=3, epochs=16, learning_rate=4e-3, schedule="cosine", finer=2, ensemble="max", closing=3,
     shifts=("spots", "curves", "lines", "warp", "shuffle"), shift_copies=4,
 )  # fmt: skip
 
@@ -285,7 +291,7 @@ PRESETS: dict[str, Config] = {
     "quality": _QUALITY,
     # Homogeneous surfaces, where patches are hard to tell apart: more shifts, longer, mirror images in scoring.
     "texture": _QUALITY.replace(
-        epochs=20, jitter=0.08, negatives="other-images", finer=1, mirrored=True,
+        epochs=20, jitter=0.08, negatives="other-images", finer=1, mirrored=True, ensemble="rms", closing=1,
         shifts=(
             "spots", "curves", "warp", "turn", "magnify", "noise", "shuffle", "intensity", "local-turn", "local-noise",
         ),
@@ -293,11 +299,11 @@ PRESETS: dict[str, Config] = {
     # Parts that lie alike in every image: what belongs at a place is known, and learnt from what is too dark or bright,
     # and from cracks; one network does as well as three.
     "aligned": _QUALITY.replace(
-        place=True, members=1, epochs=20, finer=1, mirrored=True,
+        place=True, members=1, epochs=20, finer=1, mirrored=True, ensemble="rms", closing=1,
         shifts=("brightness", "exposure", "local-brightness", "local-exposure", "curves", "lines"),
     ),
     # One network with a coarser first convolution, fewer epochs and copies, and patches only where training has them.
-    "fast": _QUALITY.replace(stem=4, members=1, epochs=12, finer=1, shift_copies=2, made_for=256),
+    "fast": _QUALITY.replace(stem=4, members=1, epochs=12, finer=1, closing=1, shift_copies=2, made_for=256),
     # Unverified: put together from the paper's abstract and the code of its second author, not from its text.
     "paper": Config(
         image_size=256, channels=1, patch_size=64, patch_stride=32, width=64, stem=2, norm="none", steps=5, skip=1,

@@ -36,7 +36,7 @@ from .latents import encode
 from .model import IMAGENET, mirrors
 from .patches import extract_patches, grid_shape, patch_places, places_turned_over, turned_over
 from .predictions import seen_turned
-from .scoring import at_places, mean_of_squares
+from .scoring import at_places, closed, combined
 from .shapes import Patches
 from .version import __version__
 
@@ -91,6 +91,7 @@ class Program(nn.Module):
             centred = pixels - pixels.mean((1, 2, 3), keepdim=True)
             pixels = centred / centred.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1.0)
         grid = ((self._voices(pixels) - self.place_mean) / self.place_spread).amax(1)
+        grid = closed(grid, config.closing)
         maps = self.rows @ grid @ self.columns.T
         return maps.amax((1, 2)), maps
 
@@ -100,7 +101,7 @@ class Program(nn.Module):
         usual = (t.chunk(len(views)) for t in (self.step_mean, self.step_spread))
         patches = extract_patches(pixels, *self.lengths)
         seen = [self._view(turned_over(patches, axes), axes, *own) for axes, *own in zip(views, *usual, strict=True)]
-        return mean_of_squares(torch.stack([way for ways in seen for way in ways]))
+        return combined(torch.stack([way for ways in seen for way in ways]), self.config.ensemble)
 
     def _view(self, patches: Patches, axes: tuple[int, ...], step_mean: Tensor, step_spread: Tensor) -> list[Tensor]:
         """What the neighbours say of each patch, and its place where the model knows of places, with these axes of (c,

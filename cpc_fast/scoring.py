@@ -1,10 +1,10 @@
 """One image against a bank of normal latents: calibrated losses and the anomaly map.
 
 loss of each prediction -> minus its normal mean, over its normal spread     (for each view, member, direction, step)
--> median over the predictions about a patch -> root mean square over the views and the members
+-> median over the predictions about a patch -> root mean square, or maximum, over the views and the members
 -> minus its normal mean, over its normal spread                             (for each place of the grid)
    (where the model knows of places: what neighbours say and what the place says, each for itself; the higher counts)
--> anomaly map
+-> dips between strange patches filled, where the config says so -> anomaly map
 
 Views: the image, and its mirror images where the config says so.
 """
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .anomaly_map import anomaly_map
@@ -107,12 +108,12 @@ class Scorer(nn.Module):
 
     def voices(self, found: Found) -> Tensor:
         """From losses that are calibrated by their steps what is said of each patch, (voices, gy, gx), by its
-        neighbours and, where the model knows of places, by its place; each member's view of it counts by its square."""
+        neighbours and, where the model knows of places, by its place."""
         losses, sources, targets, counts, shape = found
         times = len(mirrors(self.config)) * self.config.members
         counts = counts[: len(counts) // times]
         ways = zip(losses.chunk(times), sources.chunk(times), targets.chunk(times), strict=True)
-        return mean_of_squares(torch.stack([self._of_one(*way, counts, shape) for way in ways]))
+        return combined(torch.stack([self._of_one(*way, counts, shape) for way in ways]), self.config.ensemble)
 
     def _of_one(
         self, losses: Tensor, sources: Tensor, targets: Tensor, counts: list[int], shape: tuple[int, int]
@@ -141,20 +142,37 @@ class Scorer(nn.Module):
 
     def spread(self, surprise: Surprise, size: tuple[int, int], original: tuple[int, int]) -> AnomalyMap:
         """The surprise of an image of that size (h, w), over the pixels of the original."""
-        return anomaly_map(surprise.grid, self.config.patch_size, self.config.scoring_stride, size, original)
+        grid = closed(surprise.grid, self.config.closing)
+        return anomaly_map(grid, self.config.patch_size, self.config.scoring_stride, size, original)
 
     def map(self, image: np.ndarray, original: tuple[int, int]) -> AnomalyMap:
         return self.look(image, original)[1]
 
 
-def mean_of_squares(surprises: Tensor) -> Tensor:
-    """The root mean square over the first dimension of what lies above normal, and the mean of what lies below: one
-    that is startled is heard, where their mean would drown it.
+def combined(surprises: Tensor, ensemble: str) -> Tensor:
+    """Over the first dimension, "max": the highest; "rms": the root mean square of what lies above normal, and the mean
+    of what lies below: one that is startled is heard, where their mean would drown it.
 
-    >>> mean_of_squares(torch.tensor([[7.0, -1.0], [1.0, -1.0]]))
+    >>> combined(torch.tensor([[7.0, -1.0], [1.0, -1.0]]), "rms")
     tensor([ 5., -1.])
     """
+    if ensemble == "max":
+        return surprises.amax(0)
     return surprises.clamp_min(0).square().mean(0).sqrt() + surprises.clamp_max(0).mean(0)
+
+
+def closed(grid: Tensor, size: int) -> Tensor:
+    """Morphological closing of each (gy, gx) of a grid (..., gy, gx) by a square of `size` cells, an odd number: a dip
+    in which no such square fits is filled, and nothing gets lower. What lies beyond the edge counts for nothing.
+
+    >>> closed(torch.tensor([[0.0, 0.0, 4.0, 1.0, 3.0, 0.0, 0.0, 0.0]]), 3)
+    tensor([[0., 0., 4., 3., 3., 0., 0., 0.]])
+    """
+    if size == 1:
+        return grid
+    planes = grid.reshape(-1, *grid.shape[-2:])
+    wider = F.max_pool2d(planes, size, 1, size // 2)
+    return -F.max_pool2d(-wider, size, 1, size // 2).view(grid.shape)
 
 
 def steps_of(counts: list[int], device: torch.device) -> Tensor:

@@ -422,6 +422,7 @@ def test_a_frozen_encoder_stays_as_it_is():
         {"finer": 2},
         {"members": 3},
         {"flips": True, "mirrored": True, "members": 2},
+        {"ensemble": "max", "closing": 3, "members": 2},
     ],
     ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()),
 )  # fmt: skip
@@ -469,6 +470,24 @@ def test_a_record_says_how_large_the_windows_were():
         found = Detector.fit([*IMAGES[:4], texture(9, 52, 60)], TINY_CONFIG, crop=crop, epochs=1, seed=1)
         assert found.config.crop == crop  # what was asked for, at most
         assert found.trained_on["windows"] == f"{side} x {side} pixels"
+
+
+@pytest.mark.parametrize(("closing", "why"), [(2, "odd"), (0, "at least 1"), (257, "at most 255")])
+def test_a_closing_is_an_odd_number_of_cells(closing, why):
+    with pytest.raises(UsageError, match=f"closing is {closing}; it must be {why}"):
+        Config(closing=closing)
+
+
+def test_closing_fills_the_map_and_no_more():
+    """What is said of each patch, and why, stays; dips of the map rise, and its highest point does not."""
+    plain = Detector.fit(IMAGES, TINY_CONFIG, epochs=2, precision="float32")
+    filled = Detector.fit(IMAGES, TINY_CONFIG, epochs=2, precision="float32", closing=3)
+    image = holed(7)[0]
+    before, after = plain.inspect(image), filled.inspect(image)
+    assert torch.equal(plain.scorer.surprise(image).grid, filled.scorer.surprise(image).grid)
+    assert (after.map >= before.map - 1e-6).all()
+    assert (after.map > before.map + 0.01).any()
+    assert plain.explain(image).patch == filled.explain(image).patch
 
 
 def test_a_crop_smaller_than_a_patch_is_no_config():

@@ -23,6 +23,7 @@ CHOICES = [
     {"context": "masked-conv", "directions": 1, "standardise": "image", "finer": 2, "place": True, "members": 2},
     {"context": "masked-conv", "mirrored": True, "flips": True, "finer": 2, "place": True, "members": 2},
     {"mirrored": True, "flips": True, "directions": 2},
+    {"ensemble": "max", "members": 2, "closing": 3, "finer": 2},
     {"channels": 3, "standardise": "imagenet", "norm": "layer", "patch_stride": 7, "steps": 3},
 ]
 

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from cpc_fast.anomaly_map import anomaly_map
 from cpc_fast.bank import reservoir
 from cpc_fast.config import SHIFTS
 from cpc_fast.patches import patch_starts, window_start
-from cpc_fast.scoring import at_places, patch_medians
+from cpc_fast.scoring import at_places, closed, combined, patch_medians
 from cpc_fast.segments import find_segments
 from cpc_fast.shifts import FAMILIES, WHOLE, shift
 
@@ -28,6 +29,21 @@ def test_a_reservoir_is_uniform():
     for seed in range(500):
         counts[reservoir(torch.arange(20.0).split(6), 5, seed).long()] += 1
     assert (counts - 125).abs().max() < 45  # 4.6 standard deviations
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 99])
+def test_closing_is_the_morphological_one(size):
+    grid = torch.randn(2, 9, 7, dtype=torch.float64)
+    for ours, plane in zip(closed(grid, size), grid.numpy(), strict=True):
+        wider = ndimage.maximum_filter(plane, size, mode="constant", cval=-np.inf)
+        assert ours.numpy().tolist() == ndimage.minimum_filter(wider, size, mode="constant", cval=np.inf).tolist()
+    assert torch.equal(closed(grid[0], size), closed(grid, size)[0])
+
+
+def test_the_strangest_member_can_be_the_one_that_counts():
+    said = torch.randn(3, 1, 4, 5)
+    assert torch.equal(combined(said, "max"), said.amax(0))
+    assert (combined(said, "rms") <= combined(said, "max") + 1e-6).all()
 
 
 def test_patch_medians_fall_back_on_the_predicting_patch():
