@@ -19,7 +19,7 @@ CHUNK_SCORES = 3 * 2**20  # 12 MB of float32: fits beside its operands in an L3 
 CHUNK_ROWS = (256, 1024)  # below, products are thin and dk is read and written too often; above, nothing is gained
 # The chunk in C++ (kernels/csrc/info_nce.cpp); a library built before it existed goes without.
 DENSE = CPP.available and hasattr(torch.ops.cpc_kernels_cpu, "dense_forward")
-# Tiles multiply bf16 many times faster than the C++, which knows AVX-512's pairs only: torch's products use them.
+# Tiles multiply bf16 many times faster than AVX-512's pairs: torch's products use them where the C++ does not.
 AMX = torch.cpu._is_amx_tile_supported()
 
 
@@ -30,7 +30,8 @@ def in_cpp(anchors, candidates, positives, scale, anchor_ids, candidate_ids):
         return None
     dtype = compute_dtype(anchors.dtype)
     if anchors.dtype == torch.bfloat16 and FAST_BF16.available:
-        if AMX or not torch.ops.cpc_kernels_cpu.dense_has_bf16():
+        cpp = torch.ops.cpc_kernels_cpu
+        if not cpp.dense_has_bf16() or (AMX and cpp.instruction_set() != "amx_bf16"):
             return None
         dtype = torch.bfloat16
     q, k, p = (t.to(dtype) if t.is_floating_point() else t for t in (anchors, candidates, positives))

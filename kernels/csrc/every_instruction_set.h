@@ -1,7 +1,7 @@
 // Includes LOOPS, a file of loops, once per instruction set and scalar type, each time in a namespace of its own, with
-// SCALAR, INTEGER (as wide), VECTOR_BYTES, IS_FLOAT and BF16 (inputs are pairs of bf16) defined. Include it after all
-// standard headers, so that only the loops are affected. Such a file holds plain functions only: a template or a lambda
-// would not reliably be compiled for the instruction set of its region.
+// SCALAR, INTEGER (as wide), VECTOR_BYTES, IS_FLOAT, BF16 (inputs are pairs of bf16) and AMX (and multiplied in tiles)
+// defined. Include it after all standard headers, so that only the loops are affected. Such a file holds plain
+// functions only: a template or a lambda would not reliably be compiled for the instruction set of its region.
 
 #define PRAGMA(...) _Pragma(#__VA_ARGS__)
 #if defined(__clang__)
@@ -18,6 +18,7 @@
 #define INTEGER int32_t
 #define IS_FLOAT 1
 #define BF16 0
+#define AMX 0
 
 #define VECTOR_BYTES 16
 namespace baseline_float {
@@ -49,6 +50,15 @@ namespace avx512_bf16 {
 #include LOOPS
 }
 END_TARGET
+#undef AMX
+#define AMX 1
+BEGIN_TARGET("amx-tile,amx-bf16,avx512bf16,avx512f,avx512dq,avx512vl,avx512bw,avx2,fma")
+namespace amx_bf16 {
+#include LOOPS
+}
+END_TARGET
+#undef AMX
+#define AMX 0
 #undef BF16
 #define BF16 0
 #endif
@@ -85,3 +95,4 @@ END_TARGET
 #undef INTEGER
 #undef IS_FLOAT
 #undef BF16
+#undef AMX

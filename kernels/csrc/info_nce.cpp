@@ -7,7 +7,7 @@
 // made once, exponentiated in place, summed over candidates into O and over anchors into dk. Operands are packed as
 // they are needed, into scratch that stays in the second-level cache. A row, a panel or a slice of the features has one
 // owner and one order of additions: the same bits for any number of threads. Memory beyond inputs and gradients: the
-// scores, the chunk's anchors packed twice, its O.
+// scores, the chunk's anchors packed twice, its O. With tiles P instead of scores, and the candidates packed twice.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -54,16 +55,20 @@ struct Chunk {
   T *weight, *inverse, *scale_parts;    // (padded)
   T* expectation;                       // (padded, D padded)
   void *q, *pull;                       // anchors packed as the left, and, weighed, as the right operand
+  T* reference;                         // (padded) what exponents are less; this and the rest: null without tiles
+  void *k, *k_pairs;                    // candidates packed for the scores, and for O
 };
 
 template <typename T>
 struct DenseLoops {
-  int64_t unit, rows, cols, panel, candidates_bytes, expectations_bytes;
+  int64_t unit, rows, cols, panel, candidates_bytes, expectations_bytes, forward_bytes, pulls_bytes;
   void (*pack_anchors)(const Dense<T>&, const Chunk<T>&, int64_t, int64_t);
   void (*scores)(const Dense<T>&, const Chunk<T>&, int64_t, int64_t, int64_t, void*);
   void (*rows_of)(const Dense<T>&, const Chunk<T>&, int64_t, int64_t);
   void (*expectations)(const Dense<T>&, const Chunk<T>&, int64_t, int64_t, void*);
-  void (*pulls)(const Dense<T>&, const Chunk<T>&, int64_t, int64_t);
+  void (*pack_all)(const Dense<T>&, const Chunk<T>&, int64_t, int64_t);  // these two or the last three, else null
+  void (*forward)(const Dense<T>&, const Chunk<T>&, int64_t, int64_t, void*);
+  void (*pulls)(const Dense<T>&, const Chunk<T>&, int64_t, int64_t, int64_t, void*);
 };
 
 #if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
@@ -74,7 +79,7 @@ struct DenseLoops {
 
 bool has_bf16() {
 #if defined(LOOPS_HAVE_BF16) && defined(__x86_64__)
-  return level == AVX512_BF16;
+  return level >= AVX512_BF16;
 #else
   return false;
 #endif
@@ -83,7 +88,7 @@ bool has_bf16() {
 const DenseLoops<float>& loops_for(float, bool bf16) {
 #if defined(__x86_64__)
 #ifdef LOOPS_HAVE_BF16
-  if (bf16) return avx512_bf16::dense_loops;
+  if (bf16) return level == AMX_BF16 ? amx_bf16::dense_loops : avx512_bf16::dense_loops;
 #endif
   if (level >= AVX512) return avx512_float::dense_loops;
   if (level == AVX2) return avx2_float::dense_loops;
@@ -103,16 +108,30 @@ using OptionalTensor = std::optional<Tensor>;
 
 const int64_t* integers(const OptionalTensor& t) { return t ? t->const_data_ptr<int64_t>() : nullptr; }
 
+// Arrays begin where a cache line does: a tile's row or a vector that lies across two is read at half the speed.
+struct Free {
+  void operator()(void* x) const { ::operator delete[](x, std::align_val_t(64)); }
+};
+
+template <typename T>
+std::unique_ptr<T[], Free> array(int64_t count) {
+  return std::unique_ptr<T[], Free>(new (std::align_val_t(64)) T[count]);
+}
+
 // All chunks; the gradient of the scale.
 template <typename T>
 double run(const Dense<T>& p, bool bf16, int64_t at_once) {
   const auto& loops = loops_for(T(), bf16);
   const auto up = [](int64_t x, int64_t to) { return (x + to - 1) / to * to; };
   const int64_t most = std::min(up(p.n, loops.rows), up(at_once, loops.rows)), panels = up(p.m, loops.panel) / loops.panel;
-  const int64_t slices = up(p.d, loops.cols) / loops.cols, units = up(p.d, loops.unit) / loops.unit;
+  const int64_t slices = up(p.d, loops.cols) / loops.cols, units = up(p.d, 32) / loops.unit;
   const bool products = p.expectation || p.dq;
-  const auto make = [](bool needed, int64_t count) { return std::unique_ptr<T[]>(needed ? new T[count] : nullptr); };
-  const auto scores = make(true, panels * most * loops.panel), top = make(true, panels * most), own = make(true, most);
+  const auto make = [](bool needed, int64_t count) { return needed ? array<T>(count) : nullptr; };
+  const bool whole = loops.forward;
+  const auto scores = make(!whole || p.keep, panels * most * loops.panel / (whole ? loops.unit : 1));
+  const auto reference = make(whole, most), k = make(whole, panels * loops.panel * units);
+  const auto k_pairs = make(whole && products, panels * loops.panel / loops.unit * slices * loops.cols);
+  const auto top = make(true, panels * most), own = make(true, most);
   const auto weight = make(true, most), inverse = make(true, most), parts = make(true, most);
   const auto expectation = make(products, most * slices * loops.cols);
   const auto q = make(true, most * units), pull = make(p.dk, slices * most / loops.unit * loops.cols);
@@ -120,15 +139,23 @@ double run(const Dense<T>& p, bool bf16, int64_t at_once) {
   for (int64_t first = 0; first < p.n; first += most) {
     const int64_t now = std::min(most, p.n - first), padded = up(now, loops.rows), tiles = padded / loops.rows;
     const Chunk<T> c = {first, now, padded, panels, scores.get(), own.get(), top.get(), weight.get(), inverse.get(),
-                        parts.get(), expectation.get(), q.get(), pull.get()};
+                        parts.get(), expectation.get(), q.get(), pull.get(), reference.get(), k.get(), k_pairs.get()};
     const bool heavy = now * p.m * std::max<int64_t>(p.d, 16) > (1 << 17);
     const auto share = [&](int64_t count, const auto& task) { at::parallel_for(0, count, heavy ? 1 : count, task); };
-    {
+    if (whole) {
+      RECORD_USER_SCOPE("cpc_kernels/info_nce/forward");
+      if (first == 0) share(panels, [&](int64_t begin, int64_t end) { loops.pack_all(p, c, begin, end); });
+      share(tiles, [&](int64_t begin, int64_t end) {
+        const auto scratch = array<char>(loops.forward_bytes);
+        loops.pack_anchors(p, c, begin, end);
+        loops.forward(p, c, begin, end, scratch.get());
+      });
+    } else {
       RECORD_USER_SCOPE("cpc_kernels/info_nce/scores");
       share(tiles, [&](int64_t begin, int64_t end) { loops.pack_anchors(p, c, begin, end); });
       const int64_t blocks = std::min<int64_t>(tiles, 8);  // a panel and a block of its rows is a task
       share(panels * blocks, [&](int64_t begin, int64_t end) {
-        std::unique_ptr<char[]> scratch(new char[loops.candidates_bytes]);
+        const auto scratch = array<char>(loops.candidates_bytes);
         for (int64_t task = begin; task < end;) {
           const int64_t panel = task / blocks, last = std::min(end, (panel + 1) * blocks) - panel * blocks;
           loops.scores(p, c, panel, tiles * (task - panel * blocks) / blocks, tiles * last / blocks, scratch.get());
@@ -136,23 +163,28 @@ double run(const Dense<T>& p, bool bf16, int64_t at_once) {
         }
       });
     }
-    {
+    if (!whole) {
       RECORD_USER_SCOPE("cpc_kernels/info_nce/loss");
       share(tiles, [&](int64_t begin, int64_t end) { loops.rows_of(p, c, begin, end); });
     }
-    if (products) {
+    if (products && !whole) {
       RECORD_USER_SCOPE("cpc_kernels/info_nce/expectation");
       share(tiles, [&](int64_t begin, int64_t end) {
-        std::unique_ptr<char[]> scratch(new char[loops.expectations_bytes]);
+        const auto scratch = array<char>(loops.expectations_bytes);
         loops.expectations(p, c, begin, end, scratch.get());
       });
-      if (p.dq)
-        for (int64_t r = 0; r < now; r++) dscale += parts[r];
     }
+    if (p.dq)
+      for (int64_t r = 0; r < now; r++) dscale += parts[r];
     if (p.dk) {
       RECORD_USER_SCOPE("cpc_kernels/info_nce/gradients");
       share(panels * slices, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; task++) loops.pulls(p, c, task / slices, task % slices);
+        const auto scratch = array<char>(loops.pulls_bytes);
+        for (int64_t task = begin; task < end;) {
+          const int64_t panel = task / slices, last = std::min(end, (panel + 1) * slices);
+          loops.pulls(p, c, panel, task - panel * slices, last - panel * slices, scratch.get());
+          task = last;
+        }
       });
     }
   }

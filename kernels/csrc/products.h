@@ -12,10 +12,12 @@ constexpr int UNIT = 2;
 typedef SCALAR unit, number;
 constexpr int UNIT = 1;
 #endif
-#if VECTOR_BYTES == 64
-constexpr int ROWS = 8, VECS = 2, PANEL = 64;  // PANEL: candidates whose scores lie side by side, [panel][row][PANEL]
+#if AMX
+constexpr int ROWS = 32, VECS = 2, PANEL = 64, STEP = 16;  // STEP: units of the sum that are taken at a time
+#elif VECTOR_BYTES == 64
+constexpr int ROWS = 8, VECS = 2, PANEL = 64, STEP = 1;  // PANEL: candidates whose scores lie side by side
 #else
-constexpr int ROWS = 6, VECS = 2, PANEL = 48;
+constexpr int ROWS = 6, VECS = 2, PANEL = 48, STEP = 1;
 #endif
 constexpr int COLS = VECS * W;
 static_assert(PANEL % ROWS == 0 && PANEL % COLS == 0, "panels are made of whole tiles");
@@ -65,7 +67,62 @@ static INLINE vec load_units(const unit* from) {
 
 // Where the left operand's unit k of row r lies: anchors as packed; P along the candidates; P along the anchors.
 // In bf16 two rows of a panel become [2][PANEL] numbers, for the sum along candidates, and PANEL pairs, along anchors.
+// Tiles take both packed, as [step][ROWS][STEP], and P along the candidates as rows of PANEL numbers.
 enum Left { PACKED, ALONG_CANDIDATES, ALONG_ANCHORS };
+
+#if AMX
+
+static INLINE int64_t place_of(Left, int64_t r, int64_t k) { return (k / STEP * ROWS + r) * STEP + k % STEP; }
+
+// Between these, the thread has eight tiles of 16 rows of 64 bytes; torch's products configure their own.
+static INLINE void begin_products() {
+  alignas(64) static const struct {
+    uint8_t palette = 1, unused[15] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } tiles;
+  _tile_loadconfig(&tiles);
+}
+
+static INLINE void end_products() { _tile_release(); }
+
+// A tile of sums to where rows lie `stride` apart.
+static INLINE void multiply_to(SCALAR* to, int64_t stride, Left left, const unit* a, const unit* b, int64_t count,
+                               int64_t blocks = 1, int64_t step = 0) {
+  const bool loose = left == ALONG_CANDIDATES;
+  const int64_t row = loose ? PANEL / UNIT : STEP, next = loose ? STEP : ROWS * STEP;
+  __asm__ volatile("" ::: "memory");  // GCC does not know that a tile's load reads what was stored
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (; blocks > 0; blocks--, a += step, b += count * COLS)
+    for (int64_t k = 0; k < count; k += STEP) {
+      const unit *x = a + k / STEP * next, *y = b + k * COLS;
+      _tile_loadd(4, x, row * sizeof(unit));
+      _tile_loadd(6, y, COLS * sizeof(unit));
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, y + W, COLS * sizeof(unit));
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, x + ROWS / 2 * row, row * sizeof(unit));
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  _tile_stored(0, to, stride * sizeof(SCALAR));
+  _tile_stored(1, to + W, stride * sizeof(SCALAR));
+  _tile_stored(2, to + ROWS / 2 * stride, stride * sizeof(SCALAR));
+  _tile_stored(3, to + ROWS / 2 * stride + W, stride * sizeof(SCALAR));
+}
+
+static INLINE void multiply(Left left, const unit* a, const unit* b, int64_t count, vec (*sum)[VECS],
+                            int64_t blocks = 1, int64_t step = 0) {
+  multiply_to((SCALAR*)sum, COLS, left, a, b, count, blocks, step);
+}
+
+#else
+
+static INLINE void begin_products() {}
+static INLINE void end_products() {}
 
 static INLINE int64_t place_of(Left left, int64_t r, int64_t k) {
   if (left == PACKED) return k * ROWS + r;
@@ -98,6 +155,8 @@ static INLINE void multiply(Left left, const unit* a, const unit* b, int64_t cou
 #pragma GCC unroll 4
     for (int c = 0; c < VECS; c++) sum[r][c] = s[r][c];
 }
+
+#endif
 
 // Added at the end, not begun with: a sum of sums is more accurate than one long sum.
 static INLINE void add_tile(const SCALAR* from, int64_t stride, vec (*sum)[VECS]) {

@@ -112,7 +112,7 @@ const Loops<double>& loops_for(double) {
   return baseline_double::loops;
 }
 
-constexpr std::string_view LEVEL_NAMES[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+constexpr std::string_view LEVEL_NAMES[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 
 std::string instruction_set() { return std::string(LEVEL_NAMES[level]); }
 
@@ -129,7 +129,7 @@ bool threaded() {
 void use_instruction_set(const std::string& name) {
   const auto found = std::find(std::begin(LEVEL_NAMES), std::end(LEVEL_NAMES), name);
   TORCH_CHECK(found != std::end(LEVEL_NAMES),
-              "use_instruction_set: must be baseline, avx2, avx512 or avx512_bf16. Got '", name, "'.");
+              "use_instruction_set: must be baseline, avx2, avx512, avx512_bf16 or amx_bf16. Got '", name, "'.");
   const Level wanted = Level(found - std::begin(LEVEL_NAMES));
   TORCH_CHECK(wanted <= best_level(), "use_instruction_set: this CPU cannot run ", name, " instructions.");
   level = wanted;

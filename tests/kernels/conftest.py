@@ -45,7 +45,7 @@ def poisoned_empty(monkeypatch, request):
     guarded.check()
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def level(request):
     """Each instruction set of the C++ that this CPU has."""
     best = torch.ops.cpc_kernels_cpu.instruction_set()

@@ -123,17 +123,53 @@ def test_sums_of_sums_at_every_instruction_set(dtype, vectors, reduction, engine
     judge(several(300, 520, 33, vectors=vectors, ids=True, dtype=dtype), reduction=reduction, dtype=dtype)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("scale", [0.7, -0.7, 30.0])
+@pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
+def test_scores_that_grow_from_block_to_block(scale, reduction, engine, pairs_or_floats):
+    """What was summed with a smaller maximum is put right later: in the loss, in O and in dk; and in the ranks."""
+    problems = several(70, 900, 33, ids=True, dtype=torch.bfloat16)
+    for _, candidates, _, _ in problems:
+        candidates *= torch.linspace(0.1, 3, len(candidates))[:, None].bfloat16()
+    judge(problems, scale=scale, reduction=reduction, dtype=torch.bfloat16)
+    for anchors, candidates, positives, tags in problems:
+        stats = info_nce_stats(anchors, candidates, positives, scale=scale, **tags)
+        truth = info_nce_stats(anchors.double(), candidates.double(), positives, scale=scale, **tags)
+        torch.testing.assert_close(stats.lse.double(), truth.lse, rtol=1e-5, atol=1e-5)
+        assert (stats.rank - truth.rank).abs().max() <= 1
+
+
+@pytest.mark.parametrize("features", [7, 130, 300])
+@pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
+def test_equal_candidates_tie_at_every_instruction_set(features, engine, pairs_or_floats):
+    anchors, candidates, _, _ = make(40, 1, features, dtype=torch.bfloat16)
+    everywhere = candidates.repeat(600, 1)
+    assert not info_nce_stats(anchors, everywhere, torch.arange(40) * 15, scale=0.3).rank.any()
+
+
+@pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
+def test_beside_products_that_use_tiles_too(engine):
+    """Torch's may leave its own configuration of the tiles, and must find none of ours."""
+    problem, a = make(70, 90, 64, dtype=torch.bfloat16), torch.ones(64, 64, dtype=torch.bfloat16)
+    alone = run(info_nce, *problem[:3], 1.3, torch.bfloat16, None, reduction="mean")
+    for _ in range(3):
+        assert (a @ a == 64).all()
+        again = run(info_nce, *problem[:3], 1.3, torch.bfloat16, None, reduction="mean")
+        assert all(torch.equal(x, y) for x, y in zip(alone, again, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
-def test_who_multiplies_bf16(dtype, engine, monkeypatch):
+def test_who_multiplies_bf16(dtype, engine, level, monkeypatch):
     """Torch, where its products know units that the C++ does not."""
+    tiles = torch.ops.cpc_kernels_cpu.instruction_set() == "amx_bf16" and torch.ops.cpc_kernels_cpu.dense_has_bf16()
     problem = [*make(dtype=dtype)[:3], torch.ones(1), None, None]
     native = dtype == torch.float32 or not FAST_BF16.available or torch.ops.cpc_kernels_cpu.dense_has_bf16()
     monkeypatch.setattr(chunked_info_nce, "AMX", False)
     assert (chunked_info_nce.in_cpp(*problem) is not None) == native
     monkeypatch.setattr(chunked_info_nce, "FAST_BF16", Capability("bf16", True, "for the test"))
     monkeypatch.setattr(chunked_info_nce, "AMX", True)
-    assert (chunked_info_nce.in_cpp(*problem) is None) == (dtype == torch.bfloat16)
+    assert (chunked_info_nce.in_cpp(*problem) is None) == (dtype == torch.bfloat16 and not tiles)
 
 
 @needs_cpp
@@ -142,12 +178,13 @@ def test_an_unknown_instruction_set_is_refused():
         torch.ops.cpc_kernels_cpu.use_instruction_set("sse9")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
-def test_threads_change_nothing(engine):
+def test_threads_change_nothing(dtype, engine, pairs_or_floats):
     problem, before, results = make(700, 300, 200), torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(run(info_nce, *problem[:3], 1.3, torch.float32, None, reduction="mean"))
+        results.append(run(info_nce, *problem[:3], 1.3, dtype, None, reduction="mean"))
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -443,7 +480,7 @@ def test_checkpoint():
 
 
 def test_fast_bf16_path_is_the_same_function(monkeypatch):
-    """What an AMX machine runs, run here (slowly): float32 products with internal bf16 lose nothing of bf16 inputs."""
+    """What torch runs on an AMX machine, run here (slowly): float32 products with internal bf16 lose nothing."""
     fast = Capability("bf16", True, "for the test")
     monkeypatch.setattr(chunked_info_nce, "FAST_BF16", fast)
     monkeypatch.setattr(chunked_info_nce, "AMX", True)
