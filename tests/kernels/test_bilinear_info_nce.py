@@ -293,6 +293,6 @@ def test_derivatives_that_would_be_lost_are_refused(name):
         with pytest.raises(RuntimeError, match=rf"{name}: .* use backward\(\) or .* impl=\"reference\""):
             way()
     reference_of = {way: float(ways[way](impl="reference")) for way in ways}
-    assert reference_of["grad"] == pytest.approx(reference_of["jvp"])
+    assert reference_of["grad"] == pytest.approx(reference_of["jvp"], rel=1e-4)  # a sum of float32 with both signs
     assert reference_of["jvp"] == pytest.approx(reference_of["forward mode"])
     assert torch.func.grad(lambda x: op(q, k, w, i) + x.sum())(q).shape == q.shape  # nothing of it is derived
