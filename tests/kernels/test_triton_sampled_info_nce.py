@@ -195,11 +195,11 @@ def test_features(d):
 
 
 def test_many_features_in_16_bits():
-    check(problem(n=1, steps=2, m=6, s=5, d=300, dtype=torch.float16), ("steps",), ("steps",))
+    check(problem(n=6, steps=2, m=6, s=5, d=300, dtype=torch.float16), ("steps",), ("steps",))
 
 
 def test_two_thousand_features():
-    check(problem(n=1, steps=2, m=6, s=5, d=2048, dtype=torch.float16))
+    check(problem(n=6, steps=2, m=6, s=5, d=2048, dtype=torch.float16))
 
 
 @pytest.mark.parametrize(
