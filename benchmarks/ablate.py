@@ -175,7 +175,9 @@ def tables(ablations: Ablations, part: str = "validation") -> str:
     for row in ablations.rows:
         values = means(row)
         if all(value is None for value in values):
-            (same if ablations.asks_nothing(row) else missing).append(f"{row.factor}: {row.name}")
+            beds = [BEDS[group] for group in dict.fromkeys(group for group, _, _ in COLUMNS)]
+            nothing = all(ablations.asks_nothing(row, bed) for bed in beds)
+            (same if nothing else missing).append(f"{row.factor}: {row.name}")
             continue
         cells = [
             "-" if value is None else f"{value:.3f}" + ("" if zero is None else f" ({value - zero:+.3f})")

@@ -137,11 +137,10 @@ def check_correctness(args: argparse.Namespace, worker: Worker, book, budget: Bu
         book.add("correctness", None, told | {"environment": book.told["environment"]})
         return 1
     probes, rows, earlier = listed.value, [], book.told.get("correctness", {})
-    same = all(
-        earlier.get("environment", {}).get(key) == book.told["environment"][key]
-        for key in ("commit", "torch", "triton")
-    )
-    before = earlier.get("rows", []) if same else []  # of a run that may have come further than this one
+    names = {probe.name for probe in probes}
+    before = [row for row in earlier.get("rows", []) if row["probe"] in names]
+    if not same_code(earlier.get("environment", {}), book.told["environment"]):
+        before = []  # else of a run that may have come further than this one
 
     def seconds() -> float:
         return min(PROBE_SECONDS, budget.left(SHARE_CORRECTNESS))
@@ -168,6 +167,13 @@ def check_correctness(args: argparse.Namespace, worker: Worker, book, budget: Bu
         off = f" (error {row['error']:.1e}, allowed {row['allowed']:.1e})" if "error" in row else ""
         say(f"  {row['status']}: {row['probe']}: {row.get('why', '')}{off}")
     return len(bad)
+
+
+def same_code(there: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether two environments are of one commit, with nothing changed since, and of the same software below it."""
+    known = here["commit"] != "unknown" and not here["commit"].endswith("+")
+    keys = ("commit", "torch", "triton", "cuda", "driver")
+    return known and all(there.get(key) == here.get(key) for key in keys)
 
 
 def counted(rows: list[dict[str, Any]], probes: int) -> dict[str, int]:

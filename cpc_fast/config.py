@@ -93,7 +93,7 @@ class Config:
     finer: int = 1  # grid cells of scoring in one of training, each way: 2 also looks at patches halfway between
     mirrored: bool = False  # three mirror images are scored too (test-time augmentation): 4 times the work; needs flips
     ensemble: str = "rms"  # what members and views say of a patch counts as its root mean square, or as its "max"
-    closing: int = 1  # odd: a dip in the map fewer cells of scoring wide, each way, is filled (morphological closing)
+    closing: int = 1  # odd: dips of the map narrower than so many cells of scoring are filled (morphological closing)
     bank_size: int = 1024  # normal latents that test patches are compared with
     calibration_share: float = 0.2  # share of the normal images held out of training
     target_fpr: float = 0.01  # share of normal images that may be flagged
@@ -151,6 +151,7 @@ class Config:
         need(self.weight_decay >= 0, "weight_decay", "0 or more")
         for name in ("jitter", "patch_jitter", "gamma"):
             need(getattr(self, name) >= 0, name, "0 or more")
+        need(self.gamma <= 4, "gamma", "at most 4")
 
     @property
     def offsets(self) -> tuple[int, ...]:

@@ -416,16 +416,23 @@ class Detector:
         """original and prepared: shapes of the image before and after it was resized."""
         config, kinds = self.config, len(self.config.predicts)
         counts = surprise.counts[:kinds]
-        values = surprise.values.unflatten(0, (len(surprise.counts) // kinds, -1)).mean(0).cpu()
-        losses, targets = values.split(counts), surprise.targets[: len(values)].cpu().split(counts)
+        ways = surprise.values.unflatten(0, (len(surprise.counts) // kinds, -1)).cpu()  # (views * members, n)
+        mean, targets = ways.mean(0), surprise.targets[: ways.shape[1]].cpu()
         worst = int(surprise.grid.argmax())
         row, column = divmod(worst, surprise.grid.shape[1])
+        by_place = bool(surprise.voices[:, row, column].argmax())
+        speaks = targets == worst
+        if config.place:
+            speaks &= (torch.arange(len(targets)) >= sum(counts[:-1])) == by_place
+        values = mean
+        if config.ensemble == "max" and speaks.any():  # one member in one view made the score
+            values = ways[int(ways[:, speaks].quantile(0.5, 1).argmax())]
+        losses = mean.split(counts)
         about = {
             name: float(loss[target == worst].max())
-            for name, loss, target in zip(config.predicts, losses, targets, strict=True)
+            for name, loss, target in zip(config.predicts, values.split(counts), targets.split(counts), strict=True)
             if (target == worst).any()
         }
-        by_place = bool(surprise.voices[:, row, column].argmax())
         heard = {name: loss for name, loss in about.items() if (name == "place") == by_place} or about
         zoom = original[0] / prepared[0]
         starts = (patch_starts(length, config.patch_size, config.scoring_stride) for length in prepared[:2])

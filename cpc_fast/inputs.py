@@ -201,15 +201,18 @@ def _need(path: Path) -> None:
         pass
 
 
-def walk(folder: Path, out: Path | None = None) -> list[Path]:
-    """The image files of a folder, to the bottom: without ground_truth, `out` and the pictures of answers."""
+def walk(folder: Path, out: Path | None = None, strict: bool = True) -> list[Path]:
+    """The image files of a folder, to the bottom: without ground_truth, `out` and the pictures of answers.
+
+    Raises UsageError for a folder that cannot be listed, or leaves it out (strict=False).
+    """
     answers = None if out is None else os.path.realpath(out)
 
     def refuse(error: OSError) -> None:
         raise UsageError(f"Cannot list the folder {quoted(error.filename)}: {error.strerror}.")
 
     found = []
-    for here, folders, files in os.walk(folder, onerror=refuse):
+    for here, folders, files in os.walk(folder, onerror=refuse if strict else None):
         # masks are no parts, nor are the answers of earlier calls
         folders[:] = [name for name in folders if not name.startswith(".") and name != "ground_truth"]
         folders[:] = [name for name in folders if os.path.realpath(os.path.join(here, name)) != answers]

@@ -18,9 +18,9 @@ from .stages import stage
 class LatentCache:
     """Latents of whole images, each encoded once by a frozen encoder, and random windows of them.
 
-    Windows begin on the grid, in steps of patch_stride. Jitter, gamma and flips, which would need the encoder again,
-    are left out; shifted copies are drawn once for each image. Up to `memory` bytes are kept, 4 d for each patch of an
-    image and of its copies; what is more is encoded again each time.
+    Windows begin on the grid, in steps of patch_stride. Jitter (of patches too), gamma and flips, which would need the
+    encoder again, are left out; shifted copies are drawn once for each image. Up to `memory` bytes are kept, 4 d for
+    each patch of an image and of its copies; what is more is encoded again each time.
 
     Args:
         model: with a frozen encoder.

@@ -66,6 +66,11 @@ def cpc_loss(
         images -= shifted
         latents = latents[:images]
     elif negatives == "hard":
+        if across_ranks not in ("auto", "local"):
+            raise ValueError(
+                "cpc_loss: hard negatives are looked for among a rank's own patches; across_ranks must be auto or local. "
+                f"Got {across_ranks!r}."
+            )
         drawn, across_ranks = hardest(predictions, latents, count), "local"
     elif negatives == "other-images":
         candidate_images = torch.arange(images * patches, device=latents.device) // patches
@@ -91,7 +96,7 @@ def cpc_loss(
 def hardest(predictions: Predictions, latents: Latents, count: int, rows: int = 4096) -> Tensor:
     """(n, count) the wrong answers, of all `latents`, that each prediction scores highest; fewer where there are fewer.
 
-    Scores are made for `rows` predictions at a time and forgotten.
+    Scores are made for `rows` predictions at a time, in float32, and forgotten.
 
     >>> from cpc_fast.predictions import Predictor
     >>> z = torch.randn(2, 3, 3, 8)
@@ -100,11 +105,13 @@ def hardest(predictions: Predictions, latents: Latents, count: int, rows: int = 
     """
     contexts, weight, sources, targets, counts = predictions
     candidates, found = latents.flatten(0, 2), []
-    for matrix, own, right in zip(weight, sources.split(counts), targets.split(counts), strict=True):
-        for some, answer in zip(own.split(rows), right.split(rows), strict=True):
-            scores = F.linear(contexts[some], matrix.to(contexts.dtype)) @ candidates.to(contexts.dtype).T
-            scores.scatter_(1, answer[:, None], -torch.inf)
-            found.append(scores.topk(max(0, min(count, len(candidates) - 1))).indices)
+    dtype = torch.promote_types(latents.dtype, torch.float32)
+    with torch.autocast(latents.device.type, enabled=False):
+        for matrix, own, right in zip(weight, sources.split(counts), targets.split(counts), strict=True):
+            for some, answer in zip(own.split(rows), right.split(rows), strict=True):
+                scores = F.linear(contexts[some].to(dtype), matrix.to(dtype)) @ candidates.to(dtype).T
+                scores.scatter_(1, answer[:, None], -torch.inf)
+                found.append(scores.topk(max(0, min(count, len(candidates) - 1))).indices)
     return torch.cat(found)
 
 

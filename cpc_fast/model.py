@@ -135,7 +135,7 @@ class CPC(nn.Module):
         self.pixel_spread.fill_((moments[1] - moments[0] ** 2).clamp_min(1.0).sqrt())
 
     def standardise(self, image: np.ndarray) -> Tensor:
-        """uint8 (h, w, c) -> float32 (c, h, w) of mean about 0 and variance about 1, on the model's device.
+        """(h, w, c) of 0 to 255 -> float32 (c, h, w) of mean about 0 and variance about 1, on the model's device.
 
         By the training set's mean and spread, the image's own, or those that backbones of ImageNet expect: standardise
         of the config says which.

@@ -102,7 +102,8 @@ def make_batch(
         whole = config.standardise == "image"  # by the mean and spread of all of it
         window = image if whole else image[rows, columns]
         if config.gamma:
-            window = 255 * (window / 255) ** math.exp(config.gamma * float(torch.randn((), generator=generator)))
+            power = math.exp(config.gamma * float(torch.randn((), generator=generator)))
+            window = 255 * (window.astype(np.float32) / 255) ** np.float32(power)
         window = model.standardise(window)
         window = window[:, rows, columns] if whole else window
         if config.flips:
@@ -160,10 +161,12 @@ def guessing(config: Config, images: int, side: int) -> float:
     >>> round(math.exp(guessing(Config(patch_size=32, patch_stride=16), images=8, side=96)))
     200
     """
-    if config.negatives in ("sampled", "hard"):
+    if config.negatives == "sampled":
         return math.log(1 + config.negatives_count)
     gy, gx = grid_shape(side, side, config.patch_size, config.patch_stride)
     whole = images * (1 + config.shift_copies) if config.shifts else images
+    if config.negatives == "hard":
+        return math.log(min(1 + config.negatives_count, whole * gy * gx))
     return math.log((whole - 1) * gy * gx + 1 if config.negatives == "other-images" else whole * gy * gx)
 
 
@@ -203,7 +206,8 @@ def train(
     total = per_epoch * config.epochs
     smallest = min(min(image.shape[:2]) for image in images)
     side = config.window(smallest)
-    together = size if config.across_ranks != "local" else len(share(list(range(size)), 0, world))
+    local = config.across_ranks == "local" or config.negatives == "hard"
+    together = len(share(list(range(size)), 0, world)) if local else size
     chance = guessing(config, together, side)
     at = position or Position()
     started, done, bad, saved = time.perf_counter(), 0, 0, time.monotonic()

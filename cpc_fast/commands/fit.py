@@ -83,7 +83,7 @@ def fit(
     finished = resume and _finished(out, fitted_to_files(config, images), data)
     if not (finished or launched()[0]):
         folder = images[0].parent
-        if left := sum(path.parent != folder for path in walk(folder)):
+        if left := sum(path.parent != folder for path in walk(folder, strict=False)):
             say(f"Subfolders of {quoted(folder)} hold {left} images that are not read; to learn from them, move them.")
         for doubt in doubts(config, images):
             say(f"Of {doubt}")

@@ -62,7 +62,7 @@ static void pack_all(const Dense<SCALAR>& p, const Chunk<SCALAR>& c, int64_t beg
       for (int64_t t = 0; t < W; t += UNIT) {
         __m256i x[UNIT];
         for (int h = 0; h < UNIT; h++)
-          x[h] = rows[t + h] ? _mm256_maskz_loadu_epi16(some, rows[t + h] + i) : _mm256_setzero_si256();
+          x[h] = rows[t + h] && some ? _mm256_maskz_loadu_epi16(some, rows[t + h] + i) : _mm256_setzero_si256();
         store((SCALAR*)to + t / UNIT * COLS, interleave(x[0], x[1]));
       }
     }

@@ -128,25 +128,36 @@ def test_whoever_breaks_a_case_is_recorded_and_ours_is_missed(book):
 
 
 def test_a_run_that_reaches_no_probe_keeps_what_another_found(book):
-    worker, args = Silent(Answer("done", ["a probe"])), argparse.Namespace(dry=True, jobs=1)
+    worker, args = Silent(Answer("done", probes("a"))), argparse.Namespace(dry=True, jobs=1)
     book.add("correctness", None, {"passed": 7, "failed": 0, "not_reached": 0, "rows": []})
     assert gpu_check.check_correctness(args, worker, book, gpu_check.Budget(0.0)) == 0
     assert json.loads(book.path.read_text())["correctness"]["passed"] == 7
 
 
-@pytest.mark.parametrize("commit", ["0123abcd", "4567cdef"])
-def test_a_shorter_run_adds_to_what_one_of_the_same_code_found(book, commit, monkeypatch):
-    environment = {"commit": commit, "torch": "2.13.0", "triton": "3.9.0"}
-    earlier = [
-        {"probe": name, "status": status} for name, status in (("a", "passed"), ("b", "failed"), ("c", "passed"))
-    ]
-    book.add("correctness", None, {"passed": 2, "failed": 1, "rows": earlier, "environment": environment})
-    found = [(argparse.Namespace(name="b"), Answer("done", {"probe": "b", "status": "passed"}))]
+def probes(names):
+    return [argparse.Namespace(name=name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "kept"),
+    [
+        ("0123abcd", "0123abcd", 3),
+        ("4567cdef", "0123abcd", 1),
+        ("0123abcd+", "0123abcd+", 1),
+        ("unknown", "unknown", 1),
+    ],
+)
+def test_a_shorter_run_adds_to_what_one_of_the_same_code_found(book, there, here, kept, monkeypatch):
+    book.told["environment"]["commit"] = here
+    environment = {"commit": there, "torch": "2.13.0", "triton": "3.9.0"}
+    names, statuses = ("a", "b", "c", "the list of probes"), ("passed", "failed", "passed", "late")
+    earlier = [{"probe": name, "status": status} for name, status in zip(names, statuses, strict=True)]
+    book.add("correctness", None, {"passed": 2, "failed": 2, "rows": earlier, "environment": environment})
+    found = [(probes("b")[0], Answer("done", {"probe": "b", "status": "passed"}))]
     monkeypatch.setattr(gpu_check, "spread", lambda *_: found)
-    worker, args = Silent(Answer("done", ["a", "b", "c", "d"])), argparse.Namespace(dry=True, jobs=1)
+    worker, args = Silent(Answer("done", probes("abcd"))), argparse.Namespace(dry=True, jobs=1)
     assert gpu_check.check_correctness(args, worker, book, gpu_check.Budget(1.0)) == 0
     told = json.loads(book.path.read_text())["correctness"]
-    kept = 3 if commit == "0123abcd" else 1
     assert (told["passed"], told["failed"], told["not_reached"]) == (kept, 0, 4 - kept)
     assert len(told["rows"]) == kept
 

@@ -23,7 +23,7 @@ from cpc_fast.errors import CpcFastError, UsageError
 from cpc_fast.images import ImageCache
 from cpc_fast.model import CPC
 from cpc_fast.patches import extract_patches, patch_starts
-from cpc_fast.scoring import Scorer, calibrate, held_out_scores
+from cpc_fast.scoring import Scorer, calibrate, closed, held_out_scores
 from cpc_fast.train import Progress
 
 IMAGES = [texture(i) for i in range(10)]
@@ -479,15 +479,34 @@ def test_a_closing_is_an_odd_number_of_cells(closing, why):
 
 
 def test_closing_fills_the_map_and_no_more():
-    """What is said of each patch, and why, stays; dips of the map rise, and its highest point does not."""
+    """What is said of each patch, and why, stays; dips between them rise, and with them the map, the highest does not."""
     plain = Detector.fit(IMAGES, TINY_CONFIG, epochs=2, precision="float32")
     filled = Detector.fit(IMAGES, TINY_CONFIG, epochs=2, precision="float32", closing=3)
     image = holed(7)[0]
     before, after = plain.inspect(image), filled.inspect(image)
     assert torch.equal(plain.scorer.surprise(image).grid, filled.scorer.surprise(image).grid)
+    grid = plain.scorer.surprise(image).grid
+    assert closed(grid, 3).max() == grid.max()
     assert (after.map >= before.map - 1e-6).all()
     assert (after.map > before.map + 0.01).any()
     assert plain.explain(image).patch == filled.explain(image).patch
+
+
+def test_the_member_that_made_the_score_is_asked_why():
+    """Where the strangest member counts, the loudest of what it says; the others would outvote it in the mean."""
+    detector = Detector.fit(IMAGES, TINY_CONFIG, epochs=1, members=2, ensemble="max")
+    surprise = detector.scorer.surprise(holed(3)[0])
+    kinds, worst = len(detector.config.predicts), int(surprise.grid.argmax())
+    counts, targets = surprise.counts[:kinds], surprise.targets[: len(surprise.targets) // 2]
+    values = torch.zeros(2, len(targets))
+    (quiet, loud), step = (0, 1), torch.repeat_interleave(torch.arange(kinds), torch.tensor(counts))
+    here = targets == worst
+    first, last = step[here].unique()[[0, -1]]
+    values[quiet, here & (step == first)] = 9.0  # one cry, and not of the member whose median is the higher
+    values[loud, here] = 3.0
+    values[loud, here & (step == last)] = 4.0
+    told = detector._explanation(replace(surprise, values=values.flatten()), (48, 48, 1), (48, 48, 1))
+    assert told.worst == detector.config.predicts[last]
 
 
 def test_a_crop_smaller_than_a_patch_is_no_config():

@@ -296,6 +296,10 @@ def test_a_model_that_knows_nothing_has_the_loss_of_guessing(negatives, shifts):
     images = torch.randn(3, 1, 96, 96)
     loss = model(images, torch.randn(6, 1, 96, 96) if shifts else None).loss
     assert loss.item() == pytest.approx(guessing(config, images=3, side=96), rel=1e-5)
+    if negatives == "hard":  # no more than there are
+        model.config = model.members[0].config = config.replace(negatives_count=5000)
+        loss = model(images, torch.randn(6, 1, 96, 96) if shifts else None).loss
+        assert loss.item() == pytest.approx(guessing(model.config, images=3, side=96), rel=1e-5)
 
 
 @pytest.mark.parametrize("context", ["none", "masked-conv"])
@@ -392,6 +396,17 @@ def test_windows_are_cut_from_standardised_images(standardise, channels):
     batch, frames = make_batch(model, images, 32, torch.Generator().manual_seed(3))
     for image, window, (top, left) in zip(images, batch, frames[:, :2].int().tolist(), strict=True):
         assert torch.equal(window, model.standardise(image)[:, top : top + 32, left : left + 32])
+
+
+def test_a_gamma_that_no_camera_has_is_no_config():
+    with pytest.raises(UsageError, match=r"gamma is 2000.0; it must be at most 4"):
+        Config(gamma=2000.0)
+
+
+def test_hard_negatives_are_a_ranks_own():
+    latents = torch.randn(1, 3, 3, 8)
+    with pytest.raises(ValueError, match=r"across_ranks must be auto or local\. Got 'ring'"):
+        cpc_loss(Predictor(8, (1,), 1)(latents[None]), latents, negatives="hard", across_ranks="ring")
 
 
 def test_gamma_is_a_power_of_the_pixels():
