@@ -68,8 +68,8 @@ def cpc_loss(
     elif negatives == "hard":
         if across_ranks not in ("auto", "local"):
             raise ValueError(
-                "cpc_loss: hard negatives are looked for among a rank's own patches; across_ranks must be auto or local. "
-                f"Got {across_ranks!r}."
+                "cpc_loss: hard negatives are looked for among a rank's own patches, so across_ranks must be auto or "
+                f"local. Got {across_ranks!r}."
             )
         drawn, across_ranks = hardest(predictions, latents, count), "local"
     elif negatives == "other-images":

@@ -479,7 +479,7 @@ def test_a_closing_is_an_odd_number_of_cells(closing, why):
 
 
 def test_closing_fills_the_map_and_no_more():
-    """What is said of each patch, and why, stays; dips between them rise, and with them the map, the highest does not."""
+    """What is said of each patch, and why, stays; dips between them rise, and the map with them; the highest stays."""
     plain = Detector.fit(IMAGES, TINY_CONFIG, epochs=2, precision="float32")
     filled = Detector.fit(IMAGES, TINY_CONFIG, epochs=2, precision="float32", closing=3)
     image = holed(7)[0]
