@@ -175,7 +175,7 @@ def tables(ablations: Ablations, part: str = "validation") -> str:
     for row in ablations.rows:
         values = means(row)
         if all(value is None for value in values):
-            beds = [BEDS[group] for group in dict.fromkeys(group for group, _, _ in COLUMNS)]
+            beds = [BEDS[group] for group in dict.fromkeys(group for group, _, _ in COLUMNS) if group in BEDS]
             nothing = all(ablations.asks_nothing(row, bed) for bed in beds)
             (same if nothing else missing).append(f"{row.factor}: {row.name}")
             continue

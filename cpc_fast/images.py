@@ -264,15 +264,23 @@ def find_train(root: str | os.PathLike) -> list[Path]:
                 "train/good."
             )
         raise UsageError(f"{quoted(root)} holds no images itself, its folder good does: name {quoted(root / 'good')}.")
-    from cpc_fast.inputs import walk  # late, as it imports this module
-
     inside = _categories(root, "train")
-    if not inside and (count := len(walk(root, strict=False))):
+    if not inside and (count := count_below(root)):
         inside = f" Its subfolders hold {count} images: name one of them, or move the images into one folder."
     raise UsageError(
         f"{quoted(root)} holds no images ({' '.join(SUFFIXES)}) and no train/good; "
         f"name a folder of normal images, or one with train/good inside.{inside}"
     )
+
+
+def count_below(folder: str | os.PathLike) -> int:
+    """How many image files the subfolders of a folder hold, to any depth, without hidden ones."""
+    count = 0
+    for here, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if here != os.fspath(folder):
+            count += sum(Path(name).suffix.lower() in SUFFIXES and not name.startswith(".") for name in files)
+    return count
 
 
 def find_test(

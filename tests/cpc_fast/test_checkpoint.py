@@ -169,8 +169,8 @@ def spoil(monkeypatch, bad: set[int], what: str = "loss") -> None:
     """The loss, or only its gradient, is NaN in these steps."""
     forward = train.CPC.forward
 
-    def spoilt(self, images, shifted=None, seed=0, frames=None):
-        result = forward(self, images, shifted, seed, frames)
+    def spoilt(self, images, shifted=None, seed=0, **options):
+        result = forward(self, images, shifted, seed, **options)
         if seed in bad and what == "loss":
             result.loss = result.loss * float("nan")
         elif seed in bad:
