@@ -104,12 +104,12 @@ def hardest(predictions: Predictions, latents: Latents, count: int, rows: int = 
     torch.Size([6, 5])
     """
     contexts, weight, sources, targets, counts = predictions
-    candidates, found = latents.flatten(0, 2), []
     dtype = torch.promote_types(latents.dtype, torch.float32)
+    candidates, found = latents.flatten(0, 2).to(dtype), []
     with torch.autocast(latents.device.type, enabled=False):
         for matrix, own, right in zip(weight, sources.split(counts), targets.split(counts), strict=True):
             for some, answer in zip(own.split(rows), right.split(rows), strict=True):
-                scores = F.linear(contexts[some].to(dtype), matrix.to(dtype)) @ candidates.to(dtype).T
+                scores = F.linear(contexts[some].to(dtype), matrix.to(dtype)) @ candidates.T
                 scores.scatter_(1, answer[:, None], -torch.inf)
                 found.append(scores.topk(max(0, min(count, len(candidates) - 1))).indices)
     return torch.cat(found)
