@@ -170,7 +170,7 @@ def tables(ablations: Ablations, part: str = "validation") -> str:
     base = means(None)
     if not any(value is not None for value in base):
         return "Not measured yet: `python -m benchmarks.ablate` measures it."
-    rows = [("**the preset**", "", *("-" if value is None else f"**{value:.3f}**" for value in base), "")]
+    rows = [("**the base**", "", *("-" if value is None else f"**{value:.3f}**" for value in base), "")]
     missing, same = [], []
     for row in ablations.rows:
         values = means(row)
@@ -189,9 +189,10 @@ def tables(ablations: Ablations, part: str = "validation") -> str:
     commits = ", ".join(dict.fromkeys(record["environment"]["commit"] for record in records))
     devices = ", ".join(dict.fromkeys(record["environment"]["device"] for record in records))
     head = ("factor", "change", *(f"{group}, {name}" for group, name, _ in COLUMNS), "why it is tried")
-    changed = "".join(f", {name} {value}" for name, value in ablations.changes.items())
+    changed = ", ".join(f"{name} {value}" for name, value in ablations.changes.items())
     text = (
-        f"{table(head, rows)}\n\nPreset `{ablations.preset}`{changed}; in brackets the difference from it; seeds "
+        f"{table(head, rows)}\n\nThe base: `{ablations.preset}`, or its sibling for the set, with {changed}; in "
+        f"brackets the difference from it; seeds "
         f"{', '.join(map(str, sorted(seeds)))}; {devices}, commit {commits}."
     )
     for title, names in (("Not tried, as the preset has it so or cannot have it", same), ("Not measured yet", missing)):

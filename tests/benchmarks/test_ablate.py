@@ -121,7 +121,7 @@ def test_rows_are_carried_out_and_told(data, tmp_path, monkeypatch, capsys):
     assert "0 of 10 results are there" in said
     text = page.read_text()
     for cell in (
-        "| **the preset** |",
+        "| **the base** |",
         "| norm | layer | ",
         "| shifts | without noise | ",
         "| score | rank | ",
