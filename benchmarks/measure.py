@@ -250,7 +250,7 @@ class Race:
         room = free_bytes(self.device)
         if provider.memory(case) > 0.7 * room:
             lane.status = "too big"
-            lane.why = f"needs about {provider.memory(case) / 1e9:.1f} GB, {room / 1e9:.1f} GB are free"
+            lane.why = f"needs about {provider.memory(case) / 1e9:.1f} GB, over 70% of the {room / 1e9:.1f} GB that are free"
             return lane
         try:
             with warnings.catch_warnings():

@@ -125,17 +125,27 @@ def _by_defect(records: Sequence[Record]) -> str:
 
 
 def _origin(records: Sequence[Record], variant: str) -> str:
-    def told(name: str) -> str:
-        return ", ".join(dict.fromkeys(str(record["environment"][name]) for record in records))
+    """What was fitted where, a group at a time, and the baselines."""
 
-    seeds = {record["identity"]["seed"] for record in records}
-    fits = [r["seconds"]["fit"] for r in records if r["identity"]["method"] == CPC and r["seconds"]["fit"]]
-    took = f" A fit took {duration(min(fits))} to {duration(max(fits))}." if fits else ""
-    return (
-        f"Preset `{variant}`, {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}; after ± the standard deviation "
-        f"over seeds; `textures` is the mean of its three sets.{took} {told('device')}, torch {told('torch')}, "
-        f"commit {told('commit')}, {told('date')}."
-    )
+    def told(some: Sequence[Record]) -> str:
+        each = {name: sorted({str(r["environment"][name]) for r in some}) for name in ("device", "torch", "commit")}
+        days = sorted(r["environment"]["date"] for r in some)
+        when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+        return f"{', '.join(each['device'])}; torch {', '.join(each['torch'])}, commit {', '.join(each['commit'])}, {when}"
+
+    lines = ["After ± the standard deviation over seeds; `textures` is the mean of its three sets."]
+    for group, names in GROUPS.items():
+        ours = [r for r in records if r["identity"]["set"] in names and r["identity"]["method"] == CPC]
+        if not ours:
+            continue
+        seeds = len({r["identity"]["seed"] for r in ours})
+        fits = [r["seconds"]["fit"] for r in ours if r["seconds"]["fit"]]
+        took = f", a fit {' to '.join(dict.fromkeys(map(duration, (min(fits), max(fits)))))}" if fits else ""
+        presets = ", ".join(dict.fromkeys(f"`{BEDS[name].sibling(variant)}`" for name in names))
+        lines.append(f"- {group}: {presets}, {seeds} {'seed' if seeds == 1 else 'seeds'}{took}; {told(ours)}.")
+    if others := [r for r in records if r["identity"]["method"] != CPC]:
+        lines.append(f"- the other methods: {told(others)}.")
+    return "\n".join([lines[0], "", *lines[1:]])
 
 
 def reported(variant: str) -> list[Record]:

@@ -113,7 +113,7 @@ def summary(devices: list[Told]) -> str:
             plain = best(rows_of(record, PLAIN))
             other = best([row for row in record["rows"] if not row["ours"] and row["provider"] not in PLAIN])
             against = best([row for row in (plain, other) if row])
-            factor = f"{against['median_ms'] / mine['median_ms']:.1f}x" if mine and against else "-"
+            factor = f"{against['ratio']:.1f}x" if mine and against else "-"
             named = f"{time(other)} ({other['provider']})" if other else "none runs here"
             rows.append((name, time(mine), time(plain), named, f"**{factor}**", f"{memory(mine)} / {memory(plain)}"))
         for name, record in told.get("end_to_end", {}).items():
@@ -124,7 +124,7 @@ def summary(devices: list[Told]) -> str:
                     time(mine),
                     time(plain),
                     "-",
-                    f"**{plain['median_ms'] / mine['median_ms']:.1f}x**" if plain else "-",
+                    f"**{plain['ratio']:.1f}x**" if plain else "-",
                     "-",
                 )
             )
@@ -142,9 +142,9 @@ def summary(devices: list[Told]) -> str:
     if not devices:
         return "\n\n".join(["CPU: not measured. `make bench` measures it in a quarter of an hour.", *parts])
     parts.append(
-        "Medians of runs in turns; every row was checked against float64 first. Factors are against the faster of the "
-        "two columns before them, below 1 where ours is slower. Spreads, all providers and the method: "
-        "[docs/performance.md](docs/performance.md)."
+        "Medians of runs in turns; every row was checked against float64 first. Factors are medians of the ratios within "
+        "turns, against the faster of the two columns before them, below 1 where ours is slower. Spreads, all providers "
+        "and the method: [docs/performance.md](docs/performance.md)."
     )
     return "\n\n".join(parts)
 
@@ -156,7 +156,7 @@ def slower(told: Told) -> str:
         mine = best([row for row in record["rows"] if row["ours"]])
         first = best(record["rows"])
         if mine and first and not first["ours"]:
-            lost.append(f"{name} ({first['provider']}, {mine['median_ms'] / first['median_ms']:.2f}x)")
+            lost.append(f"{name} ({first['provider']}, {1 / first['ratio']:.2f}x)")
     return f"Another is faster on: {'; '.join(lost)}." if lost else "Ours is the fastest in every case measured."
 
 
@@ -178,7 +178,7 @@ def measured(devices: list[Told]) -> str:
         section = of_device(told)
         cpus += is_cpu(told)
         if is_cpu(told) and cpus > 1:
-            section = f"<details><summary>An earlier one: {told['device']}</summary>\n\n{section}\n\n</details>"
+            section = f"<details><summary>Another CPU: {told['device']}</summary>\n\n{section}\n\n</details>"
         parts.append(section)
     if all(map(is_cpu, devices)):
         parts.append("### GPU\n\nNot measured.")

@@ -80,7 +80,7 @@ class Config:
     learning_rate: float = 1e-3
     schedule: str = "cosine"  # of the learning rate, after a warm-up: "cosine" down to 0, or "constant"
     weight_decay: float = 1e-4
-    averaging: float = 0.98  # decay of the running mean of the weights that the run ends with; 0: the last weights
+    averaging: float = 0.98  # highest decay of the mean of the weights that the run ends with; 0: the last weights
     jitter: float = 0.1  # standard deviation of the random brightness and contrast of a training image
     patch_jitter: float = 0.0  # the same of each of its patches by itself
     gamma: float = 0.0  # standard deviation of the log of the random power that a training image's pixels are raised to

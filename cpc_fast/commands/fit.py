@@ -39,8 +39,8 @@ def fit(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="cpu-demo (quickest), quality (parts), texture (even surfaces), aligned (parts that lie alike "
-            "in every image), fast (quality at less cost) or paper (unverified); cpu-demo unless told, or what "
+            help="cpu-demo (one network), quality (parts), texture (even surfaces), aligned (parts that lie alike "
+            "in every image), fast (quality at least cost) or paper (unverified); cpu-demo unless told, or what "
             "--resume finds."
         ),
     ] = None,
