@@ -250,7 +250,8 @@ class Race:
         room = free_bytes(self.device)
         if provider.memory(case) > 0.7 * room:
             lane.status = "too big"
-            lane.why = f"needs about {provider.memory(case) / 1e9:.1f} GB, over 70% of the {room / 1e9:.1f} GB that are free"
+            asked, free = f"{provider.memory(case) / 1e9:.1f} GB", f"{room / 1e9:.1f} GB"
+            lane.why = f"needs about {asked}, over 70% of the {free} that are free"
             return lane
         try:
             with warnings.catch_warnings():

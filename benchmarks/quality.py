@@ -131,7 +131,8 @@ def _origin(records: Sequence[Record], variant: str) -> str:
         each = {name: sorted({str(r["environment"][name]) for r in some}) for name in ("device", "torch", "commit")}
         days = sorted(r["environment"]["date"] for r in some)
         when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
-        return f"{', '.join(each['device'])}; torch {', '.join(each['torch'])}, commit {', '.join(each['commit'])}, {when}"
+        device, torch_version, commit = (", ".join(values) for values in each.values())
+        return f"{device}; torch {torch_version}, commit {commit}, {when}"
 
     lines = ["After ± the standard deviation over seeds; `textures` is the mean of its three sets."]
     for group, names in GROUPS.items():

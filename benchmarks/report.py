@@ -142,9 +142,9 @@ def summary(devices: list[Told]) -> str:
     if not devices:
         return "\n\n".join(["CPU: not measured. `make bench` measures it in a quarter of an hour.", *parts])
     parts.append(
-        "Medians of runs in turns; every row was checked against float64 first. Factors are medians of the ratios within "
-        "turns, against the faster of the two columns before them, below 1 where ours is slower. Spreads, all providers "
-        "and the method: [docs/performance.md](docs/performance.md)."
+        "Medians of runs in turns; every row was checked against float64 first. Factors are medians of the ratios "
+        "within turns, against the faster of the two columns before them, below 1 where ours is slower. Spreads, all "
+        "providers and the method: [docs/performance.md](docs/performance.md)."
     )
     return "\n\n".join(parts)
 

@@ -1,7 +1,7 @@
 """The sets that quality is judged on: where their images are, how a preset meets them, and which halves choose.
 
-Choices are made on the textures, which are painted for that and reported all the same, and on the validation halves of the
-magnetic tiles and the solar cells; their other halves are only reported. (They chose once: docs/results.md, "not kept".)
+Choices are made on the textures, which are painted for that and reported all the same, and on the validation halves of
+the magnetic tiles and the solar cells; their other halves are only reported (they chose once: docs/results.md).
 """
 
 from __future__ import annotations

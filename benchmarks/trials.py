@@ -212,7 +212,7 @@ class Clock:
 
 
 def carry_out_all(jobs: Sequence[Job], device: torch.device, *, minutes: float | None, fresh: bool = False) -> bool:
-    """Every job that is not done; False when the time was up before."""
+    """Every job that is not done and can be had; False when the time was up before."""
     stored = [job.stored() for job in jobs]
     clock = Clock(record for record in stored if record)
     todo = [job for job, record in zip(jobs, stored, strict=True) if fresh or record is None]
@@ -240,7 +240,11 @@ def carry_out_all(jobs: Sequence[Job], device: torch.device, *, minutes: float |
                 more = f"; {duration(step.seconds_left + others)} for all {waiting} fits at this pace" if others else ""
                 print(f"  {duration(step.seconds_left)} left for this fit{more}", flush=True)
 
-        record, scored, threshold = carry_out(job, device, on_step, fresh)
+        try:
+            record, scored, threshold = carry_out(job, device, on_step, fresh)
+        except CpcFastError as error:  # as windows that are wider than the images of a set
+            print(f"  cannot be had: {error}", flush=True)
+            continue
         write_text(job.path, json.dumps(record, indent=1, allow_nan=False) + "\n")
         clock.add(record)
         if job.fitted and job.part == "report":

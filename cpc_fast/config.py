@@ -106,6 +106,11 @@ class Config:
         for field in dataclasses.fields(self):
             kinds, takes = KINDS[str(field.type)]
             value = getattr(self, field.name)
+            if tuple in kinds and type(value) is list:
+                value = tuple(value)
+            elif getattr(value, "ndim", None) == 0:  # NumPy's numbers
+                value = value.item()  # pyright: ignore[reportAttributeAccessIssue]
+            object.__setattr__(self, field.name, value)
             need(type(value) in kinds, field.name, takes)
             need(type(value) is not float or math.isfinite(value), field.name, "finite")
         need(all(type(name) is str for name in self.shifts), "shifts", f"drawn from {', '.join(SHIFTS)}")
@@ -277,11 +282,11 @@ class Config:
 _TEXTURES = Config(
     crop=96, made_for=128, width=16, stem=2, context="masked-conv", shift_copies=2, batch_size=8,
     shifts=("noise", "shuffle", "sharpen", "invert", "warp", "magnify"),
-    epochs=8, learning_rate=2e-3, schedule="constant", jitter=0.03, flips=True,
+    epochs=12, learning_rate=4e-3, schedule="cosine", jitter=0.03, flips=False,
 )  # fmt: skip
 
 _QUALITY = _TEXTURES.replace(
-    made_for=256, members=3, epochs=16, learning_rate=4e-3, schedule="cosine", finer=2, ensemble="max", closing=3,
+    made_for=256, members=3, epochs=16, flips=True, finer=2, ensemble="max", closing=3,
     shifts=("spots", "curves", "lines", "warp", "shuffle"), shift_copies=4,
 )  # fmt: skip
 

@@ -202,6 +202,8 @@ class Detector:
         """
         if fresh and resume:
             raise UsageError("fit got resume=True and fresh=True; go on with the run in `out`, or replace it.")
+        if out is None and (fresh or resume):
+            raise UsageError(f"fit got {'resume' if resume else 'fresh'}=True and no `out`; name the run folder.")
         config = (preset(config) if isinstance(config, str) else config).replace(**changes)
         if encoder is not None:  # a frozen one is run once for each image, not on mirror images
             learns = any(weight.requires_grad for weight in encoder.parameters())
@@ -215,6 +217,9 @@ class Detector:
             shapes, originals = cache.shapes(), cache.originals
             names, short = [quoted(path) for path in paths], [path.name for path in paths]
         else:
+            if is_one_image(data):
+                raise UsageError(f"fit takes a folder or a list of images. Got {described(data)}.")
+            data = list(data)
             images = [prepare(image, config) for image in data]
             shapes = [(image.shape[0], image.shape[1]) for image in images]
             given = origin(f"{len(data)} arrays", data)
@@ -227,7 +232,8 @@ class Detector:
         _check_sizes(shapes, names, config)
         training, held_out = split(len(images), config)
         rank, world = rank_and_world()
-        with contextlib.nullcontext() if out is None or rank else locked(Path(out)):
+        lock = contextlib.nullcontext() if out is None or rank else locked(Path(out))
+        with lock, torch.autocast(device.type, enabled=False):  # precision of the config says what is rounded
             torch.manual_seed(config.seed)
             model = CPC(config, encoder).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             optimizer = make_optimizer(model, config)
@@ -374,7 +380,8 @@ class Detector:
         number makes the score and the whole map so.
         """
         prepared = prepare(image, self.config)
-        surprise, spread = self.scorer.look(prepared, image.shape[:2])
+        with torch.autocast(self.bank.device.type, enabled=False):
+            surprise, spread = self.scorer.look(prepared, image.shape[:2])
         map = spread.cpu().numpy()
         mask, segments = find_segments(map, self.threshold.value, min_area)
         score = float(map.max())
@@ -410,7 +417,9 @@ class Detector:
     def explain(self, image: np.ndarray) -> Explanation:
         """Which patch, and which direction and step or its place, made the score of an image, uint8 (h, w, c)."""
         prepared = prepare(image, self.config)
-        return self._explanation(self.scorer.surprise(prepared), image.shape, prepared.shape)
+        with torch.autocast(self.bank.device.type, enabled=False):
+            surprise = self.scorer.surprise(prepared)
+        return self._explanation(surprise, image.shape, prepared.shape)
 
     def _explanation(self, surprise: Surprise, original: Sequence[int], prepared: Sequence[int]) -> Explanation:
         """original and prepared: shapes of the image before and after it was resized."""

@@ -140,7 +140,8 @@ class CPC(nn.Module):
         By the training set's mean and spread, the image's own, or those that backbones of ImageNet expect: standardise
         of the config says which.
         """
-        pixels = torch.tensor(image, device=self.pixel_mean.device).permute(2, 0, 1).float()
+        # Contiguous: torch takes no negative strides, which mirrored arrays have.
+        pixels = torch.tensor(np.ascontiguousarray(image), device=self.pixel_mean.device).permute(2, 0, 1).float()
         if self.config.standardise == "set":
             return (pixels - self.pixel_mean) / self.pixel_spread
         if self.config.standardise == "imagenet":
@@ -173,7 +174,8 @@ class CPC(nn.Module):
         frames: Frames | None = None,
         draws: torch.Generator | None = None,
     ) -> StepResult:
-        """The loss of a batch, the mean over the members: each has an equal part of the images, in their order.
+        """The loss of a batch, the mean over the members: each has an equal part of the images, in their order. One that
+        has none, as in a batch of fewer images than members, counts as 0.
 
         shifted: transformed images whose patches are further wrong answers, an equal part for each member too.
         frames: where each image was cut from; they are whole by default.

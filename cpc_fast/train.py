@@ -127,8 +127,8 @@ def make_optimizer(model: CPC, config: Config) -> torch.optim.AdamW:
 def average_weights(optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
     """Move the running mean of the weights towards them; it lives in the optimiser's state and is saved with it.
 
-    The mean over the last 1 / (1 - decay) steps, but never over more than about a ninth of those so far. Single weights wander from step to step, and the
-    scores of unseen images with them; their mean does not.
+    The mean over the last 1 / (1 - decay) steps, but never over more than about a ninth of those so far. Single weights
+    wander from step to step, and the scores of unseen images with them; their mean does not.
     """
     rate = 1 - min(decay, (1 + step) / (10 + step))
     for group in optimizer.param_groups:

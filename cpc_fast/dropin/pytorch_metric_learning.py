@@ -192,7 +192,7 @@ class SupConLoss(LabelLoss):
         sums = torch.zeros(groups.classes, k.shape[1], dtype=scale.dtype, device=k.device)
         sums = sums.index_add(0, groups.ref_ids, k.to(scale.dtype))[groups.ids]  # (N, D)
         mean = (sums - k.to(scale.dtype) if groups.itself else sums) / count.clamp(min=1)[:, None]
-        offset = torch.linalg.vecdot(q.to(scale.dtype), k[p.clamp(min=0)].to(scale.dtype) - mean) * scale
+        offset = (q * (k[p.clamp(min=0)].to(scale.dtype) - mean)).sum(-1) * scale
         offset = offset.where(count > 1, 0)  # one positive is its own mean
         each = "sum" if self.reducer is None else "none"
         loss = info_nce(q, k, p, scale=scale, anchor_ids=rows, candidate_ids=columns, reduction=each)
@@ -264,5 +264,5 @@ def log_sum_exp(q: Tensor, k: Tensor, scale: Tensor, groups: Groups, alike: bool
         s = -reach if alike else info_nce_stats(q, k, torch.zeros_like(q), **options).lse.clamp(-reach, reach)
         made_up = (q * (s.where(some, 0) / (scale * length**2))[:, None]).to(q.dtype)
     loss = info_nce(q, k, made_up, reduction="none", **options).where(some, 1)
-    s = torch.linalg.vecdot(q.to(scale.dtype), made_up.to(scale.dtype)) * scale
+    s = (q.to(scale.dtype) * made_up).sum(-1) * scale
     return (loss + torch.log(-torch.expm1(-loss)) + s).where(some, -torch.inf)

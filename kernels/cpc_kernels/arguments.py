@@ -98,10 +98,15 @@ def check_indices(op: str, what: str, indices: Tensor, size: int, lowest: int = 
         )
 
 
-def need_finite(op: str, scale: float | Tensor) -> None:
-    """Not of a tensor, as looking may wait for a GPU, nor under compile, where it may be any number."""
-    if isinstance(scale, float) and not torch.compiler.is_compiling() and not math.isfinite(scale):
+def need_finite(op: str, scale: float | Tensor, dtype: torch.dtype) -> None:
+    """In the compute dtype. Not of a tensor, as looking may wait for a GPU, nor under compile, where it may be any."""
+    if not isinstance(scale, (int, float)) or torch.compiler.is_compiling():
+        return
+    if isinstance(scale, float) and not math.isfinite(scale):
         raise ValueError(f"{op}: scale must be finite. Got {scale}.")
+    if abs(scale) > (most := torch.finfo(dtype).max):
+        got = scale if isinstance(scale, float) else f"a whole number of {len(str(abs(scale)))} digits"
+        raise ValueError(f"{op}: scale must be within {most:.3g}, as {dtype} is. Got {got}.")
 
 
 def plain_number(scale: float | Tensor) -> float | Tensor:
@@ -117,10 +122,12 @@ def scale_tensor(op: str, scale: float | Tensor, anchors: Tensor) -> Tensor:
     if not isinstance(scale, Tensor):
         if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
             raise TypeError(f"{op}: scale must be a number or a tensor of one element. Got {scale!r}.")
-        need_finite(op, scale)
+        need_finite(op, scale, dtype)
+        scale = float(scale) if isinstance(scale, int) else scale
         return torch.full((1,), scale, dtype=dtype, device=anchors.device)
-    if scale.numel() != 1:
-        raise ValueError(f"{op}: scale must be a number or a tensor of one element. Got shape {tuple(scale.shape)}.")
+    if scale.numel() != 1 or scale.is_complex():
+        got = f"{scale.dtype}" if scale.is_complex() else f"shape {tuple(scale.shape)}"
+        raise ValueError(f"{op}: scale must be a number or a tensor of one element. Got {got}.")
     return scale.reshape(1).to(device=anchors.device, dtype=dtype)
 
 

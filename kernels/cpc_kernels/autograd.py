@@ -3,6 +3,8 @@
 In eager mode an op runs without its registration, whose Python costs several times a small batch.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -21,6 +23,20 @@ def undisturbed() -> bool:
 def plainly_eager(*tensors: Tensor) -> bool:
     """Plain tensors on the CPU, undisturbed."""
     return undisturbed() and all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in tensors)
+
+
+def as_written(body):
+    """An op's body without autocast, which would multiply in 16 bits what it says in float32, or fail half-way."""
+
+    @functools.wraps(body)
+    def run(*given):
+        device = next(one for one in given if isinstance(one, Tensor)).device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return body(*given)
+        with torch.autocast(device, enabled=False):
+            return body(*given)
+
+    return run
 
 
 def plain_form(compute, save, backward, gradients, registered):

@@ -37,7 +37,7 @@ from .arguments import (
     scale_tensor,
     spell,
 )
-from .autograd import learns, once_differentiable, refuse_transforms, undisturbed
+from .autograd import as_written, learns, once_differentiable, refuse_transforms, undisturbed
 from .capabilities import triton_module
 from .info_nce import info_nce, info_nce_stats
 from .negatives import Negatives, draw_negatives
@@ -67,6 +67,7 @@ def _cells(sources: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 @torch.library.custom_op("cpc_kernels::project", mutates_args=())
+@as_written
 def project(contexts: Tensor, weights: Tensor, sources: Tensor, counts: Sequence[int], at_once: bool) -> Tensor:
     """(N, C), (K, D, C), (P,) -> (P, D)."""
     contexts, weights = contexts.detach(), weights.detach()
@@ -87,6 +88,7 @@ def _(contexts, weights, sources, counts, at_once):
 
 
 @torch.library.custom_op("cpc_kernels::project_backward", mutates_args=())
+@as_written
 def project_backward(
     grad: Tensor,
     contexts: Tensor,
@@ -155,6 +157,7 @@ def project_rows(contexts, weights, sources, counts, impl):
 
 
 @torch.library.custom_op("cpc_kernels::bilinear_fused", mutates_args=())
+@as_written
 def fused_op(
     contexts: Tensor,
     weights: Tensor,
@@ -207,6 +210,16 @@ def check(op, contexts, weights, candidates, positives, negatives, sources, coun
             f"{op}: weights (K, D, C) must map the contexts' features C to the candidates' D. "
             f"{spell(contexts=contexts, weights=weights, candidates=candidates)}"
         )
+    if not contexts.is_floating_point():
+        raise TypeError(f"{op}: contexts must be floating point. Got {contexts.dtype}.")
+    for name, tensor in {
+        "weights": weights, "candidates": candidates, "positives": positives, "sources": sources, "negatives": negatives,
+    }.items():  # fmt: skip
+        if isinstance(tensor, Tensor) and tensor.device != contexts.device:
+            raise ValueError(
+                f"{op}: {name} must be on the contexts' device. "
+                f"Got contexts on {contexts.device}, {name} on {tensor.device}."
+            )
     for name, tensor in (("weights", weights), ("candidates", candidates)):
         if tensor.dtype != contexts.dtype:
             raise TypeError(
@@ -277,7 +290,9 @@ def _run(
     n, m = contexts.shape[0], candidates.shape[0]
     vectors = positives.is_floating_point()
     listed = sources is not None
-    if not listed:
+    if listed:
+        sources = sources.long()  # torch takes bytes for a mask
+    else:
         positives = positives.reshape(n, steps, *positives.shape[positives.ndim - vectors :])
     rows = sources.shape[0] if listed else n * steps
     check_reduction(op, reduction)

@@ -4,7 +4,6 @@ The formulas are those of info_nce.py. Products: 2 NMD flops for the loss, 2 mor
 folded into forward; 4 NMD for dk alone. The C++ is kernels/csrc/info_nce.cpp.
 """
 
-import contextlib
 import math
 
 import torch
@@ -12,27 +11,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .arguments import compute_dtype, own_vectors
-from .capabilities import CPP, FAST_BF16
+from .capabilities import CPP
 from .ranges import stage
 
 CHUNK_SCORES = 3 * 2**20  # 12 MB of float32: fits beside its operands in an L3 cache; set by measurement
 CHUNK_ROWS = (256, 1024)  # below, products are thin and dk is read and written too often; above, nothing is gained
 # The chunk in C++ (kernels/csrc/info_nce.cpp); a library built before it existed goes without.
 DENSE = CPP.available and hasattr(torch.ops.cpc_kernels_cpu, "dense_forward")
-# Tiles multiply bf16 many times faster than AVX-512's pairs: torch's products use them where the C++ does not.
-AMX = torch.cpu._is_amx_tile_supported()
 
 
 def in_cpp(anchors, candidates, positives, scale, anchor_ids, candidate_ids):
-    """What the C++ takes, or None where torch runs: contiguous tensors of one type, bf16 where this CPU multiplies
-    it, and the rows of a chunk."""
+    """What the C++ takes, or None where torch runs: contiguous tensors of one type, bf16 where the C++ multiplies it,
+    and the rows of a chunk."""
     if not DENSE or anchors.device.type != "cpu" or len(candidates) == 0:
         return None
     dtype = compute_dtype(anchors.dtype)
-    if anchors.dtype == torch.bfloat16 and FAST_BF16.available:
-        cpp = torch.ops.cpc_kernels_cpu
-        if not cpp.dense_has_bf16() or (AMX and cpp.instruction_set() != "amx_bf16"):
-            return None
+    if anchors.dtype == torch.bfloat16 and torch.ops.cpc_kernels_cpu.dense_has_bf16():
         dtype = torch.bfloat16
     q, k, p = (t.to(dtype) if t.is_floating_point() else t for t in (anchors, candidates, positives))
     ids = (None if t is None else t.long().contiguous() for t in (anchor_ids, candidate_ids))
@@ -42,23 +36,6 @@ def in_cpp(anchors, candidates, positives, scale, anchor_ids, candidate_ids):
 def chunk_rows(m: int) -> int:
     low, high = CHUNK_ROWS
     return min(max(CHUNK_SCORES // max(m, 1) // 64 * 64, low), high)
-
-
-@contextlib.contextmanager
-def precision(dtype: torch.dtype, device: torch.device):
-    """Products as this schedule means them: no autocast; bf16 operands on a CPU that multiplies them fast go to it as
-    float32 with internal bf16, which is exact for them and keeps float32 scores."""
-    with torch.autocast(device.type, enabled=False):
-        if not (dtype == torch.bfloat16 and device.type == "cpu" and FAST_BF16.available):
-            yield
-            return
-        settings = torch.backends.mkldnn.matmul
-        before = settings.fp32_precision
-        settings.fp32_precision = "bf16"
-        try:
-            yield
-        finally:
-            settings.fp32_precision = before
 
 
 class Chunks:
@@ -161,49 +138,48 @@ def chunked_forward(
         for gradient in fold or ():
             gradient.zero_()
         return loss, lse, positive, rank, expectation
-    with precision(anchors.dtype, device):
-        chunks = Chunks(anchors, candidates, positives, scale, anchor_ids, candidate_ids, elsewhere)
-        for i in chunks:
-            with stage("info_nce", "scores", device):
-                q, active = chunks.q(i), chunks.active(i)
-                s, own_score = chunks.scores(i, q)
-            with stage("info_nce", "loss", device):
+    chunks = Chunks(anchors, candidates, positives, scale, anchor_ids, candidate_ids, elsewhere)
+    for i in chunks:
+        with stage("info_nce", "scores", device):
+            q, active = chunks.q(i), chunks.active(i)
+            s, own_score = chunks.scores(i, q)
+        with stage("info_nce", "loss", device):
+            if need_rank:
+                rank[i] = (s > own_score[:, None]).sum(1)
+            top = s.amax(1).nan_to_num_(torch.nan, 0.0, 0.0)  # infinity is no reference
+            total = s.sub_(top[:, None]).exp_().sum(1)  # s is now P times total
+            row_lse = top + total.log()
+            total = total.where(total > 0, 1.0)
+            if active is not None:
+                row_lse = row_lse.where(active, -torch.inf)
                 if need_rank:
-                    rank[i] = (s > own_score[:, None]).sum(1)
-                top = s.amax(1).nan_to_num_(torch.nan, 0.0, 0.0)  # infinity is no reference
-                total = s.sub_(top[:, None]).exp_().sum(1)  # s is now P times total
-                row_lse = top + total.log()
-                total = total.where(total > 0, 1.0)
-                if active is not None:
-                    row_lse = row_lse.where(active, -torch.inf)
-                    if need_rank:
-                        rank[i] *= active
-                positive[i], lse[i] = own_score, row_lse
-                loss[i] = (-F.logsigmoid(own_score - row_lse)).where(row_lse != -torch.inf, 0.0)
-            if not need_expectation:
-                continue
-            with stage("info_nce", "expectation", device):
-                o = torch.mm(s, chunks.candidates).div_(total[:, None])
-            if keep:
-                expectation[i] = o
-                continue
-            with stage("info_nce", "gradients", device):
-                dq, dk, dv, dscale = fold  # pyright: ignore[reportGeneralTypeIssues]
-                weight = sigmoid_weight(row_lse, own_score, active)
-                difference = o.sub_(chunks.own(i))
-                if dscale.numel():
-                    dscale += (weight * torch.linalg.vecdot(q, difference)).sum()
-                weight = weight * scale
-                torch.mul(difference, weight[:, None], out=o)
-                dq[i] = o if active is None else o.where(active[:, None], 0.0)
-                if dk.numel():
-                    dk.addmm_(s.T, q * (weight / total)[:, None])
-                copied = chunks.ignoring or anchors.dtype != dtype
-                pull = q.mul_(-weight[:, None]) if copied else q * -weight[:, None]
-                if dk.numel() and chunks.indexed:
-                    dk.index_add_(0, chunks.place(i), pull)
-                elif dv.numel():
-                    dv[i] = pull
+                    rank[i] *= active
+            positive[i], lse[i] = own_score, row_lse
+            loss[i] = (-F.logsigmoid(own_score - row_lse)).where(row_lse != -torch.inf, 0.0)
+        if not need_expectation:
+            continue
+        with stage("info_nce", "expectation", device):
+            o = torch.mm(s, chunks.candidates).div_(total[:, None])
+        if keep:
+            expectation[i] = o
+            continue
+        with stage("info_nce", "gradients", device):
+            dq, dk, dv, dscale = fold  # pyright: ignore[reportGeneralTypeIssues]
+            weight = sigmoid_weight(row_lse, own_score, active)
+            difference = o.sub_(chunks.own(i))
+            if dscale.numel():
+                dscale += (weight * torch.linalg.vecdot(q, difference)).sum()
+            weight = weight * scale
+            torch.mul(difference, weight[:, None], out=o)
+            dq[i] = o if active is None else o.where(active[:, None], 0.0)
+            if dk.numel():
+                dk.addmm_(s.T, q * (weight / total)[:, None])
+            copied = chunks.ignoring or anchors.dtype != dtype
+            pull = q.mul_(-weight[:, None]) if copied else q * -weight[:, None]
+            if dk.numel() and chunks.indexed:
+                dk.index_add_(0, chunks.place(i), pull)
+            elif dv.numel():
+                dv[i] = pull
     return loss, lse, positive, rank, expectation
 
 
@@ -218,18 +194,17 @@ def chunked_backward_candidates(
     if dk.numel() == 0 or len(anchors) == 0:
         return dk
     lse = lse.where(lse != -torch.inf, 0.0)
-    with precision(anchors.dtype, anchors.device):
-        chunks = Chunks(anchors, candidates, positives, scale, anchor_ids, candidate_ids, elsewhere)
-        for i in chunks:
-            with stage("info_nce", "scores", anchors.device):
-                q = chunks.q(i)
-                s, _ = chunks.scores(i, q)
-            with stage("info_nce", "gradients", anchors.device):
-                pull = q * weight[i, None]
-                if chunks.ignoring:
-                    pull = pull.where(chunks.active(i)[:, None], 0.0)
-                dk.addmm_(s.sub_(lse[i, None]).exp_().T, pull)
-                if chunks.indexed:
-                    pull = pull.neg_() if chunks.here is None else pull.neg_().where(chunks.here[i, None], 0.0)
-                    dk.index_add_(0, chunks.place(i), pull)
+    chunks = Chunks(anchors, candidates, positives, scale, anchor_ids, candidate_ids, elsewhere)
+    for i in chunks:
+        with stage("info_nce", "scores", anchors.device):
+            q = chunks.q(i)
+            s, _ = chunks.scores(i, q)
+        with stage("info_nce", "gradients", anchors.device):
+            pull = q * weight[i, None]
+            if chunks.ignoring:
+                pull = pull.where(chunks.active(i)[:, None], 0.0)
+            dk.addmm_(s.sub_(lse[i, None]).exp_().T, pull)
+            if chunks.indexed:
+                pull = pull.neg_() if chunks.here is None else pull.neg_().where(chunks.here[i, None], 0.0)
+                dk.index_add_(0, chunks.place(i), pull)
     return dk

@@ -35,13 +35,14 @@ from .arguments import (
     scale_tensor,
     spell,
 )
-from .autograd import learns, once_differentiable, plain_form, plainly_eager, refuse_transforms
+from .autograd import as_written, learns, once_differentiable, plain_form, plainly_eager, refuse_transforms
 from .capabilities import triton_module
 from .chunked_info_nce import chunked_backward_candidates, chunked_forward
 
 # --- the row op: one loss per row, any upstream gradient --------------------------------------------------------------
 
 
+@as_written
 def compute_rows(
     anchors: Tensor,
     candidates: Tensor,
@@ -79,6 +80,7 @@ def _(anchors, candidates, positives, scale, anchor_ids, candidate_ids, impl, ne
     return row, torch.empty_like(row), torch.empty_like(row), rank, expectation
 
 
+@as_written
 def rows_gradients(
     grad: Tensor,
     loss: Tensor,
@@ -165,6 +167,7 @@ info_nce_plainly = plain_form(compute_rows, _save, _backward, rows_gradients, in
 # --- the sum op: one upstream gradient, so every gradient is ready when forward ends ----------------------------------
 
 
+@as_written
 def compute_sum(
     anchors: Tensor,
     candidates: Tensor,
@@ -178,9 +181,10 @@ def compute_sum(
     indexed = not positives.is_floating_point()
     if indexed:
         check_indices("info_nce", "positives", positives, len(candidates))
-    dq = torch.empty(anchors.shape, dtype=anchors.dtype, device=device)
+    unit = _unit_dtype(anchors)
+    dq = torch.empty(anchors.shape, dtype=unit, device=device)
     dk = torch.zeros(candidates.shape, dtype=dtype, device=device)
-    dv = torch.empty((0,) if indexed else positives.shape, dtype=anchors.dtype, device=device)
+    dv = torch.empty((0,) if indexed else positives.shape, dtype=unit, device=device)
     dscale = torch.zeros(1 if need_scale else 0, dtype=dtype, device=device)
     loss, *_ = chunked_forward(
         anchors.detach(),
@@ -193,12 +197,13 @@ def compute_sum(
         False,
         (dq, dk, dv, dscale),
     )
-    return loss.sum(), dq, dk.to(_unit_dtype(candidates)), dv, dscale
+    return loss.sum(), dq, dk.to(unit), dv, dscale
 
 
-def _unit_dtype(candidates: Tensor) -> torch.dtype:
-    """Of a candidate's gradient before the upstream one multiplies it: the sum of many rows has no room in float16."""
-    return torch.float32 if candidates.dtype == torch.float16 else candidates.dtype
+def _unit_dtype(like: Tensor) -> torch.dtype:
+    """Of gradients before the upstream one multiplies them: in float16 there is no room for the sum of many rows, nor
+    for what a small loss leaves, which a GradScaler is to lift."""
+    return torch.float32 if like.dtype == torch.float16 else like.dtype
 
 
 info_nce_sum = torch.library.custom_op("cpc_kernels::info_nce_sum", compute_sum, mutates_args=())
@@ -207,11 +212,12 @@ info_nce_sum = torch.library.custom_op("cpc_kernels::info_nce_sum", compute_sum,
 @info_nce_sum.register_fake
 def _(anchors, candidates, positives, scale, anchor_ids, candidate_ids, need_scale):
     dtype = compute_dtype(anchors.dtype)
+    unit = _unit_dtype(anchors)
     return (
         anchors.new_empty((), dtype=dtype),
-        anchors.new_empty(anchors.shape),
-        candidates.new_empty(candidates.shape, dtype=_unit_dtype(candidates)),
-        positives.new_empty(positives.shape) if positives.is_floating_point() else anchors.new_empty(0),
+        anchors.new_empty(anchors.shape, dtype=unit),
+        candidates.new_empty(candidates.shape, dtype=unit),
+        anchors.new_empty(positives.shape if positives.is_floating_point() else (0,), dtype=unit),
         anchors.new_empty(1 if need_scale else 0, dtype=dtype),
     )
 
@@ -229,7 +235,8 @@ def sum_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From the last four, whose gradients these are, nothing is computed: through them a second derivative is refused.
     (Four, not a list: where an op takes a list, torch refuses is_grads_batched.)"""
-    return _times(dq, grad), _times(dk, grad).to(candidates.dtype), _times(dv, grad), _times(dscale, grad)
+    dtype = anchors.dtype
+    return *(_times(unit, grad).to(dtype) for unit in (dq, dk, dv)), _times(dscale, grad)  # pyright: ignore[reportReturnType]
 
 
 def _times(unit: Tensor, grad: Tensor) -> Tensor:
@@ -243,9 +250,8 @@ info_nce_sum_backward = torch.library.custom_op("cpc_kernels::info_nce_sum_backw
 
 
 @info_nce_sum_backward.register_fake
-def _(grad, dq, dk, dv, dscale, anchors, candidates, *_):
-    dk = torch.empty_like(dk, dtype=candidates.dtype)
-    return torch.empty_like(dq), dk, torch.empty_like(dv), torch.empty_like(dscale)
+def _(grad, dq, dk, dv, dscale, anchors, *_):
+    return *(torch.empty_like(unit, dtype=anchors.dtype) for unit in (dq, dk, dv)), torch.empty_like(dscale)
 
 
 def _save_sum(ctx, inputs, output):

@@ -36,6 +36,7 @@ from .arguments import (
     scale_tensor,
     spell,
 )
+from .autograd import as_written
 from .bilinear_info_nce import check as check_bilinear
 from .bilinear_info_nce import project_rows
 from .capabilities import triton_module
@@ -104,6 +105,7 @@ class Ring(torch.autograd.Function):
     """(N_r,) losses of this rank's anchors against everybody's candidates."""
 
     @staticmethod
+    @as_written
     def forward(ctx, anchors, candidates, positives, scale, anchor_ids, candidate_ids, impl, of, learning):
         dtype, indexed = compute_dtype(anchors.dtype), not positives.is_floating_point()
         anchors, candidates, positives, scale = (t.detach() for t in (anchors, candidates, positives, scale))
@@ -143,6 +145,7 @@ class Ring(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @as_written
     def backward(ctx, grad):
         lse, positive, difference, anchors, candidates, positives, scale, anchor_ids, candidate_ids = ctx.saved_tensors
         impl, of, learning = ctx.options

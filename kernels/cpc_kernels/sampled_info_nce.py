@@ -35,7 +35,7 @@ from .arguments import (
     spell,
     spell_other,
 )
-from .autograd import learns, once_differentiable, plainly_eager, refuse_transforms
+from .autograd import as_written, learns, once_differentiable, plainly_eager, refuse_transforms
 from .capabilities import CPP, triton_module
 from .chunked_info_nce import sigmoid_weight
 from .negatives import Negatives, draw_negatives
@@ -158,6 +158,7 @@ def gather_backward_pool(problem: Gathered, weight: Tensor, lse: Tensor) -> Tens
 
 
 @torch.library.custom_op("cpc_kernels::sampled_info_nce", mutates_args=())
+@as_written
 def sampled_op(
     anchors: Tensor,
     pool: Tensor,
@@ -191,8 +192,7 @@ def sampled_op(
         launch = triton_module("sampled_info_nce", anchors.device).forward
         loss, lse, positive, rank, expectation = launch(*where, need_expectation)
         return loss, lse, positive, rank if need_rank else rank.new_empty(0), expectation, none
-    with torch.autocast(anchors.device.type, enabled=False):
-        return *gather_forward(Gathered(*where), need_expectation, need_rank), none
+    return *gather_forward(Gathered(*where), need_expectation, need_rank), none
 
 
 def cpp_arguments(anchors, pool, positives, negatives, seed, count, per_step, scale, anchor_ids, pool_ids):
@@ -234,6 +234,7 @@ def _(anchors, pool, positives, scale, negatives, seed, count, *rest):
 
 
 @torch.library.custom_op("cpc_kernels::sampled_info_nce_backward", mutates_args=())
+@as_written
 def sampled_backward(
     grad: Tensor,
     lse: Tensor,
@@ -284,8 +285,7 @@ def sampled_backward(
             launch = triton_module("sampled_info_nce", anchors.device).backward_pool
             dz = launch(rows[..., 0], lse, *where)
         else:
-            with torch.autocast(anchors.device.type, enabled=False):
-                dz = gather_backward_pool(Gathered(*where), rows[..., 0], lse)
+            dz = gather_backward_pool(Gathered(*where), rows[..., 0], lse)
         dz = dz.to(pool.dtype)
     if need_positives:
         dv = (anchors.to(dtype) * -rows).to(positives.dtype)
@@ -346,7 +346,7 @@ REDUCTIONS = ("none", "sum", "mean")
 def takes(scale: float | Tensor, *tensors: Tensor) -> bool:
     """Whether EAGER can have this call."""
     if isinstance(scale, Tensor):
-        if scale.numel() != 1:
+        if scale.numel() != 1 or scale.is_complex():
             return False
         tensors = scale, *tensors
     elif not isinstance(scale, (int, float)):
@@ -416,7 +416,7 @@ def _run(op, anchors, pool, positives, negatives, scale, anchor_ids, pool_ids, i
     anchors, pool, positives = autocast(anchors.device, anchors, pool, positives)
     check(op, anchors, pool, positives, negatives, anchor_ids, pool_ids, impl, reduction)
     scale = plain_number(scale)
-    need_finite(op, scale)
+    need_finite(op, scale, compute_dtype(anchors.dtype))
     impl = choose(impl, anchors.device)
     if not stats:
         refuse_transforms(op, impl, anchors, pool, positives, scale)

@@ -372,7 +372,7 @@ def test_every_line_of_help_is_whole(capsys, monkeypatch):
         assert "..." not in capsys.readouterr().out.replace("[ARGS]...", "")
     assert cli.run(["fit", "--help"]) == 0
     said = capsys.readouterr().out
-    assert "[cpu-demo 8; quality" in said
+    assert "[cpu-demo 12; quality" in said
     assert "quality (parts), texture (even surfaces)" in " ".join(said.split())
     assert cli.run(["predict", "--help"]) == 0
     assert "earlier answers there are replaced" in " ".join(capsys.readouterr().out.split())

@@ -19,7 +19,7 @@ from cpc_kernels import (
     sampled_info_nce,
 )
 from cpc_kernels import info_nce as door
-from cpc_kernels.capabilities import FAST_BF16, Capability, find_triton
+from cpc_kernels.capabilities import FAST_BF16, find_triton
 
 ops = sys.modules["cpc_kernels.info_nce"]  # the function of that name hides it
 needs_cpp = pytest.mark.skipif(not chunked_info_nce.DENSE, reason="the C++ library is not built")
@@ -97,19 +97,11 @@ def test_against_the_spec(dtype, vectors, ids, reduction, small_chunks):
     judge(several(dtype=dtype, vectors=vectors, ids=ids), reduction=reduction, dtype=dtype)
 
 
-@pytest.fixture
-def pairs_or_floats(level, monkeypatch):
-    """bf16 stays with the C++ at an instruction set that has no pairs of it: as float32, not torch's products."""
-    monkeypatch.setattr(chunked_info_nce, "AMX", False)
-    if not torch.ops.cpc_kernels_cpu.dense_has_bf16():
-        monkeypatch.setattr(chunked_info_nce, "FAST_BF16", Capability("bf16", False, "for the test"))
-
-
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("shape", [(40, 130, 17), (67, 129, 300), (300, 50, 64), (23, 200, 130)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
-def test_every_instruction_set(dtype, shape, reduction, engine, pairs_or_floats, monkeypatch):
+def test_every_instruction_set(dtype, shape, reduction, engine, level, monkeypatch):
     monkeypatch.setattr(chunked_info_nce, "CHUNK_ROWS", (96, 96))
     judge(several(*shape, ids=True, dtype=dtype), reduction=reduction, dtype=dtype)
 
@@ -118,7 +110,7 @@ def test_every_instruction_set(dtype, shape, reduction, engine, pairs_or_floats,
 @pytest.mark.parametrize("vectors", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
-def test_sums_of_sums_at_every_instruction_set(dtype, vectors, reduction, engine, pairs_or_floats):
+def test_sums_of_sums_at_every_instruction_set(dtype, vectors, reduction, engine, level):
     """One chunk of more anchors than dk, and more candidates than O, adds at once."""
     judge(several(300, 520, 33, vectors=vectors, ids=True, dtype=dtype), reduction=reduction, dtype=dtype)
 
@@ -126,7 +118,7 @@ def test_sums_of_sums_at_every_instruction_set(dtype, vectors, reduction, engine
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("scale", [0.7, -0.7, 30.0])
 @pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
-def test_scores_that_grow_from_block_to_block(scale, reduction, engine, pairs_or_floats):
+def test_scores_that_grow_from_block_to_block(scale, reduction, engine, level):
     """What was summed with a smaller maximum is put right later: in the loss, in O and in dk; and in the ranks."""
     problems = several(70, 900, 33, ids=True, dtype=torch.bfloat16)
     for _, candidates, _, _ in problems:
@@ -141,7 +133,7 @@ def test_scores_that_grow_from_block_to_block(scale, reduction, engine, pairs_or
 
 @pytest.mark.parametrize("features", [7, 130, 300])
 @pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
-def test_equal_candidates_tie_at_every_instruction_set(features, engine, pairs_or_floats):
+def test_equal_candidates_tie_at_every_instruction_set(features, engine, level):
     anchors, candidates, _, _ = make(40, 1, features, dtype=torch.bfloat16)
     everywhere = candidates.repeat(600, 1)
     assert not info_nce_stats(anchors, everywhere, torch.arange(40) * 15, scale=0.3).rank.any()
@@ -160,16 +152,9 @@ def test_beside_products_that_use_tiles_too(engine):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
-def test_who_multiplies_bf16(dtype, engine, level, monkeypatch):
-    """Torch, where its products know units that the C++ does not."""
-    tiles = torch.ops.cpc_kernels_cpu.instruction_set() == "amx_bf16" and torch.ops.cpc_kernels_cpu.dense_has_bf16()
-    problem = [*make(dtype=dtype)[:3], torch.ones(1), None, None]
-    native = dtype == torch.float32 or not FAST_BF16.available or torch.ops.cpc_kernels_cpu.dense_has_bf16()
-    monkeypatch.setattr(chunked_info_nce, "AMX", False)
-    assert (chunked_info_nce.in_cpp(*problem) is not None) == native
-    monkeypatch.setattr(chunked_info_nce, "FAST_BF16", Capability("bf16", True, "for the test"))
-    monkeypatch.setattr(chunked_info_nce, "AMX", True)
-    assert (chunked_info_nce.in_cpp(*problem) is None) == (dtype == torch.bfloat16 and not tiles)
+def test_bf16_stays_bf16_where_the_instruction_set_has_it(dtype, engine, level):
+    (q, *_), _ = chunked_info_nce.in_cpp(*make(dtype=dtype)[:3], torch.ones(1), None, None)
+    assert q.dtype == (dtype if torch.ops.cpc_kernels_cpu.dense_has_bf16() else torch.float32)
 
 
 @needs_cpp
@@ -180,7 +165,7 @@ def test_an_unknown_instruction_set_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
-def test_threads_change_nothing(dtype, engine, pairs_or_floats):
+def test_threads_change_nothing(dtype, engine, level):
     problem, before, results = make(700, 300, 200), torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -479,14 +464,12 @@ def test_checkpoint():
     assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
 
 
-def test_fast_bf16_path_is_the_same_function(monkeypatch):
-    """What torch runs on an AMX machine, run here (slowly): float32 products with internal bf16 lose nothing."""
-    fast = Capability("bf16", True, "for the test")
-    monkeypatch.setattr(chunked_info_nce, "FAST_BF16", fast)
-    monkeypatch.setattr(chunked_info_nce, "AMX", True)
-    before = torch.backends.mkldnn.matmul.fp32_precision
+def test_torch_multiplies_bf16_as_float32_and_no_switch_of_the_process_is_touched(monkeypatch):
+    """Another thread's products would change with it."""
+    monkeypatch.setattr(chunked_info_nce, "in_cpp", lambda *_: None)
+    settings = type(torch.backends.mkldnn.matmul)
+    monkeypatch.setattr(settings, "__setattr__", lambda *_: pytest.fail("a switch was touched"))
     judge(several(dtype=torch.bfloat16), dtype=torch.bfloat16)
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 BAD = [
