@@ -174,8 +174,8 @@ class CPC(nn.Module):
         frames: Frames | None = None,
         draws: torch.Generator | None = None,
     ) -> StepResult:
-        """The loss of a batch, the mean over the members: each has an equal part of the images, in their order. One that
-        has none, as in a batch of fewer images than members, counts as 0.
+        """The loss of a batch, the mean over the members: each has an equal part of the images, in their order. One
+        that has none, as in a batch of fewer images than members, counts as 0.
 
         shifted: transformed images whose patches are further wrong answers, an equal part for each member too.
         frames: where each image was cut from; they are whole by default.

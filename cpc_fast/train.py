@@ -247,6 +247,7 @@ def train(
             if math.isfinite(loss) and math.isfinite(slope):
                 bad = 0
                 stage("weights")(optimizer.step)()
+                torch.clear_autocast_cache()  # where the caller is inside of autocast, rounded weights outlive the step
                 average_weights(optimizer, config.averaging, step)
                 at = replace(at, losses=(at.losses[0] + loss, at.losses[1] + 1))
             else:

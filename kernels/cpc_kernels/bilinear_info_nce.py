@@ -212,9 +212,8 @@ def check(op, contexts, weights, candidates, positives, negatives, sources, coun
         )
     if not contexts.is_floating_point():
         raise TypeError(f"{op}: contexts must be floating point. Got {contexts.dtype}.")
-    for name, tensor in {
-        "weights": weights, "candidates": candidates, "positives": positives, "sources": sources, "negatives": negatives,
-    }.items():  # fmt: skip
+    others = {"weights": weights, "candidates": candidates, "positives": positives, "sources": sources}
+    for name, tensor in (others | {"negatives": negatives}).items():
         if isinstance(tensor, Tensor) and tensor.device != contexts.device:
             raise ValueError(
                 f"{op}: {name} must be on the contexts' device. "

@@ -554,3 +554,31 @@ def test_the_threshold_rests_on_images_calibrated_by_the_others(detector):
     by_all = [scorer.map(image, size).max().item() for image, size in zip(images, sizes, strict=True)]
     assert np.mean(scores) > np.mean(by_all)
     assert held_out_scores(scorer, images[:1], sizes)[0] == [scorer.map(images[0], images[0].shape[:2]).max().item()]
+
+
+def test_mirrored_arrays_and_autocast_around_change_nothing(detector):
+    image = texture(7)
+    turned = image[::-1, ::-1]
+    plain = detector.predict([turned.copy()]).maps[0]
+    assert np.array_equal(detector.predict([turned]).maps[0], plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.array_equal(detector.predict([turned]).maps[0], plain)
+        assert detector.explain(turned) == detector.explain(turned.copy())
+    images = [texture(i)[::-1] for i in range(6)]
+    outside = Detector.fit(images, TINY_CONFIG, epochs=1)
+    with torch.autocast("cpu", torch.float16):
+        inside = Detector.fit((image for image in images), TINY_CONFIG, epochs=1)
+    assert inside.threshold == outside.threshold
+
+
+def test_a_fit_says_what_it_takes():
+    with pytest.raises(UsageError, match=r"fit takes a folder or a list of images. Got an array of uint8 \(48, "):
+        Detector.fit(texture(0), TINY_CONFIG)
+    with pytest.raises(UsageError, match="fit got resume=True and no `out`; name the run folder"):
+        Detector.fit([texture(i) for i in range(6)], TINY_CONFIG, resume=True)
+
+
+def test_a_config_takes_lists_and_numpys_numbers():
+    config = TINY_CONFIG.replace(shifts=["noise"], epochs=np.int64(3), learning_rate=np.float64(1e-3))
+    assert config == TINY_CONFIG.replace(shifts=("noise",), epochs=3, learning_rate=1e-3)
+    assert type(config.epochs) is int

@@ -297,3 +297,24 @@ def test_derivatives_that_would_be_lost_are_refused(name):
     assert reference_of["grad"] == pytest.approx(reference_of["jvp"])
     assert reference_of["jvp"] == pytest.approx(reference_of["forward mode"])
     assert torch.func.grad(lambda x: op(q, k, w, i) + x.sum())(q).shape == q.shape  # nothing of it is derived
+
+
+def test_sources_of_any_integers_are_indices():
+    """Torch takes bytes for a mask."""
+    g = torch.Generator().manual_seed(0)
+    contexts, weights, latents = (torch.randn(*shape, generator=g) for shape in ((6, 4), (1, 3, 4), (5, 3)))
+    sources, rest = torch.tensor([3, 0, 5, 1, 2, 4]), {"counts": [6], "side": "contexts", "reduction": "none"}
+    losses = [
+        bilinear_info_nce(contexts, weights, latents, torch.arange(6) % 5, sources=sources.to(dtype), **rest)
+        for dtype in (torch.int64, torch.uint8, torch.int16)
+    ]
+    assert all(torch.equal(losses[0], other) for other in losses[1:])
+
+
+def test_what_lies_elsewhere_or_is_no_float_is_named():
+    contexts, weights, latents = torch.randn(6, 4), torch.randn(2, 3, 4), torch.randn(5, 3)
+    positives = torch.zeros(6, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"weights must be on the contexts' device. .* weights on meta"):
+        bilinear_info_nce(contexts, weights.to("meta"), latents, positives)
+    with pytest.raises(TypeError, match=r"contexts must be floating point. Got torch.int64"):
+        bilinear_info_nce(contexts.long(), weights.long(), latents.long(), positives)

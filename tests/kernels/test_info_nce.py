@@ -559,6 +559,37 @@ def test_a_scale_that_is_not_finite_is_refused(bad):
             call()
 
 
+@pytest.mark.parametrize(
+    ("bad", "got"),
+    [(1e39, "Got 1e.39"), (10**400, "Got a whole number of 401 digits"), (torch.tensor(1 + 5j), "Got torch.complex64")],
+)
+def test_a_scale_that_float32_cannot_hold_is_refused(bad, got):
+    q, k, p = torch.randn(6, 8), torch.randn(9, 8), torch.arange(6)
+    for call in (
+        lambda: info_nce(q, k, p, scale=bad),
+        lambda: sampled_info_nce(q, k, p, Negatives(3, seed=0), scale=bad),
+    ):
+        with pytest.raises(ValueError, match=f"scale must be .*{got}"):
+            call()
+    assert info_nce(q, k, p, scale=10**20).isfinite()
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_float16_keeps_gradients_that_a_grad_scaler_is_to_lift(reduction, vectors):
+    g = torch.Generator().manual_seed(0)
+    q, others = (torch.nn.functional.normalize(torch.randn(64, 128, generator=g), dim=1).half() for _ in range(2))
+
+    def gradients(dtype, impl):
+        of = [t.to(dtype, copy=True).requires_grad_() for t in ((q, others, q) if vectors else (q, q))]
+        loss = info_nce(*of[:2], of[2] if vectors else torch.arange(64), scale=30.0, reduction=reduction, impl=impl)
+        return torch.autograd.grad(loss.mean() * 2**20, of)
+
+    for ours, truth in zip(gradients(torch.float16, "auto"), gradients(torch.float64, "reference"), strict=True):
+        assert ours.dtype == torch.float16
+        assert ours.double().sub(truth).norm() < 0.03 * truth.norm()
+
+
 def test_a_scale_may_change_under_compile():
     compiled = torch.compile(
         lambda scale: info_nce(q, q, torch.arange(6), scale=scale), fullgraph=True, backend="aot_eager"

@@ -45,6 +45,40 @@ def leaves(dtype=torch.float32):
 
 
 @every
+def test_autocast_reaches_no_product_inside(name):
+    """float16, which a CPU computes in float32: to the bit as without, the scale's gradient too, which is an inner
+    product; and a backward that runs inside."""
+    op, impl, _ = OPS[name]
+    _, _, positives, negatives = make()
+    listed = (negatives,) if op is sampled_info_nce else ()
+
+    def gradients(forward: bool, backward: bool):
+        of = (*leaves(), torch.tensor([0.7], requires_grad=True))
+        with torch.autocast("cpu", torch.float16, enabled=forward):
+            loss = op(*of[:2], positives, *listed, scale=of[2], impl=impl)
+        with torch.autocast("cpu", torch.float16, enabled=backward):
+            return loss, *torch.autograd.grad(loss, of)
+
+    plain = gradients(False, False)
+    for inside in ((True, True), (True, False), (False, True)):
+        assert all(torch.equal(a, b) for a, b in zip(plain, gradients(*inside), strict=True))
+
+
+def test_autocast_reaches_no_projection_of_listed_rows():
+    """index_add_ refused what autocast had rounded."""
+    g = torch.Generator().manual_seed(0)
+    contexts, weights, latents = (torch.randn(*shape, generator=g) for shape in ((6, 4), (2, 3, 4), (5, 3)))
+
+    def gradients(inside: bool):
+        of = [t.clone().requires_grad_() for t in (contexts, weights, latents)]
+        with torch.autocast("cpu", torch.float16, enabled=inside):
+            loss = bilinear_info_nce(*of, torch.arange(6) % 5, sources=torch.arange(6), counts=[3, 3], side="contexts")
+            return loss, *torch.autograd.grad(loss, of)
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True), strict=True))
+
+
+@every
 @pytest.mark.parametrize("kind", ["ones", "mixed", "negative", "zero", "one row", "expanded"])
 def test_any_upstream_gradient(name, kind):
     upstream = {
