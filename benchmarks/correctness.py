@@ -57,15 +57,17 @@ class Probe:
 def probes(small: bool = False) -> Iterator[Probe]:
     """The matrix. small: a handful that the interpreter can do."""
     dense = Probe("dense", 37, 45, 17)
-    sampled = Probe("sampled", 37, 45, 17, s=7)
-    steps = replace(sampled, k=5, s=9)
+    sampled = Probe("sampled", 37, 45, 17, s=7)  # of a small pool: the dense schedule
+    large = replace(sampled, m=2000)  # gathered
+    steps = replace(large, k=5, s=9)
     bilinear = Probe("bilinear", 21, 30, 16, k=2)
     if small:
-        yield replace(dense, dtype="bfloat16", ids=True)
-        yield replace(dense, positives="vectors", reduction="mean")
-        yield replace(sampled, seeded=True)
-        yield steps
-        yield bilinear
+        few = {"n": 9, "m": 20}
+        yield replace(dense, **few, dtype="bfloat16", ids=True)
+        yield replace(dense, **few, positives="vectors", reduction="mean")
+        yield replace(sampled, **few, seeded=True)
+        yield replace(steps, n=5, m=250)
+        yield replace(bilinear, **few)
         return
     # what training uses, at sizes of several tiles with ragged ends
     for dtype in ("bfloat16", "float32"):
@@ -81,6 +83,10 @@ def probes(small: bool = False) -> Iterator[Probe]:
         yield replace(dense, dtype=dtype)
         yield replace(dense, dtype=dtype, ids=True, positives="vectors")
         yield replace(sampled, dtype=dtype, ids=True)
+        yield replace(large, dtype=dtype, ids=True)
+        yield replace(large, dtype=dtype, positives="vectors")
+        yield replace(steps, dtype=dtype, ids=True)
+        yield replace(steps, dtype=dtype, positives="vectors", seeded=True)
         yield replace(steps, dtype=dtype, per_step=True)
         yield replace(sampled, dtype=dtype, positives="vectors", seeded=True)
         yield replace(bilinear, dtype=dtype)
@@ -93,7 +99,7 @@ def probes(small: bool = False) -> Iterator[Probe]:
     for n, m in ((1, 1), (1, 5), (5, 1), (0, 4), (4, 0), (0, 0), (1, 5000), (5000, 3)):
         yield replace(dense, n=n, m=m)
         yield replace(sampled, n=n, m=m)
-    for base in (dense, sampled, steps):
+    for base in (dense, sampled, large, steps):
         yield replace(base, strided=True)
         yield replace(base, reduction="mean")
         yield replace(base, reduction="sum", ids=True)
@@ -168,6 +174,32 @@ def compute(
     return [loss.detach().cpu()] + [grad.cpu() for grad in grads]
 
 
+def compute_stats(
+    probe: Probe, made: dict[str, Any], device: torch.device, dtype: torch.dtype | None, impl: str
+) -> list[Tensor]:
+    """Log-sum-exp, positive score and rank, on the CPU: what scoring asks for, by kernels that make no gradients."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        return tensor.repeat_interleave(2, -1)[..., ::2] if probe.strided and tensor.is_floating_point() else tensor
+
+    q, z, own = (moved(made[name]) for name in ("anchors", "candidates", "positives"))
+    options: dict[str, Any] = {"scale": probe.scale, "impl": impl}
+    if made["ids"] is not None:
+        which = "pool_ids" if probe.op == "sampled" else "candidate_ids"
+        options |= {"anchor_ids": made["ids"][0].to(device), which: made["ids"][1].to(device)}
+    listed = None if made["negatives"] is None else made["negatives"].to(device)
+    if probe.seeded:
+        listed = cpc_kernels.Negatives(probe.s, seed=99, per_step=probe.per_step)
+    if probe.op == "dense":
+        found = cpc_kernels.info_nce_stats(q, z, own, **options)
+    elif probe.op == "sampled":
+        found = cpc_kernels.sampled_info_nce_stats(q, z, own, listed, **options)  # pyright: ignore[reportArgumentType]
+    else:
+        found = cpc_kernels.bilinear_info_nce_stats(q, moved(made["weights"]), z, own, listed, **options)
+    return [found.lse.cpu(), found.positive.cpu(), found.rank.cpu().double()]
+
+
 def upstream(probe: Probe, made: dict[str, Any]) -> Tensor:
     """d result / d loss of each row."""
     if probe.reduction == "none":
@@ -230,6 +262,10 @@ def check(probe: Probe, device: torch.device, impl: str = "triton") -> dict[str,
                 twice = [compute(probe, made, device, None, impl) for _ in range(2)]
             finally:
                 torch.use_deterministic_algorithms(False)
+            true_stats = compute_stats(probe, made, cpu, torch.float64, "reference")
+            naive_stats = compute_stats(probe, made, cpu, None, "reference")
+            fused = probe.op == "bilinear" and not probe.s and impl == "triton"
+            scored = [compute_stats(probe, made, device, None, way) for way in (impl, *["fused"] * fused)]
     except Exception as problem:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # raises where no call can succeed any more: another process must go on
@@ -247,6 +283,18 @@ def check(probe: Probe, device: torch.device, impl: str = "triton") -> dict[str,
             found = error(a, c, size)
             excess = found / allowed if found == found else torch.inf
             worst = max(worst, (excess, name, found, allowed))
+    for run in scored:
+        for name, a, b, c in zip(("lse", "positive"), run, naive_stats, true_stats, strict=False):
+            if not torch.equal(a.isinf(), c.isinf()):
+                worst = (torch.inf, name, torch.inf, 0.0)
+                continue
+            a, b, c = (t.double().where(c.isfinite(), 0.0) for t in (a, b, c))
+            size = terms["loss"]
+            theirs = 50 * rounding if probe.dtype == "float64" else error(b, c, size)
+            allowed = 2 * (theirs + ((rounding + kept) * size) / max(most(c), size, 1e-300))
+            worst = max(worst, (error(a, c, size) / allowed, name, error(a, c, size), allowed))
+        off, allowed = (most(rank - true_stats[2]) for rank in (run[2], naive_stats[2]))
+        worst = max(worst, (off / (allowed + 1), "rank", off, allowed + 1))  # scores that round to a tie
     same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*twice, strict=True))
     told |= {"status": "passed" if worst[0] <= 1 and same else "failed", "error": worst[2], "allowed": worst[3]}
     if not same:

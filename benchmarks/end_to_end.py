@@ -256,7 +256,7 @@ def training(
     return Contest(
         named, device, {"ours": ours, "plain eager fp32": theirs}, batch,
         errors, LOSS_TOLERANCE[computing(device)],
-        parts={"ours: the loss": our_loss, "plain: the loss": plain_part},
+        parts={"ours: the loss": our_loss, "ours: batch and shifted copies": make, "plain: the loss": plain_part},
     )  # fmt: skip
 
 

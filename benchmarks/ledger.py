@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+BESIDE = {"graph": "graph_ms", "with Python": "wall_ms"}  # other times of a row: see measure.py
 
 
 def slug(name: str) -> str:
@@ -30,6 +31,15 @@ def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     return [rounded(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def peak(found: dict[str, Any], dtype: str) -> float:
+    """TFLOP/s that inputs of that type may reach; bf16 where it is not fast is multiplied as float32, and float32 as
+    such or, on matrix units, as three products of tf32."""
+    rates = found["matmul_tflop_s"]
+    if dtype == "float32":
+        return max(rates["float32"], rates.get("tf32", 0.0) / 3)
+    return rates.get(dtype, rates["float32"])
 
 
 class Ledger:
@@ -85,8 +95,9 @@ def row_cells(row: dict[str, Any]) -> tuple[str, str, str, str, str]:
         return "-", "-", "-", "-", verdict
     low, high = row["quartiles_ms"]
     extra = f"{row['extra_mb']:,.1f} MB" if row.get("extra_mb") is not None else "-"
+    beside = "".join(f" ({name} {milliseconds(row[key])})" for name, key in BESIDE.items() if key in row)
     return (
-        f"{milliseconds(row['median_ms'])} ms",
+        f"{milliseconds(row['median_ms'])} ms{beside}",
         f"{milliseconds(low)}-{milliseconds(high)}",
         f"{row['ratio']:.2f}x",
         extra,

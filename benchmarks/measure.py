@@ -2,8 +2,9 @@
 
 Times. Providers take turns within a round, so that whatever disturbs the machine disturbs all of them; what is reported
 is the median over rounds, the quartiles, and the median of the ratios within rounds. Every round takes the next of
-several sets of inputs, together larger than the last-level cache. On a GPU: CUDA events around the step, a buffer
-larger than the L2 written before each, and for launches under a millisecond also a captured graph of the same step.
+several sets of inputs, together larger than the last-level cache. On a GPU: CUDA events around the step, behind a
+buffer larger than the L2 that is written and a pause in which the host runs ahead, so that Python is not what is timed;
+what a caller who waits for each step would see stands beside it (wall_ms), and for short steps a captured graph.
 
 Memory. On a GPU, the allocator's own peak. On the CPU, the high-water mark of resident memory over one step, reset by
 the kernel before it, in a fresh process: that counts what torch's profiler does not see (oneDNN's packed operands, C++
@@ -37,12 +38,14 @@ from cpc_kernels.capabilities import device_name
 
 from . import providers
 from .cases import BYTES, Case
+from .ledger import peak
 from .providers import Problem, Provider, Unavailable
 from .workers import tell
 
 ROOT = Path(__file__).parents[1]
 MIN_ROUNDS, MAX_ROUNDS = 5, 25
-GRAPH_BELOW_MS = 1.0
+GRAPH_BELOW_MS = 5.0
+AHEAD_CYCLES = 6_000_000  # about 3 ms of a GPU that does nothing
 
 
 # --- the device -----------------------------------------------------------------------------------------------------
@@ -137,11 +140,20 @@ class Clock:
             run()
             return 1e3 * (time.perf_counter() - start)
         self.flush.zero_()
+        torch.cuda._sleep(AHEAD_CYCLES)
         self.events[0].record()
         run()
         self.events[1].record()
         self.events[1].synchronize()
         return self.events[0].elapsed_time(self.events[1])
+
+    def wall(self, run: Callable[[], Any]) -> float:
+        """Of a caller who waits for the result: Python, launches and all."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        run()
+        synchronize(self.device)
+        return 1e3 * (time.perf_counter() - start)
 
 
 def median_ms(run: Callable[[], Any], device: torch.device, rounds: int = 7) -> tuple[float, list[float]]:
@@ -190,12 +202,6 @@ def ceilings(device: torch.device, small: bool = False) -> dict[str, Any]:
     return found
 
 
-def peak(found: dict[str, Any], dtype: str) -> float:
-    """TFLOP/s that inputs of that type may reach; bf16 where it is not fast is multiplied as float32."""
-    rates = found["matmul_tflop_s"]
-    return max(rates["float32"], rates.get("tf32", 0.0)) if dtype == "float32" else rates.get(dtype, rates["float32"])
-
-
 # --- races ----------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +218,7 @@ class Lane:
     samples: dict[int, float] = field(default_factory=dict)  # round -> ms
     graphs: list[Any] = field(default_factory=list)
     graph_samples: list[float] = field(default_factory=list)
+    wall_samples: list[float] = field(default_factory=list)
     extra_mb: float | None = None
 
 
@@ -260,7 +267,6 @@ class Race:
                 true = self._truth(provider.seeded)
                 lane.errors = providers.judge(case, first, lane.loss, true)
                 lane.warm_ms = self.clock(lambda: self._step(lane, 0))  # warm: it has been judged
-                self._capture(lane)
         except Unavailable as reason:
             lane.status, lane.why = "unavailable", str(reason)
         except Exception as error:
@@ -276,7 +282,7 @@ class Race:
         synchronize(self.device)  # raises where no call can succeed any more
         lane.status = "failed"
         lane.why = f"{type(error).__name__}: {str(error).strip().splitlines()[:1] or ''}"[:160]
-        lane.graphs, lane.graph_samples = [], []
+        lane.graphs, lane.graph_samples, lane.wall_samples = [], [], []
         for problem in self.sets:
             problem.clear()
 
@@ -304,24 +310,36 @@ class Race:
         assert lane.loss is not None
         lane.loss(problem).backward()
 
-    def _capture(self, lane: Lane) -> None:
-        """CUDA graphs of short steps, one per set of inputs."""
-        if self.device.type != "cuda" or lane.warm_ms > GRAPH_BELOW_MS:
-            return
-        try:
-            for i in range(min(4, len(self.sets))):
-                stream = torch.cuda.Stream()
-                with torch.cuda.stream(stream):
-                    self._step(lane, i)
-                stream.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                self.sets[i].clear()
-                with torch.cuda.graph(graph, stream=stream):
-                    self._step(lane, i)
-                lane.graphs.append(graph)
-        except Exception:  # it waits for the device somewhere: no graph, and none in the table
-            lane.graphs = []
-            torch.cuda.synchronize()
+    def capture(self) -> bool:
+        """Short steps as CUDA graphs, one per set of inputs, and their times; whether this process is fit for more.
+
+        After everything else: a capture that fails, because somebody waits for the device, leaves torch's allocator
+        unable to give memory back. No further one is tried then.
+        """
+        if self.device.type != "cuda":
+            return True
+        short = [lane for lane in self.running if lane.samples and lane.warm_ms < GRAPH_BELOW_MS]
+        for lane in short:
+            tell(lane.provider.name)
+            try:
+                for i in range(min(4, len(self.sets))):
+                    stream = torch.cuda.Stream()
+                    with torch.cuda.stream(stream):
+                        self._step(lane, i)
+                    stream.synchronize()
+                    graph = torch.cuda.CUDAGraph()
+                    self.sets[i].clear()
+                    with torch.cuda.graph(graph, stream=stream):
+                        self._step(lane, i)
+                    lane.graphs.append(graph)
+                for i in range(MAX_ROUNDS):
+                    lane.graph_samples.append(self.clock(lane.graphs[i % len(lane.graphs)].replay))
+            except Exception:
+                lane.graph_samples = []
+                return False
+            finally:
+                lane.graphs = []
+        return True
 
     @property
     def running(self) -> list[Lane]:
@@ -351,9 +369,8 @@ class Race:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             lane.samples[self.round] = self.clock(lambda: self._step(lane, self.round))
-            if lane.graphs:
-                graph = lane.graphs[self.round % len(lane.graphs)]
-                lane.graph_samples.append(self.clock(graph.replay))
+            if self.device.type == "cuda":
+                lane.wall_samples.append(self.clock.wall(lambda: self._step(lane, self.round)))
 
     def run(self) -> None:
         for _ in range(self.rounds):
@@ -377,6 +394,8 @@ class Race:
                 row["ratio"], row["ratio_quartiles"] = spread(
                     [t / base[r] for r, t in lane.samples.items() if r in base]
                 )
+            if lane.wall_samples:
+                row["wall_ms"], row["wall_quartiles_ms"] = spread(lane.wall_samples)
             if lane.graph_samples:
                 row["graph_ms"], row["graph_quartiles_ms"] = spread(lane.graph_samples)
             if lane.extra_mb is not None:

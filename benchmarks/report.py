@@ -18,7 +18,7 @@ from typing import Any
 
 from . import plots
 from .cases import CASES, Case
-from .ledger import RESULTS, milliseconds, rounded, slug
+from .ledger import BESIDE, RESULTS, milliseconds, peak, rounded, slug
 
 ROOT = Path(__file__).parents[1]
 PREDICTIONS = RESULTS / "predictions.json"
@@ -163,14 +163,6 @@ def slower(told: Told) -> str:
 # --- docs/performance.md --------------------------------------------------------------------------------------------
 
 
-def peak(told: Told, dtype: str) -> float | None:
-    """TFLOP/s; None where the ceilings could not be measured."""
-    if "ceilings" not in told:
-        return None
-    rates = told["ceilings"]["matmul_tflop_s"]
-    return max(rates["float32"], rates.get("tf32", 0.0)) if dtype == "float32" else rates.get(dtype, rates["float32"])
-
-
 def measured(devices: list[Told]) -> str:
     """Every device whole; a CPU measured earlier than another is folded away."""
     parts, cpus = [], 0
@@ -233,9 +225,10 @@ def detail(told: Told, case: Case, record: Told, row: Told) -> tuple[str, ...]:
     rate = case.flops / row["median_ms"] / 1e9
     low, high = row["quartiles_ms"]
     spread = f"{milliseconds(low)} - {milliseconds(high)}"
-    graph = f" (graph: {milliseconds(row['graph_ms'])} ms)" if "graph_ms" in row else ""
+    told_too = [f"{name}: {milliseconds(row[key])} ms" for name, key in BESIDE.items() if key in row]
+    graph = f" ({', '.join(told_too)})" if told_too else ""
     error = max(row["errors"].values())
-    top = peak(told, case.dtype)
+    top = peak(told["ceilings"], case.dtype) if "ceilings" in told else None  # where they could not be measured
     share = f"{rate / top:.0%}" if top else "-"
     name = f"**{row['provider']}**" if row["ours"] else row["provider"]
     return (
@@ -268,10 +261,8 @@ def ends(told: Told) -> str:
     if not rows:
         return ""
     head = ("end to end", "", "median", "quartiles", "ratio to ours", "images/s")
-    note = (
-        ("\n\nOf the step, the loss alone (forward and backward) takes: " + "; ".join(shares) + ".") if shares else ""
-    )
-    return table(head, rows) + note
+    title = "Parts of the step, timed alone (the loss forward and backward)"
+    return table(head, rows) + (f"\n\n{title}: {'; '.join(shares)}." if shares else "")
 
 
 def growth(told: Told) -> str:
@@ -408,7 +399,7 @@ def drawn(told: Told) -> dict[str, str]:
             for who, row in (("ours", mine), ("others", other)):
                 if row:
                     rate = case.flops / row["median_ms"] / 1e9
-                    group["ours" if who == "ours" else "best other"] = 100 * rate / peak(told, case.dtype)
+                    group["ours" if who == "ours" else "best other"] = 100 * rate / peak(told["ceilings"], case.dtype)
                     roof[who].append((case.flops / case.bytes, rate))
             groups.append((case_name, group))
         found[f"{name}-share-of-peak.svg"] = plots.bars(f"Share of the matrix peak, {told['device']}", "%", groups)

@@ -141,11 +141,15 @@ class CPC(nn.Module):
         of the config says which.
         """
         # Contiguous: torch takes no negative strides, which mirrored arrays have.
-        pixels = torch.tensor(np.ascontiguousarray(image), device=self.pixel_mean.device).permute(2, 0, 1).float()
+        return self.rescaled(torch.tensor(np.ascontiguousarray(image)).permute(2, 0, 1))
+
+    def rescaled(self, pixels: Tensor) -> Tensor:
+        """The same of one image (c, h, w), or of windows (b, c, h, w) where no image's own mean is asked for."""
+        pixels = pixels.to(self.pixel_mean.device).float()
         if self.config.standardise == "set":
             return (pixels - self.pixel_mean) / self.pixel_spread
         if self.config.standardise == "imagenet":
-            mean, spread = (pixels.new_tensor(value)[:, None, None] for value in IMAGENET[len(pixels)])
+            mean, spread = (pixels.new_tensor(value)[:, None, None] for value in IMAGENET[pixels.shape[-3]])
             return (pixels / 255 - mean) / spread
         return (pixels - pixels.mean()) / pixels.std(correction=0).clamp_min(1.0)
 

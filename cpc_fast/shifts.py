@@ -32,6 +32,18 @@ def _pick(images: Images, low: float, high: float, generator: torch.Generator) -
     return (low + (high - low) * drawn).to(images.device)
 
 
+def _number(low: float, high: float, generator: torch.Generator) -> float:
+    """One random number in [low, high) for all images, known without waiting for a device."""
+    return float(low + (high - low) * torch.rand(1, generator=generator))
+
+
+def _fields(images: Images, generator: torch.Generator) -> torch.Generator:
+    """What whole fields are drawn from, on the images' own device: of a GPU, one that the generator seeds."""
+    if images.device.type == "cpu":
+        return generator
+    return torch.Generator(images.device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+
+
 def _sign(images: Images, generator: torch.Generator) -> Tensor:
     """Minus or plus one for each image, (b, 1, 1, 1)."""
     return (torch.randint(2, (len(images), 1, 1, 1), generator=generator) * 2 - 1).to(images.device)
@@ -43,7 +55,7 @@ def _quarter_turn(images: Images, generator: torch.Generator, unit: float) -> Im
 
 def _magnify(images: Images, generator: torch.Generator, unit: float) -> Images:
     """The middle of the image, enlarged 1.3 to 2 times."""
-    factor = float(_pick(images[:1], 1.3, 2.0, generator))
+    factor = _number(1.3, 2.0, generator)
     zoom = torch.eye(2, 3, device=images.device) / factor
     grid = F.affine_grid(zoom.expand(len(images), 2, 3), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
@@ -59,12 +71,12 @@ def _turn(images: Images, generator: torch.Generator, unit: float) -> Images:
 
 
 def _noise(images: Images, generator: torch.Generator, unit: float) -> Images:
-    grain = torch.randn(images.shape, generator=generator).to(images.device)
+    grain = torch.randn(images.shape, generator=_fields(images, generator), device=images.device)
     return images + grain * _pick(images, 0.2, 0.8, generator)
 
 
 def _blur(images: Images, generator: torch.Generator, unit: float) -> Images:
-    sigma = float(_pick(images[:1], 1.0, 2.5, generator)) * unit
+    sigma = _number(1.0, 2.5, generator) * unit
     reach = math.ceil(6 * unit)
     axis = torch.arange(-reach, reach + 1, device=images.device)
     bell = torch.exp(-0.5 * (axis / sigma) ** 2)
@@ -98,8 +110,9 @@ def _sharpen(images: Images, generator: torch.Generator, unit: float) -> Images:
 def _shuffle(images: Images, generator: torch.Generator, unit: float) -> Images:
     """Move every pixel a few places at random: the histogram stays, the texture goes."""
     b, _, h, w = images.shape
-    reach = int(float(_pick(images[:1], 2.0, 6.0, generator)) * unit)
-    dy, dx = torch.randint(-reach, reach + 1, (2, b, h, w), generator=generator)
+    reach = int(_number(2.0, 6.0, generator) * unit)
+    fields = _fields(images, generator)
+    dy, dx = torch.randint(-reach, reach + 1, (2, b, h, w), generator=fields, device=images.device)
     y = (torch.arange(h)[:, None] + dy).clamp(0, h - 1)
     x = (torch.arange(w) + dx).clamp(0, w - 1)
     flat = (y * w + x).view(b, 1, h * w).expand(b, images.shape[1], h * w).to(images.device)
@@ -132,7 +145,7 @@ def _hills(images: Images, spacing: float, generator: torch.Generator) -> Tensor
 
 def _spots(images: Images, generator: torch.Generator, unit: float) -> Images:
     """Islands all over the image: of another brightness, of one flat tone, or a piece of another image turned over."""
-    spacing = float(_pick(images[:1], 6.0, 14.0, generator)) * unit
+    spacing = _number(6.0, 14.0, generator) * unit
     inside = torch.sigmoid(8 * (_hills(images, spacing, generator) - _pick(images, 0.6, 1.2, generator)))
     offset = _pick(images, 0.8, 2.5, generator) * _sign(images, generator)
     shaded = images * _pick(images, 0.2, 0.8, generator) + offset
@@ -146,7 +159,7 @@ def _spots(images: Images, generator: torch.Generator, unit: float) -> Images:
 
 def _curves(images: Images, generator: torch.Generator, unit: float) -> Images:
     """Dark or bright winding lines: where a random landscape crosses its mean height."""
-    hills = _hills(images, float(_pick(images[:1], 14.0, 24.0, generator)) * unit, generator)
+    hills = _hills(images, _number(14.0, 24.0, generator) * unit, generator)
     slope_y, slope_x = torch.gradient(hills, dim=(2, 3))
     pixels_away = hills / torch.hypot(slope_y, slope_x).clamp_min(0.01)
     inside = torch.exp(-((pixels_away / (_pick(images, 0.6, 2.0, generator) * unit)) ** 2))
@@ -184,7 +197,7 @@ def _locally(family: Family) -> Family:
     """The family inside islands, of any size and hardness, and the image as it is between them."""
 
     def shifted(images: Images, generator: torch.Generator, unit: float) -> Images:
-        spacing, hardness = (float(_pick(images[:1], *limits, generator)) for limits in ((6.0, 20.0), (4.0, 16.0)))
+        spacing, hardness = (_number(*limits, generator) for limits in ((6.0, 20.0), (4.0, 16.0)))
         inside = torch.sigmoid(
             hardness * (_hills(images, spacing * unit, generator) - _pick(images, 0.3, 1.1, generator))
         )

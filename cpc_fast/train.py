@@ -104,8 +104,10 @@ def make_batch(
         if config.gamma:
             power = math.exp(config.gamma * float(torch.randn((), generator=generator)))
             window = 255 * (window.astype(np.float32) / 255) ** np.float32(power)
-        window = model.standardise(window)
-        window = window[:, rows, columns] if whole else window
+        if whole:
+            window = model.standardise(window)[:, rows, columns]
+        else:
+            window = torch.tensor(np.ascontiguousarray(window)).permute(2, 0, 1)
         if config.flips:
             axes = [axis for axis in (1, 2) if torch.rand((), generator=generator) < 0.5]
             window = window.flip(axes)
@@ -113,7 +115,9 @@ def make_batch(
                 start[axis - 1] = image.shape[axis - 1] - side - start[axis - 1]
         windows.append(window)
         frames.append([*start, *image.shape[:2]])
-    batch = jittered(torch.stack(windows), config.jitter, generator, each=1)
+    batch = torch.stack(windows)
+    batch = batch if config.standardise == "image" else model.rescaled(batch)  # to the device in one piece
+    batch = jittered(batch, config.jitter, generator, each=1)
     return batch, torch.tensor(frames, dtype=torch.float32, device=batch.device)
 
 

@@ -21,8 +21,8 @@ def undisturbed() -> bool:
 
 
 def plainly_eager(*tensors: Tensor) -> bool:
-    """Plain tensors on the CPU, undisturbed."""
-    return undisturbed() and all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in tensors)
+    """Plain tensors, undisturbed."""
+    return undisturbed() and all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu | t.is_cuda for t in tensors)
 
 
 def as_written(body):

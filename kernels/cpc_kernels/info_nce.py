@@ -364,7 +364,7 @@ def info_nce(
         ids = {"anchor_ids": anchor_ids, "candidate_ids": candidate_ids}
         return reference.info_nce(anchors, candidates, positives, scale=scale, reduction=reduction, **ids)
     where = anchors, candidates, positives, scale, anchor_ids, candidate_ids
-    plain = impl == "chunked" and plainly_eager(*where[:4])
+    plain = plainly_eager(*where[:4])
     if impl == "chunked" and reduction != "none" and learns(candidates):
         total, *_ = (info_nce_sum_plainly if plain else info_nce_sum)(*where, learns(scale))
         return total if reduction == "sum" else total / count_active(positives)

@@ -351,7 +351,7 @@ def takes(scale: float | Tensor, *tensors: Tensor) -> bool:
         tensors = scale, *tensors
     elif not isinstance(scale, (int, float)):
         return False
-    return EAGER is not None and CPP.available and plainly_eager(*tensors)
+    return EAGER is not None and CPP.available and all(t.is_cpu for t in tensors) and plainly_eager(*tensors)
 
 
 # --- the door ---------------------------------------------------------------------------------------------------------
