@@ -35,7 +35,7 @@ from .arguments import (
     spell,
     spell_other,
 )
-from .autograd import as_written, learns, once_differentiable, plainly_eager, refuse_transforms
+from .autograd import as_written, learns, once_differentiable, plain_form, plainly_eager, refuse_transforms
 from .capabilities import CPP, triton_module
 from .chunked_info_nce import sigmoid_weight
 from .negatives import Negatives, draw_negatives
@@ -157,9 +157,8 @@ def gather_backward_pool(problem: Gathered, weight: Tensor, lse: Tensor) -> Tens
 # --- the op -----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("cpc_kernels::sampled_info_nce", mutates_args=())
 @as_written
-def sampled_op(
+def compute_rows(
     anchors: Tensor,
     pool: Tensor,
     positives: Tensor,
@@ -193,6 +192,9 @@ def sampled_op(
         loss, lse, positive, rank, expectation = launch(*where, need_expectation)
         return loss, lse, positive, rank if need_rank else rank.new_empty(0), expectation, none
     return *gather_forward(Gathered(*where), need_expectation, need_rank), none
+
+
+sampled_op = torch.library.custom_op("cpc_kernels::sampled_info_nce", compute_rows, mutates_args=())
 
 
 def cpp_arguments(anchors, pool, positives, negatives, seed, count, per_step, scale, anchor_ids, pool_ids):
@@ -233,9 +235,8 @@ def _(anchors, pool, positives, scale, negatives, seed, count, *rest):
     )
 
 
-@torch.library.custom_op("cpc_kernels::sampled_info_nce_backward", mutates_args=())
 @as_written
-def sampled_backward(
+def rows_gradients(
     grad: Tensor,
     lse: Tensor,
     positive: Tensor,
@@ -292,6 +293,9 @@ def sampled_backward(
     return dq, dz, dv, dscale
 
 
+sampled_backward = torch.library.custom_op("cpc_kernels::sampled_info_nce_backward", rows_gradients, mutates_args=())
+
+
 @sampled_backward.register_fake
 def _(grad, lse, positive, expectation, probabilities, anchors, pool, positives, *rest):
     need_anchors, need_pool, need_positives, need_scale = rest[-4:]
@@ -325,16 +329,17 @@ def _save(ctx, inputs, output):
     ctx.options = count, per_step, impl
 
 
-def _backward(ctx, grad, *_):
+def _backward(ctx, grad, *_, gradients=sampled_backward):
     if grad is None:
         return (None,) * 14
     needs = ctx.needs_input_grad[:4]
-    grads = sampled_backward(grad, *ctx.saved_tensors, *ctx.options, *needs)
+    grads = gradients(grad, *ctx.saved_tensors, *ctx.options, *needs)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 10)
 
 
 sampled_op.register_autograd(_backward, setup_context=_save)
 once_differentiable(sampled_backward, "sampled_info_nce")
+sampled_plainly = plain_form(compute_rows, _save, _backward, rows_gradients, sampled_backward)
 
 
 # The same op in C++, with its gradients: the registration's Python costs several times a small batch. A library built
@@ -448,7 +453,8 @@ def _run(op, anchors, pool, positives, negatives, scale, anchor_ids, pool_ids, i
         result = [rows["loss"], rows["lse"], rows["positive"], rows["rank"]]
     else:
         learning = learns(anchors, scale), learns(anchors, pool, scale)
-        result = sampled_op(
+        plain = not stats and impl != "cpp" and plainly_eager(anchors, pool, positives, scale)
+        result = (sampled_plainly if plain else sampled_op)(
             anchors,
             pool,
             positives,
