@@ -158,31 +158,47 @@ def judged(ablations: Ablations, row: Row | None, part: str = "validation") -> l
     return [record for one, record in told if one["part"] == (part if BEDS[one["set"]].halved else "all")]
 
 
-def tables(ablations: Ablations, part: str = "validation") -> str:
-    """Every row with its difference from the base."""
+def arithmetic(record: Record) -> str:
+    """What rounds alike: fits on CPUs of one maker with the same vectors end in the same weights."""
+    device = record["environment"]["device"]
+    return f"{device.split()[0]}, {'AVX-512' if 'AVX-512' in device else 'AVX2'}"
 
-    def means(row: Row | None) -> list[float | None]:
-        records = judged(ablations, row, part)
-        found = [of_group(records, (group,), CPC, path) for group, _, path in COLUMNS]
-        known = [[value for value in values if value is not None] for values in found]
-        return [float(np.mean(values)) if values else None for values in known]
+
+def tables(ablations: Ablations, part: str = "validation") -> str:
+    """Every row with its difference from the base of the same kind of CPU. (Where a set's base was measured on two, the
+    second record lies beside the first, under another name.)"""
+
+    def means(row: Row | None) -> list[dict[str, float]]:
+        records, columns = judged(ablations, row, part), []
+        for group, _, path in COLUMNS:
+            found = {}
+            for kind in sorted({arithmetic(record) for record in records if record["identity"]["set"] == group}):
+                alike = [record for record in records if arithmetic(record) == kind]
+                known = [value for value in of_group(alike, (group,), CPC, path) if value is not None]
+                found |= {kind: float(np.mean(known))} if known else {}
+            columns.append(found)
+        return columns
 
     base = means(None)
-    if not any(value is not None for value in base):
+    if not any(base):
         return "Not measured yet: `python -m benchmarks.ablate` measures it."
-    rows = [("**the base**", "", *("-" if value is None else f"**{value:.3f}**" for value in base), "")]
+    told = [", ".join(f"**{value:.3f}**" for value in found.values()) or "-" for found in base]
+    rows = [("**the base**", "", *told, "")]
     missing, same = [], []
     for row in ablations.rows:
         values = means(row)
-        if all(value is None for value in values):
+        if not any(values):
             beds = [BEDS[group] for group in dict.fromkeys(group for group, _, _ in COLUMNS) if group in BEDS]
             nothing = all(ablations.asks_nothing(row, bed) for bed in beds)
             (same if nothing else missing).append(f"{row.factor}: {row.name}")
             continue
         cells = [
-            "-" if value is None else f"{value:.3f}" + ("" if zero is None else f" ({value - zero:+.3f})")
-            for value, zero in zip(values, base, strict=True)
-        ]
+            ", ".join(
+                f"{value:.3f}" + (f" ({value - zero[kind]:+.3f})" if kind in zero else "")
+                for kind, value in found.items()
+            ) or "-"
+            for found, zero in zip(values, base, strict=True)
+        ]  # fmt: skip
         rows.append((row.factor, row.name, *cells, row.why))
     records = [record for row in (None, *ablations.rows) for record in judged(ablations, row, part)]
     seeds = {record["identity"]["seed"] for record in records}
@@ -192,7 +208,7 @@ def tables(ablations: Ablations, part: str = "validation") -> str:
     changed = ", ".join(f"{name} {value}" for name, value in ablations.changes.items())
     text = (
         f"{table(head, rows)}\n\nThe base: `{ablations.preset}`, or its sibling for the set, with {changed}; in "
-        f"brackets the difference from it; seeds "
+        f"brackets the difference from it, on the same kind of CPU; seeds "
         f"{', '.join(map(str, sorted(seeds)))}; {devices}, commit {commits}."
     )
     for title, names in (("Not tried, as the preset has it so or cannot have it", same), ("Not measured yet", missing)):

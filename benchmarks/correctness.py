@@ -282,7 +282,7 @@ def check(probe: Probe, device: torch.device, impl: str = "triton") -> dict[str,
             summed = kept * size * (1 if name == "loss" else 1 + terms["loss"])
             allowed = 2 * (theirs + (rounding * top + summed) / max(top, size, 1e-300))
             found = error(a, c, size)
-            excess = found / allowed if found == found else torch.inf
+            excess = found / max(allowed, 1e-300) if found == found else torch.inf
             worst = max(worst, (excess, name, found, allowed))
     for run in scored:
         for name, a, b, c in zip(("lse", "positive"), run, naive_stats, true_stats, strict=False):
