@@ -23,6 +23,10 @@ DENSE = 128
 """The whole pool is scored, masked by how often each row drew each candidate, when M K <= DENSE S (K = 1 when every
 step draws its own): a gathered row costs as much L2 traffic as about so many candidates cost matrix products."""
 
+DENSE_FP32 = 16
+"""The same for float32 and float64 where torch multiplies them as such, without TF32: products at an eighth of the rate
+(50 TFLOP/s on an H100) against the same traffic."""
+
 INTERPRETER_COLUMNS = 4  # small tests see several tiles
 
 

@@ -520,7 +520,9 @@ class Problem:
                     f'registers. Got {self.d}; "gathered" takes any number.'
                 )
             return asked
-        if self.count and self.m * self.width <= sampled_tiles.DENSE * self.count:
+        fast = self.launch.width == 16 or self.launch.precision == "tf32"
+        limit = sampled_tiles.DENSE if fast else sampled_tiles.DENSE_FP32
+        if self.count and self.m * self.width <= limit * self.count:
             return "dense"
         shared = not self.per_step and self.steps >= sampled_tiles.STEPS
         return "steps" if shared and self.d <= most else "gathered"

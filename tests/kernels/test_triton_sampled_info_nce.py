@@ -409,6 +409,8 @@ def test_size_chooses_the_schedule():
         return triton_sampled_info_nce.Problem(*problem(**sizes), None).schedule(None)
 
     assert chosen(steps=3, m=8, s=4) == "dense"
+    assert chosen(n=1, steps=3, m=100, s=4) == "gathered"  # float32, whose products are slow
+    assert chosen(n=1, steps=3, m=100, s=4, dtype=torch.bfloat16) == "dense"
     assert chosen(steps=3, m=2000, s=2) == "gathered"
     assert chosen(steps=4, m=2000, s=2) == "steps"
     assert chosen(steps=4, m=2000, s=2, per_step=True) == "gathered"
@@ -435,6 +437,7 @@ def schedule(request, monkeypatch):
     """Makes the sizes choose this schedule."""
     if request.param != "dense":
         monkeypatch.setattr(sampled_tiles, "DENSE", 0)
+        monkeypatch.setattr(sampled_tiles, "DENSE_FP32", 0)
     monkeypatch.setattr(sampled_tiles, "STEPS", 1 if request.param == "steps" else 1000)
     return request.param
 
@@ -450,6 +453,18 @@ def test_gradcheck(schedule, vectors):
         return sampled_info_nce(q, z, p, listed, scale=scale, impl="triton", reduction="none")
 
     assert torch.autograd.gradcheck(losses, inputs, nondet_tol=1e-12, fast_mode=True)  # random directions
+
+
+def test_autocast_rounds_no_score_of_a_positive(schedule):
+    """An inner product of torch's in the dense schedule is an op that autocast lowers."""
+    q, z, v, listed, *_ = problem(vectors=True)
+    plain = sampled_info_nce_stats(q, z, v, listed, scale=100.0, impl="triton")
+    with torch.autocast(DEVICE, torch.float16 if DEVICE == "cpu" else torch.bfloat16):
+        again = sampled_info_nce_stats(*(t.double() for t in (q, z, v)), listed, scale=100.0, impl="triton")
+        rounded = sampled_info_nce_stats(q, z, v, listed, scale=100.0, impl="triton")
+    torch.testing.assert_close(again.positive.float(), plain.positive)
+    if DEVICE == "cpu":  # which computes float16 in float32
+        assert torch.equal(rounded.positive, plain.positive)
 
 
 @pytest.mark.parametrize("drawn", [False, True], ids=["listed", "drawn"])
@@ -522,6 +537,7 @@ def test_nothing_waits_for_the_device():
 
 def test_deterministic_mode_sorts(monkeypatch):
     monkeypatch.setattr(sampled_tiles, "DENSE", 0)
+    monkeypatch.setattr(sampled_tiles, "DENSE_FP32", 0)
     ran = []
     real = triton_sampled_info_nce.Launch.__call__
     monkeypatch.setattr(
