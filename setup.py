@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 
 COST = (
     "cpc_fast is installed all the same, but its losses on the CPU will run in plain torch: sampled_info_nce up "
-    "to 20 times slower, info_nce about twice. GPU kernels are not affected. `cpc-fast doctor` says it again."
+    "to 20 times slower, info_nce two to four. GPU kernels are not affected. `cpc-fast doctor` says it again."
 )
 
 

@@ -177,7 +177,7 @@ def compute(
 def compute_stats(
     probe: Probe, made: dict[str, Any], device: torch.device, dtype: torch.dtype | None, impl: str
 ) -> list[Tensor]:
-    """Log-sum-exp, positive score and rank, on the CPU: what scoring asks for, by kernels that make no gradients."""
+    """Loss, log-sum-exp, positive score and rank, on the CPU, of kernels that make no gradients, as scoring asks."""
 
     def moved(tensor: Tensor) -> Tensor:
         tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
@@ -197,7 +197,7 @@ def compute_stats(
         found = cpc_kernels.sampled_info_nce_stats(q, z, own, listed, **options)  # pyright: ignore[reportArgumentType]
     else:
         found = cpc_kernels.bilinear_info_nce_stats(q, moved(made["weights"]), z, own, listed, **options)
-    return [found.lse.cpu(), found.positive.cpu(), found.rank.cpu().double()]
+    return [found.loss.cpu(), found.lse.cpu(), found.positive.cpu(), found.rank.cpu().double()]
 
 
 def upstream(probe: Probe, made: dict[str, Any]) -> Tensor:
@@ -285,8 +285,8 @@ def check(probe: Probe, device: torch.device, impl: str = "triton") -> dict[str,
             excess = found / max(allowed, 1e-300) if found == found else torch.inf
             worst = max(worst, (excess, name, found, allowed))
     for run in scored:
-        for name, a, b, c in zip(("lse", "positive"), run, naive_stats, true_stats, strict=False):
-            if not torch.equal(a.isinf(), c.isinf()):
+        for name, a, b, c in zip(("loss", "lse", "positive"), run, naive_stats, true_stats, strict=False):
+            if not torch.equal(a[a.isinf() | c.isinf()].double(), c[a.isinf() | c.isinf()]):
                 worst = (torch.inf, name, torch.inf, 0.0)
                 continue
             a, b, c = (t.double().where(c.isfinite(), 0.0) for t in (a, b, c))
@@ -294,8 +294,9 @@ def check(probe: Probe, device: torch.device, impl: str = "triton") -> dict[str,
             theirs = 50 * rounding if probe.dtype == "float64" else error(b, c, size)
             allowed = 2 * (theirs + ((rounding + kept) * size) / max(most(c), size, 1e-300))
             found = error(a, c, size)
-            worst = max(worst, (found / max(allowed, 1e-300), name, found, allowed))
-        off, allowed = (most(rank - true_stats[2]) for rank in (run[2], naive_stats[2]))
+            excess = found / max(allowed, 1e-300) if found == found else torch.inf
+            worst = max(worst, (excess, name, found, allowed))
+        off, allowed = (most(rank - true_stats[3]) for rank in (run[3], naive_stats[3]))
         worst = max(worst, (off / (allowed + 1), "rank", off, allowed + 1))  # scores that round to a tie
     same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*twice, strict=True))
     told |= {"status": "passed" if worst[0] <= 1 and same else "failed", "error": worst[2], "allowed": worst[3]}

@@ -346,16 +346,21 @@ class Race:
         return [lane for lane in self.lanes if lane.status == "ok"]
 
     @property
+    def share_ms(self) -> float:
+        """Of each lane; half of it where every step is also timed with Python."""
+        return self.budget_s * 1e3 / max(len(self.running), 1) / (2 if self.device.type == "cuda" else 1)
+
+    @property
     def rounds(self) -> int:
         if self.base is None:
             return 0
-        share = self.budget_s * 1e3 / max(len(self.running), 1)
+        share = self.share_ms
         return max(MIN_ROUNDS, min(MAX_ROUNDS, int(share / max(self.base.warm_ms, 1e-3))))
 
     def others(self) -> None:
         """One round of everybody but the base."""
         self.round += 1
-        share = self.budget_s * 1e3 / max(len(self.running), 1)
+        share = self.share_ms
         for lane in self.running:
             if lane is not self.base and (len(lane.samples) < 3 or sum(lane.samples.values()) < share):
                 self._attempt(lane, self._time)

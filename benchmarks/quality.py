@@ -145,7 +145,9 @@ def _origin(records: Sequence[Record], variant: str) -> str:
         presets = ", ".join(dict.fromkeys(f"`{BEDS[name].sibling(variant)}`" for name in names))
         lines.append(f"- {group}: {presets}, {seeds} {'seed' if seeds == 1 else 'seeds'}{took}; {told(ours)}.")
     if others := [r for r in records if r["identity"]["method"] != CPC]:
-        lines.append(f"- the other methods: {told(others)}.")
+        days = sorted(r["environment"]["date"] for r in others)
+        where = f"{len({r['environment']['device'] for r in others})} CPUs, {days[0]} to {days[-1]}"
+        lines.append(f"- the other methods: {where}; their records name machines and commits.")
     return "\n".join([lines[0], "", *lines[1:]])
 
 

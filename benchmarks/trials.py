@@ -21,7 +21,7 @@ from PIL import Image
 
 from cpc_fast.checkpoint import checkpoint_config
 from cpc_fast.config import Config
-from cpc_fast.detector import Detector
+from cpc_fast.detector import Detector, check_sizes
 from cpc_fast.errors import CpcFastError
 from cpc_fast.evaluate import evaluate, measure, score_all
 from cpc_fast.files import write_text, write_whole
@@ -151,6 +151,18 @@ def detector_of(
     return detector, None if resume else time.perf_counter() - started
 
 
+def misfit(job: Job) -> str:
+    """Why the images of a set cannot have what a fit asks for, as windows that are wider than they are; or nothing."""
+    paths, config = find_train(job.data), job.config
+    shapes = ImageCache(paths, size=config.image_size, channels=config.channels).shapes()
+    try:
+        for one in (job, *job.fits):
+            check_sizes(shapes, [path.name for path in paths], one.config.fitted_to([min(s) for s in shapes]))
+    except CpcFastError as error:
+        return str(error)
+    return ""
+
+
 def carry_out(
     job: Job, device: torch.device, on_step: OnStep = None, fresh: bool = False
 ) -> tuple[Record, list[Scored], float]:
@@ -240,11 +252,10 @@ def carry_out_all(jobs: Sequence[Job], device: torch.device, *, minutes: float |
                 more = f"; {duration(step.seconds_left + others)} for all {waiting} fits at this pace" if others else ""
                 print(f"  {duration(step.seconds_left)} left for this fit{more}", flush=True)
 
-        try:
-            record, scored, threshold = carry_out(job, device, on_step, fresh)
-        except CpcFastError as error:  # as windows that are wider than the images of a set
-            print(f"  cannot be had: {error}", flush=True)
+        if why := misfit(job):
+            print(f"  cannot be had: {why}", flush=True)
             continue
+        record, scored, threshold = carry_out(job, device, on_step, fresh)
         write_text(job.path, json.dumps(record, indent=1, allow_nan=False) + "\n")
         clock.add(record)
         if job.fitted and job.part == "report":

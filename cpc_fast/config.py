@@ -106,8 +106,8 @@ class Config:
         for field in dataclasses.fields(self):
             kinds, takes = KINDS[str(field.type)]
             value = getattr(self, field.name)
-            if tuple in kinds and type(value) is list:
-                value = tuple(value)
+            if tuple in kinds and isinstance(value, (list, tuple)):
+                value = tuple(str(name) if isinstance(name, str) else name for name in value)  # NumPy's, too
             elif getattr(value, "ndim", None) == 0:  # NumPy's numbers
                 value = value.item()  # pyright: ignore[reportAttributeAccessIssue]
             object.__setattr__(self, field.name, value)
@@ -273,8 +273,6 @@ class Config:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Config:
         """The inverse of to_json."""
-        fields = dict(fields)
-        fields["shifts"] = tuple(fields.get("shifts", ()))
         return cls().replace(**fields)
 
 

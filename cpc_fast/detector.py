@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,7 +166,7 @@ class Detector:
     @classmethod
     def fit(
         cls,
-        data: str | os.PathLike | Sequence[np.ndarray],
+        data: str | os.PathLike | Iterable[np.ndarray],
         config: Config | str = "cpu-demo",
         *,
         out: str | os.PathLike | None = None,
@@ -217,7 +217,7 @@ class Detector:
             shapes, originals = cache.shapes(), cache.originals
             names, short = [quoted(path) for path in paths], [path.name for path in paths]
         else:
-            if is_one_image(data):
+            if is_one_image(data) or not isinstance(data, Iterable):
                 raise UsageError(f"fit takes a folder or a list of images. Got {described(data)}.")
             data = list(data)
             images = [prepare(image, config) for image in data]
@@ -229,7 +229,7 @@ class Detector:
             raise UsageError("There are no images to fit on (got an empty list); give at least 3 normal ones.")
         sides = [min(shape) for shape in shapes]
         config = config.fitted_to(sides, names)
-        _check_sizes(shapes, names, config)
+        check_sizes(shapes, names, config)
         training, held_out = split(len(images), config)
         rank, world = rank_and_world()
         lock = contextlib.nullcontext() if out is None or rank else locked(Path(out))
@@ -476,7 +476,7 @@ def _highest(scores: Sequence[float], names: Sequence[str]) -> str:
     return f"{first[1]} scores {first[0]:.4g}" + "".join(f", then {name} {score:.4g}" for score, name in rest)
 
 
-def _check_sizes(shapes: Sequence[tuple[int, ...]], names: Sequence[str], config: Config) -> None:
+def check_sizes(shapes: Sequence[tuple[int, ...]], names: Sequence[str], config: Config) -> None:
     """Every image can be cut into patches, and windows of training hold every step, or none is trained on."""
     for name, (h, w) in zip(names, shapes, strict=True):
         if min(h, w) < config.patch_size:

@@ -113,9 +113,9 @@ def _shuffle(images: Images, generator: torch.Generator, unit: float) -> Images:
     reach = int(_number(2.0, 6.0, generator) * unit)
     fields = _fields(images, generator)
     dy, dx = torch.randint(-reach, reach + 1, (2, b, h, w), generator=fields, device=images.device)
-    y = (torch.arange(h)[:, None] + dy).clamp(0, h - 1)
-    x = (torch.arange(w) + dx).clamp(0, w - 1)
-    flat = (y * w + x).view(b, 1, h * w).expand(b, images.shape[1], h * w).to(images.device)
+    y = (torch.arange(h, device=images.device).unsqueeze(1) + dy).clamp(0, h - 1)
+    x = (torch.arange(w, device=images.device) + dx).clamp(0, w - 1)
+    flat = (y * w + x).view(b, 1, h * w).expand(b, images.shape[1], h * w)
     return images.flatten(2).gather(2, flat).view_as(images)
 
 

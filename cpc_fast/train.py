@@ -244,6 +244,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             total_loss = result.loss * len(model.members)  # each member learns as if alone
             stage("backward")(total_loss.backward)()
+            torch.clear_autocast_cache()  # inside of the caller's autocast, rounded weights would outlive the step
             norms = [torch.nn.utils.clip_grad_norm_(member.parameters(), 1.0) for member in model.members]
             norm = torch.stack(norms).sum().float()
             loss, slope = torch.stack([result.loss.detach().float(), norm]).tolist()  # one wait for the device
@@ -251,7 +252,6 @@ def train(
             if math.isfinite(loss) and math.isfinite(slope):
                 bad = 0
                 stage("weights")(optimizer.step)()
-                torch.clear_autocast_cache()  # where the caller is inside of autocast, rounded weights outlive the step
                 average_weights(optimizer, config.averaging, step)
                 at = replace(at, losses=(at.losses[0] + loss, at.losses[1] + 1))
             else:

@@ -105,7 +105,7 @@ def need_finite(op: str, scale: float | Tensor, dtype: torch.dtype) -> None:
     if isinstance(scale, float) and not math.isfinite(scale):
         raise ValueError(f"{op}: scale must be finite. Got {scale}.")
     if abs(scale) > (most := torch.finfo(dtype).max):
-        got = scale if isinstance(scale, float) else f"a whole number of {len(str(abs(scale)))} digits"
+        got = scale if isinstance(scale, float) else "a whole number beyond that"
         raise ValueError(f"{op}: scale must be within {most:.3g}, as {dtype} is. Got {got}.")
 
 

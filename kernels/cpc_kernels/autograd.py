@@ -26,15 +26,15 @@ def plainly_eager(*tensors: Tensor) -> bool:
 
 
 def as_written(body):
-    """An op's body without autocast, which would multiply in 16 bits what it says in float32, or fail half-way."""
+    """A function without autocast, which would multiply in 16 bits what it says in float32, or fail half-way."""
 
     @functools.wraps(body)
-    def run(*given):
+    def run(*given, **options):
         device = next(one for one in given if isinstance(one, Tensor)).device.type
         if device == "meta" or not torch.is_autocast_enabled(device):
-            return body(*given)
+            return body(*given, **options)
         with torch.autocast(device, enabled=False):
-            return body(*given)
+            return body(*given, **options)
 
     return run
 

@@ -280,6 +280,17 @@ def _run(
     if negatives is not None:
         need_negatives(op, negatives)
     contexts, weights, candidates, positives = autocast(contexts.device, contexts, weights, candidates, positives)
+    return _scored(
+        op, contexts, weights, candidates, positives, negatives, sources, counts, scale, anchor_ids, candidate_ids,
+        reduction, impl, side, stats,
+    )  # fmt: skip
+
+
+@as_written
+def _scored(
+    op, contexts, weights, candidates, positives, negatives, sources, counts, scale, anchor_ids, candidate_ids,
+    reduction, impl, side, stats,
+):  # fmt: skip
     check(op, contexts, weights, candidates, positives, negatives, sources, counts, side)
     if not stats:
         refuse_transforms(op, impl, contexts, weights, candidates, positives, scale)

@@ -31,7 +31,7 @@ def load_library() -> Capability:
     """Load the C++ CPU kernels, once, when the package is imported."""
     name, cost = (
         "C++ CPU kernels",
-        "on the CPU both losses run in torch instead, sampled_info_nce up to 20 times slower, info_nce about twice",
+        "on the CPU both losses run in torch instead, sampled_info_nce up to 20 times slower, info_nce two to four",
     )
     found = sorted(Path(__file__).parent.glob("_cpu*.so"))
     if not found:

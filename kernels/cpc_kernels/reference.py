@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .autograd import as_written
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -40,6 +42,7 @@ def reduce(loss: Tensor, active: Tensor, reduction: str) -> Tensor:
     return total if reduction == "sum" else total / active.sum().clamp(min=1)
 
 
+@as_written
 def info_nce_rows(anchors, candidates, positives, *, scale=1.0, anchor_ids=None, candidate_ids=None):
     """All candidates: (N, D), (M, D), (N,) or (N, D) -> a dict of (N,), and which rows are not ignored."""
     dtype = compute_dtype(anchors.dtype)
@@ -75,6 +78,7 @@ def info_nce(anchors, candidates, positives, *, scale=1.0, anchor_ids=None, cand
     return reduce(result["loss"], active, reduction)
 
 
+@as_written
 def sampled_info_nce_rows(
     anchors, pool, positives, negatives, *, scale=1.0, anchor_ids=None, pool_ids=None, exclude_positives=False
 ):

@@ -437,7 +437,7 @@ def bilinear_info_nce_across_ranks(
     contexts, weights, candidates, positives = autocast(contexts.device, contexts, weights, candidates, positives)
     check_bilinear(op, contexts, weights, candidates, positives, negatives, sources, counts, "auto")
     contexts = contexts.reshape(-1, contexts.shape[-1])
-    anchors = project_rows(contexts, weights, sources, counts, impl)
+    anchors = project_rows(contexts, weights, sources.long(), counts, impl)
     if negatives is None:
         return info_nce_across_ranks(anchors, candidates, positives, impl=impl, **options)
     options["pool_ids"] = options.pop("candidate_ids", None)

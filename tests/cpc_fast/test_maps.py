@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cpc_fast import shifts
 from cpc_fast.anomaly_map import anomaly_map
 from cpc_fast.bank import reservoir
 from cpc_fast.config import SHIFTS
@@ -120,6 +122,25 @@ def test_shifts_change_the_images_and_repeat_with_the_seed(family, channels):
     assert torch.equal(first, second)
     assert first.shape == images.shape
     assert all((a != b).any() for a, b in zip(first, images, strict=True))
+
+
+@pytest.mark.parametrize(
+    "family", sorted(set(FAMILIES) - {"quarter-turn", "local-quarter-turn"})
+)  # which asks for a number by then
+def test_shifts_stay_on_a_gpu(family, monkeypatch):
+    """Of tensors that have no numbers, but know where they lie."""
+    monkeypatch.setattr(shifts, "_number", lambda low, high, generator: (low + high) / 2)
+    monkeypatch.setattr(shifts, "_fields", lambda images, generator: None)
+    with FakeTensorMode():
+        images = torch.empty(4, 1, 64, 64, device="cuda")
+        try:
+            shifted = FAMILIES[family](images, torch.Generator(), 1.0)
+        except RuntimeError as error:
+            if "not linked with support for cuda" not in str(error):
+                raise
+            pytest.skip("torch without CUDA cannot follow grids and slices there")
+    assert shifted.device.type == "cuda"
+    assert shifted.shape == images.shape
 
 
 def test_every_shift_that_a_config_takes_is_there():

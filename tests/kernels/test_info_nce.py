@@ -561,7 +561,7 @@ def test_a_scale_that_is_not_finite_is_refused(bad):
 
 @pytest.mark.parametrize(
     ("bad", "got"),
-    [(1e39, "Got 1e.39"), (10**400, "Got a whole number of 401 digits"), (torch.tensor(1 + 5j), "Got torch.complex64")],
+    [(1e39, "Got 1e.39"), (10**400, "Got a whole number beyond that"), (torch.tensor(1 + 5j), "Got torch.complex64")],
 )
 def test_a_scale_that_float32_cannot_hold_is_refused(bad, got):
     q, k, p = torch.randn(6, 8), torch.randn(9, 8), torch.arange(6)
