@@ -93,6 +93,7 @@ def probes(small: bool = False) -> Iterator[Probe]:
     for scale in (-3.0, 100.0, 0.0, 0.01):
         yield replace(dense, scale=scale)
         yield replace(steps, scale=scale)
+        yield replace(steps, m=sampled.m, scale=scale)
     for d in (640, 1024, 2048, 300, 1, 2):
         yield replace(dense, n=130, m=200, d=d, dtype="bfloat16" if d > 2 else "float32")
         yield replace(sampled, d=d)

@@ -20,15 +20,15 @@ HARD = [
 ]
 
 
-def alter(monkeypatch, impl, index, change):
+def alter(monkeypatch, impl, index, change, of="compute"):
     """From now on that one of an implementation's results is changed."""
-    compute = correctness.compute
+    compute = getattr(correctness, of)
 
     def altered(probe, made, device, dtype, by):
         found = compute(probe, made, device, dtype, by)
         return [change(x) if by == impl and i == index else x for i, x in enumerate(found)]
 
-    monkeypatch.setattr(correctness, "compute", altered)
+    monkeypatch.setattr(correctness, of, altered)
 
 
 @pytest.mark.parametrize("probe", HARD, ids=lambda probe: probe.name)
@@ -47,6 +47,17 @@ def test_one_per_cent_too_much_fails(monkeypatch, probe, index):
     told = correctness.check(probe, DEVICE, impl)
     assert told["status"] == "failed", told
     assert told["why"] == f"{correctness.NAMES[index]} is off"
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_statistics_that_are_wrong_fail(monkeypatch, index):
+    name, compute = ("loss", "lse", "positive", "rank")[index], correctness.compute_stats
+    for change in (lambda x: 1.01 * x + 2, *[lambda x: x * torch.nan] * (name != "rank")):
+        monkeypatch.setattr(correctness, "compute_stats", compute)
+        alter(monkeypatch, "chunked", index, change, of="compute_stats")
+        told = correctness.check(HARD[0], DEVICE, "chunked")
+        assert told["status"] == "failed", told
+        assert told["why"] == f"{name} is off"
 
 
 def test_a_gradient_where_there_is_none_fails(monkeypatch):
