@@ -47,14 +47,15 @@ ALL = Shard()
 
 @dataclass(frozen=True)
 class Answers:
-    """How many images of this shard were answered, flagged, skipped, in colour, of another size than the fit's; whether
-    the lists are written."""
+    """How many images of this shard were answered, flagged, skipped, in colour, of another size or light than those of
+    the fit; whether the lists are written."""
 
     images: int
     flagged: int
     skipped: int
     in_colour: int
     other_size: int
+    other_light: int
     listed: bool
 
 
@@ -165,6 +166,7 @@ def _answer(detector: Detector, path: str, name: str, min_area: int, pictures: d
         "files": [f"{kind}/{name}{target.suffix}" for kind, target in pictures.items()],
         "in_colour": has_colour(image),
         "other_size": detector.other_size(image.shape),
+        "other_light": answer.other_light,
         "segments": [{**asdict(segment), "outline": outline(answer.mask, segment)} for segment in answer.segments],
         "most_surprising": None if answer.why is None else asdict(answer.why),
     }

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -90,6 +91,34 @@ class Threshold:
         )
 
 
+class Light(NamedTuple):
+    """The range of the mean grey value and of the contrast (standard deviation) of images, 0 to 255.
+
+    CPC asks how well a patch fits its neighbours; a black frame fits perfectly.
+    """
+
+    darkest: float
+    brightest: float
+    flattest: float
+    hardest: float
+
+    @classmethod
+    def of(cls, seen: Sequence[tuple[float, float]]) -> Light:
+        """From the mean and the contrast of each image."""
+        means, contrasts = zip(*seen, strict=True)
+        return cls(min(means), max(means), min(contrasts), max(contrasts))
+
+    def other(self, image: np.ndarray) -> bool:
+        """Whether an image lies far outside: 20 grey values and more, half the contrast and less, twice and more.
+
+        >>> Light(100, 140, 30, 40).other(np.zeros((32, 32, 1), np.uint8))
+        True
+        """
+        mean, contrast = float(image.mean()), float(image.std())
+        lit = self.darkest - 20 <= mean <= self.brightest + 20
+        return not (lit and 0.5 * self.flattest <= contrast <= 2 * self.hardest)
+
+
 @dataclass(frozen=True)
 class Explanation:
     """Why an image scored as it did.
@@ -118,6 +147,8 @@ class Prediction:
         segments: the connected regions of the mask, highest peak first.
         flagged: whether the score is above the threshold, and a region of min_area pixels, too.
         why: of a flagged image, what made its score; None for others (Detector.explain tells of any).
+        other_light: whether the image is much darker, brighter, flatter or harder than all of the fit, so that its
+            score says little; False where an older run does not know.
     """
 
     score: float
@@ -126,6 +157,7 @@ class Prediction:
     segments: list[Segment]
     flagged: bool
     why: Explanation | None = None
+    other_light: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,10 +186,12 @@ class Detector:
         trained_on: dict[str, str],
         train_images_per_s: float | None = None,
         sides: tuple[int, int] | None = None,
+        light: Light | None = None,
     ) -> None:
         self.model, self.config, self.bank = model.eval(), model.config, bank
         self.calibration, self.threshold, self.trained_on = calibration, threshold, trained_on
         self.train_images_per_s = train_images_per_s
+        self.light = light  # of the images of the fit; None: unknown
         self.sides = sides  # pixels: the least and the most that a shorter side had in training; None: unknown
         self.scorer = Scorer(model, bank, calibration)
 
@@ -245,10 +279,13 @@ class Detector:
                 if world > 1:
                     dist.barrier()
             pace: float | None = None
+            last: list[Progress] = []
 
             def watch(progress: Progress) -> None:
                 nonlocal pace
                 pace = progress.images_per_s
+                if progress.epoch == progress.epochs:
+                    last.append(progress)
                 if on_step:
                     on_step(progress)
 
@@ -257,11 +294,15 @@ class Detector:
                 on_step=watch, save=checkpoint.save if checkpoint and rank == 0 else None, stop=stop,
             )  # fmt: skip
 
+            seen: list[tuple[float, float]] = []
+
             def read(which: list[int]) -> Iterator[np.ndarray]:
                 for i in which:
                     if stop and stop():
                         raise Stopped("Stopped after the last epoch, before the threshold was found.")
-                    yield images[i]
+                    image = images[i]
+                    seen.append((float(image.mean()), float(image.std())))
+                    yield image
 
             scorer = Scorer(model, place_bank(_make_bank(model, read(training), config), device))
             scores, calibration = held_out_scores(scorer, read(held_out), [originals[i] for i in held_out])
@@ -283,8 +324,11 @@ class Detector:
                 "epochs": str(config.epochs),
                 "highest held out": _highest(scores, [short[i] for i in held_out]),
             }
-            spread = (min(sides), max(sides))
-            detector = cls(model, scorer.bank, calibration, threshold, trained_on, pace, spread)
+            if losses := [step.loss for step in last if math.isfinite(step.loss)]:
+                loss = sum(losses) / len(losses)
+                trained_on["loss of the last epoch"] = f"{loss:.2f} (guessing: {last[0].guessing:.2f})"
+            spread, light = (min(sides), max(sides)), Light.of(seen)
+            detector = cls(model, scorer.bank, calibration, threshold, trained_on, pace, spread, light)
             if out is not None and rank == 0:
                 detector._write(Path(out))
             return detector
@@ -309,6 +353,7 @@ class Detector:
             "trained_on": self.trained_on,
             "train_images_per_s": self.train_images_per_s,
             "sides": self.sides,
+            "light": self.light,
             "features": self.bank.shape[1],
         }
         save_run(run, tensors, self.config, about)
@@ -342,7 +387,16 @@ class Detector:
                 if not (type(low) is type(high) is int and 0 < low <= high):
                     raise ValueError("sides that are none")
                 sides = (low, high)
-            numbers = [threshold.value, threshold.target_fpr, threshold.guaranteed_fpr, threshold.count, pace or 0.0]
+            light = about.get("light")
+            light = None if light is None else Light(*map(float, light))
+            numbers = [
+                *(light or ()),
+                threshold.value,
+                threshold.target_fpr,
+                threshold.guaranteed_fpr,
+                threshold.count,
+                pace or 0.0,
+            ]
             if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
                 raise ValueError("a number that is none")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -356,7 +410,7 @@ class Detector:
         )
         streamed = StreamedBank.open(Path(run) / DETECTOR, device=device) if stream_bank else None
         bank = place_bank(tensors["bank"], device) if streamed is None else streamed
-        return cls(model, bank, calibration, threshold, trained_on, pace, sides)
+        return cls(model, bank, calibration, threshold, trained_on, pace, sides, light)
 
     # ------------------------------------------------------------------------------------------------ use
 
@@ -368,8 +422,9 @@ class Detector:
         """
         threshold = Threshold(own_threshold(value), target_fpr=1.0, guaranteed_fpr=1.0, count=0)
         return Detector(
-            self.model, self.bank, self.calibration, threshold, self.trained_on, self.train_images_per_s, self.sides
-        )
+            self.model, self.bank, self.calibration, threshold, self.trained_on, self.train_images_per_s, self.sides,
+            self.light,
+        )  # fmt: skip
 
     def inspect(self, image: np.ndarray, min_area: int = 1) -> Prediction:
         """One image, uint8 (h, w, c) or (h, w), at its original resolution.
@@ -387,7 +442,8 @@ class Detector:
         score = float(map.max())
         flagged = score > self.threshold.value and bool(segments)
         why = self._explanation(surprise, image.shape, prepared.shape) if flagged else None
-        return Prediction(score, map, mask, segments, flagged, why)
+        other_light = self.light is not None and self.light.other(prepared)
+        return Prediction(score, map, mask, segments, flagged, why, other_light)
 
     def other_size(self, shape: Sequence[int]) -> bool:
         """Whether an image (h, w, ...) is much smaller or larger than those of the fit, and nothing scales it alike."""

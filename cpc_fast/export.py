@@ -156,8 +156,9 @@ def size_for(detector: Detector, size: tuple[int, int] | None) -> tuple[int, int
         match = re.fullmatch(r"(\d+) x (\d+)", detector.trained_on.get("image size", ""))
         if match is None:
             raise UsageError(
-                f"The training images had several sizes; name the one to export for, from {least} pixels (one patch) "
-                f"each way: --size {works}x{works}."
+                f"The training images had several sizes, and an exported program takes one: name it, height x width "
+                f"from {least} pixels (one patch) each way, and cut or scale what you give to it, as --size "
+                f"{works}x{works}."
             )
         size = (int(match[1]), int(match[2]))
     if not all(least <= side <= 8192 for side in size):

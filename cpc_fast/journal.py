@@ -103,7 +103,7 @@ class Journal:
             path,
             total,
             0,
-            {"images": 0, "flagged": 0, "skipped": 0, "in_colour": 0, "other_size": 0},
+            {"images": 0, "flagged": 0, "skipped": 0, "in_colour": 0, "other_size": 0, "other_light": 0},
         )
         self._end = 0  # bytes
         with self._told():
@@ -145,7 +145,7 @@ class Journal:
         self.done += 1
         skipped = "reason" in entry
         self.counts["skipped" if skipped else "images"] += 1
-        for what in ("flagged", "in_colour", "other_size"):
+        for what in ("flagged", "in_colour", "other_size", "other_light"):
             self.counts[what] += bool(entry.get(what))
 
     def _write(self, entry: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .. import config as configs
 from ..errors import CpcFastError, Interrupted, NotWritten, Stopped, UsageError
 from ..torchrun import launched, may_restart, together
 from .console import say, terminable
@@ -62,8 +61,9 @@ def fit(
 ) -> int:
     """Learn what is normal, and from where on a score is anomalous."""
     check_device(device)
-    if preset:
-        configs.preset(preset)  # a wrong name is refused before an old run is
+    options = {"epochs": epochs, "seed": seed, "image_size": image_size, "across_ranks": across_ranks}
+    if preset or not resume:  # what is wrong with these is said before an old run is in the way
+        choose_config(preset, options, settings)
     from ..images import quoted
     from ..inputs import walk
     from ..layouts import find_test, find_train
@@ -78,7 +78,6 @@ def fit(
     if may_restart() and not (out / CHECKPOINT).exists():  # the command that goes on is the one that begins
         resume = False
     need_checkpoint(out) if resume else refuse_run(out)
-    options = {"epochs": epochs, "seed": seed, "image_size": image_size, "across_ranks": across_ranks}
     config = choose_config(preset, options, settings, resume=out if resume else None)
     finished = resume and _finished(out, fitted_to_files(config, images), data)
     if not (finished or launched()[0]):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..torchrun import launched, own_gpu
-from .console import complain, going_on, note_colour, note_edited, note_size, say, terminable
+from .console import complain, going_on, note_colour, note_edited, note_light, note_size, say, terminable
 from .options import Device, check_device, choose_device
 
 
@@ -93,6 +93,9 @@ def predict(
             say(detector.threshold.note)
         note_colour(found.in_colour, found.images, detector.config.channels)
         note_size(found.other_size, found.images, detector)
+        note_light(found.other_light, found.images, detector)
+        if found.other_light:
+            say(f"Which ones: other_light in {out / 'predictions.json'}")
     if not found.listed:
         say(f"Shard {part.number} of {part.count} is done; the last one to end writes {out / 'scores.csv'}.")
     elif found.images:

@@ -323,6 +323,26 @@ def test_images_of_another_size_are_pointed_at(fitted, data, tmp_path, capsys):
     assert "another size" not in capsys.readouterr().out
 
 
+def test_images_without_light_are_pointed_at(fitted, data, tmp_path, capsys):
+    """Whose patches fit each other: they score as more normal than good ones."""
+    save(tmp_path / "black.png", np.zeros((48, 48), np.uint8))
+    save(tmp_path / "flat.png", (texture(1) // 16 + 120))
+    images = [str(tmp_path / "black.png"), str(tmp_path / "flat.png"), str(data / "test")]
+    assert cli.run(["predict", str(fitted), *images, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "2 of 7 images are much darker, brighter, flatter or harder than those of the fit (mean grey 1" in said
+    told = json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]
+    assert [Path(one["path"]).name for one in told if one["other_light"]] == ["black.png", "flat.png"]
+    assert cli.run(["predict", str(fitted), images[2], "--out", str(tmp_path / "out")]) == 0
+    assert "darker" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [["--epochs", "0"], ["--set", "target_fpr=2"], ["--across-ranks", "foo"]])
+def test_what_is_wrong_is_said_before_what_is_in_the_way(fitted, data, capsys, wrong):
+    assert cli.run(["fit", str(data), "--out", str(fitted), *wrong]) == 2
+    assert "holds a run already" not in capsys.readouterr().err
+
+
 def test_a_run_does_not_go_among_the_images(tmp_path, capsys):
     save(tmp_path / "parts" / "0.png", texture(0))
     (tmp_path / "link").symlink_to(tmp_path / "parts")
@@ -372,7 +392,7 @@ def test_every_line_of_help_is_whole(capsys, monkeypatch):
         assert "..." not in capsys.readouterr().out.replace("[ARGS]...", "")
     assert cli.run(["fit", "--help"]) == 0
     said = capsys.readouterr().out
-    assert "[cpu-demo 12; quality" in said
+    assert "[cpu-demo, fast 12; quality" in " ".join(said.split())
     assert "quality (parts), texture (even surfaces)" in " ".join(said.split())
     assert cli.run(["predict", "--help"]) == 0
     assert "earlier answers there are replaced" in " ".join(capsys.readouterr().out.split())

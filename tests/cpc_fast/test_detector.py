@@ -121,8 +121,12 @@ def test_sizes_that_an_older_run_does_not_say_stay_unknown(detector, tmp_path):
     older = Detector.load(tmp_path / "older")
     older.save(tmp_path / "again")
     for run in (older, Detector.load(tmp_path / "again")):
-        assert run.sides is None
+        assert run.sides is run.light is None
         assert not run.other_size((480, 480))
+        assert not run.inspect(np.zeros((48, 48, 1), np.uint8)).other_light
+    assert detector.inspect(np.zeros((48, 48, 1), np.uint8)).other_light
+    detector.save(tmp_path / "now")
+    assert Detector.load(tmp_path / "now").light == detector.light
 
 
 def test_a_calibration_of_two_shapes_or_none_is_refused(detector, tmp_path):

@@ -162,7 +162,7 @@ except OSError as error:
 
 def test_what_cannot_be_exported(tmp_path, monkeypatch, capsys):
     detector = Detector.fit([*IMAGES[:4], texture(9, 40, 40)], TINY_CONFIG, epochs=1)
-    with pytest.raises(UsageError, match=r"several sizes; .* from 16 pixels \(one patch\) .* --size 48x48\.$"):
+    with pytest.raises(UsageError, match=r"several sizes, and .* from 16 pixels \(one patch\) .* --size 48x48\.$"):
         export(detector, tmp_path / "x.pt2")
     with pytest.raises(
         UsageError, match=r"size is 8 x 48; both sides must be from one patch \(16\) to 8192 pixels: --size 48x48"

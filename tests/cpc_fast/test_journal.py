@@ -43,7 +43,9 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(detector, folder, tmp_path_factory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole")
-    assert answers.predict(detector, [folder], out) == answers.Answers(8, 0, 1, 0, other_size=8, listed=True)
+    assert answers.predict(detector, [folder], out) == answers.Answers(
+        8, 0, 1, 0, other_size=8, other_light=0, listed=True
+    )
     return {name: (out / name).read_bytes() for name in LISTS}
 
 
@@ -65,7 +67,7 @@ def test_stopped_after_every_image_the_lists_come_out_the_same(detector, folder,
             answers.predict(detector, [folder], tmp_path, resume=done > 1, stop=lambda: True)
         assert len(json.loads(lists(tmp_path)["predictions.json"])["images"]) == done - (done > 4)
     found = answers.predict(detector, [folder], tmp_path, resume=True)
-    assert found == answers.Answers(8, 0, 1, 0, other_size=8, listed=True)
+    assert found == answers.Answers(8, 0, 1, 0, other_size=8, other_light=0, listed=True)
     assert lists(tmp_path) == whole
     assert answers.predict(detector, [folder], tmp_path, resume=True) == found  # nothing is left to do
     assert lists(tmp_path) == whole
@@ -111,7 +113,7 @@ def test_shards_in_any_order_make_the_same_lists(detector, folder, whole, tmp_pa
 def test_more_shards_than_images(detector, folder, tmp_path):
     for n in (1, 2, 3):
         found = answers.predict(detector, [folder / "0.png"], tmp_path, shard=Shard(n, 3))
-    assert found == answers.Answers(0, 0, 0, 0, 0, listed=True)
+    assert found == answers.Answers(0, 0, 0, 0, 0, 0, listed=True)
     assert (tmp_path / "scores.csv").read_bytes().count(b"\n") == 2
 
 
