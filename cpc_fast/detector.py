@@ -167,6 +167,7 @@ class Predictions:
     scores: list[float]
     maps: list[np.ndarray]
     masks: list[np.ndarray]
+    flagged: list[bool]
 
 
 class Detector:
@@ -414,6 +415,10 @@ class Detector:
 
     # ------------------------------------------------------------------------------------------------ use
 
+    def __repr__(self) -> str:
+        images = self.trained_on.get("normal images", "unknown")
+        return f"Detector(normal images: {images}; threshold {self.threshold.value:.4g}; on {self.bank.device})"
+
     def with_threshold(self, value: float) -> Detector:
         """The same detector with a threshold of your own, as read off the report's slider; nothing is copied.
 
@@ -468,7 +473,10 @@ class Detector:
                     answers.append(self.inspect(read_image(image)))
             else:
                 answers.append(self.inspect(image))
-        return Predictions([a.score for a in answers], [a.map for a in answers], [a.mask for a in answers])
+        return Predictions(
+            [a.score for a in answers], [a.map for a in answers], [a.mask for a in answers],
+            [a.flagged for a in answers],
+        )  # fmt: skip
 
     def explain(self, image: np.ndarray) -> Explanation:
         """Which patch, and which direction and step or its place, made the score of an image, uint8 (h, w, c)."""

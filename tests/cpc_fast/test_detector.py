@@ -582,6 +582,13 @@ def test_a_fit_says_what_it_takes():
         Detector.fit([texture(i) for i in range(6)], TINY_CONFIG, resume=True)
 
 
+def test_what_a_detector_is_stands_in_its_name(detector):
+    images = [texture(3), np.full((48, 48, 1), 255, np.uint8)]
+    found = detector.predict(images)
+    assert found.flagged == [detector.inspect(image).flagged for image in images]
+    assert f"; threshold {detector.threshold.value:.4g}; on cpu)" in repr(detector)
+
+
 def test_a_config_takes_lists_and_numpys_numbers():
     config = TINY_CONFIG.replace(shifts=["noise"], epochs=np.int64(3), learning_rate=np.float64(1e-3))
     assert config == TINY_CONFIG.replace(shifts=("noise",), epochs=3, learning_rate=1e-3)
