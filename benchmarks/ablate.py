@@ -13,6 +13,7 @@ the preset: one network, fewer epochs.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -20,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from cpc_fast.config import Config, preset, read_settings
@@ -28,7 +28,7 @@ from cpc_fast.errors import UsageError
 from cpc_fast.files import write_text
 
 from .ledger import slug
-from .quality import find_beds, of_group, parse
+from .quality import find_beds, parse
 from .readings import Merge, Other
 from .report import between, table
 from .sets import BEDS, ROOT, Bed
@@ -158,47 +158,57 @@ def judged(ablations: Ablations, row: Row | None, part: str = "validation") -> l
     return [record for one, record in told if one["part"] == (part if BEDS[one["set"]].halved else "all")]
 
 
-def arithmetic(record: Record) -> str:
-    """What rounds alike: fits on CPUs of one maker with the same vectors end in the same weights."""
-    device = record["environment"]["device"]
-    return f"{device.split()[0]}, {'AVX-512' if 'AVX-512' in device else 'AVX2'}"
+def base_of(record: Record, bases: Sequence[Record]) -> Record | None:
+    """What a row is compared with: the base on the same set and kind of CPU, of the same commit if there is one.
+
+    CPUs of one maker with the same vectors round alike, and fits on them end in the same weights. (Where a set's base
+    was measured more than once, earlier records lie beside the last, under other names.)
+    """
+
+    def kind(one: Record) -> tuple[str, int, str, bool]:
+        device, told = one["environment"]["device"], one["identity"]
+        return told["set"], told["seed"], device.split()[0], "AVX-512" in device
+
+    alike = [base for base in bases if kind(base) == kind(record)]
+    same = [base for base in alike if base["environment"]["commit"] == record["environment"]["commit"]]
+    return (same or alike or [None])[-1]
 
 
 def tables(ablations: Ablations, part: str = "validation") -> str:
-    """Every row with its difference from the base of the same kind of CPU. (Where a set's base was measured on two, the
-    second record lies beside the first, under another name.)"""
-
-    def means(row: Row | None) -> list[dict[str, float]]:
-        records, columns = judged(ablations, row, part), []
-        for group, _, path in COLUMNS:
-            found = {}
-            for kind in sorted({arithmetic(record) for record in records if record["identity"]["set"] == group}):
-                alike = [record for record in records if arithmetic(record) == kind]
-                known = [value for value in of_group(alike, (group,), CPC, path) if value is not None]
-                found |= {kind: float(np.mean(known))} if known else {}
-            columns.append(found)
-        return columns
-
-    base = means(None)
-    if not any(base):
+    """Every row with its difference from its base."""
+    bases = judged(ablations, None, part)
+    if not bases:
         return "Not measured yet: `python -m benchmarks.ablate` measures it."
-    told = [", ".join(f"**{value:.3f}**" for value in found.values()) or "-" for found in base]
+
+    def value(record: Record | None, path: tuple[str, str]) -> float | None:
+        return None if record is None else record["metrics"][path[0]][path[1]]
+
+    def cell(records: Sequence[Record], group: str, path: tuple[str, str]) -> str:
+        own = [record for record in records if record["identity"]["set"] == group]
+        values, zeros = (
+            [found for record in several if (found := value(record, path)) is not None]
+            for several in (own, [base_of(record, bases) for record in own])
+        )
+        if not values:
+            return "-"
+        found = statistics.mean(values)
+        return f"{found:.3f}" + (f" ({found - statistics.mean(zeros):+.3f})" if len(zeros) == len(values) else "")
+
+    told = [
+        ", ".join(f"**{found:.3f}**" for base in bases if base["identity"]["set"] == group
+                  and (found := value(base, path)) is not None) or "-"
+        for group, _, path in COLUMNS
+    ]  # fmt: skip
     rows = [("**the base**", "", *told, "")]
     missing, same = [], []
     for row in ablations.rows:
-        values = means(row)
-        if not any(values):
+        records = judged(ablations, row, part)
+        cells = [cell(records, group, path) for group, _, path in COLUMNS]
+        if set(cells) == {"-"}:
             beds = [BEDS[group] for group in dict.fromkeys(group for group, _, _ in COLUMNS) if group in BEDS]
             nothing = all(ablations.asks_nothing(row, bed) for bed in beds)
             (same if nothing else missing).append(f"{row.factor}: {row.name}")
             continue
-        cells = [
-            ", ".join(
-                f"{value:.3f}" + (f" ({value - zero[kind]:+.3f})" if kind in zero else "")
-                for kind, value in found.items()
-            ) or "-"
-            for found, zero in zip(values, base, strict=True)
-        ]  # fmt: skip
         rows.append((row.factor, row.name, *cells, row.why))
     records = [record for row in (None, *ablations.rows) for record in judged(ablations, row, part)]
     seeds = {record["identity"]["seed"] for record in records}
@@ -208,7 +218,7 @@ def tables(ablations: Ablations, part: str = "validation") -> str:
     changed = ", ".join(f"{name} {value}" for name, value in ablations.changes.items())
     text = (
         f"{table(head, rows)}\n\nThe base: `{ablations.preset}`, or its sibling for the set, with {changed}; in "
-        f"brackets the difference from it, on the same kind of CPU; seeds "
+        f"brackets the difference from it, on the same kind of CPU and, where measured more than once, commit; seeds "
         f"{', '.join(map(str, sorted(seeds)))}; {devices}, commit {commits}."
     )
     for title, names in (("Not tried, as the preset has it so or cannot have it", same), ("Not measured yet", missing)):
