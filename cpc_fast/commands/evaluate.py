@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..detector import Detector, Threshold
     from ..evaluate import Evaluation
     from ..report import Section
+    from ..scored import Scored
 
 
 def evaluate(
@@ -100,8 +101,21 @@ def evaluate(
     note_colour(colours, len(evaluation.scored), detector.config.channels)
     others = sum(detector.other_size(item.image.shape) for item in evaluation.scored)
     note_size(others, len(evaluation.scored), detector)
+    _note_masks(evaluation.scored, detector.threshold.value)
     say(f"Open next: {out / 'report.html'}; the numbers are in {out / 'metrics.json'}")
     return 0
+
+
+def _note_masks(scored: Sequence[Scored], threshold: float) -> None:
+    """Whether defects were found where they are, and whether the masks can be meant so."""
+    masked = [(item, item.truth) for item in scored if not item.good and item.truth is not None and item.truth.any()]
+    flagged = [(item, truth) for item, truth in masked if item.score > threshold]
+    if flagged:
+        there = sum(bool((item.map[truth] > threshold).any()) for item, truth in flagged)
+        say(f"{there} of {len(flagged)} flagged defects are outlined where their mask is.")
+    wide = sum(float(truth.mean()) > 0.5 for _, truth in masked)
+    if 2 * wide > len(masked):
+        say(f"{wide} of {len(masked)} masks call more than half of their image a defect; white must be the defect.")
 
 
 def evaluate_run(name: str, detector: Detector, data: Path, stop: Callable[[], bool] = lambda: False) -> Evaluation:

@@ -363,6 +363,19 @@ def test_masks_that_are_missing_are_missed(fitted, tmp_path, capsys):
     assert "There are no masks of hole (" in capsys.readouterr().out
 
 
+def test_masks_that_call_the_part_a_defect_are_doubted(fitted, tmp_path, capsys):
+    tests = make_set(tmp_path / "tests", train=0)
+    told = cli.run(["evaluate", str(fitted), str(tests), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert told == 0
+    assert re.search(r"\d of \d flagged defects are outlined where their mask is\.", said)
+    assert "white must be the defect" not in said
+    for path in (tests / "ground_truth" / "hole").iterdir():
+        save(path, 255 - np.asarray(Image.open(path)))
+    assert cli.run(["evaluate", str(fitted), str(tests), "--out", str(tmp_path / "out")]) == 0
+    assert "2 of 2 masks call more than half of their image a defect; white must be the" in capsys.readouterr().out
+
+
 def test_what_a_test_set_lacks_is_said(fitted, data, tmp_path, capsys):
     lacks = Path(shutil.copytree(data, tmp_path / "data"))
     shutil.rmtree(lacks / "test" / "good")
