@@ -216,8 +216,8 @@ class Lane:
     errors: dict[str, float] = field(default_factory=dict)
     warm_ms: float = 0.0
     samples: dict[int, float] = field(default_factory=dict)  # round -> ms
-    graphs: list[Any] = field(default_factory=list)
     graph_samples: list[float] = field(default_factory=list)
+    graph_why: str = ""  # why there is no graph, where one was tried
     wall_samples: list[float] = field(default_factory=list)
     extra_mb: float | None = None
 
@@ -282,7 +282,7 @@ class Race:
         synchronize(self.device)  # raises where no call can succeed any more
         lane.status = "failed"
         lane.why = f"{type(error).__name__}: {str(error).strip().splitlines()[:1] or ''}"[:160]
-        lane.graphs, lane.graph_samples, lane.wall_samples = [], [], []
+        lane.wall_samples = []
         for problem in self.sets:
             problem.clear()
 
@@ -321,6 +321,7 @@ class Race:
         short = [lane for lane in self.running if lane.samples and lane.warm_ms < GRAPH_BELOW_MS]
         for lane in short:
             tell(lane.provider.name)
+            graphs = []
             try:
                 for i in range(min(4, len(self.sets))):
                     stream = torch.cuda.Stream()
@@ -331,14 +332,11 @@ class Race:
                     self.sets[i].clear()
                     with torch.cuda.graph(graph, stream=stream):
                         self._step(lane, i)
-                    lane.graphs.append(graph)
-                for i in range(MAX_ROUNDS):
-                    lane.graph_samples.append(self.clock(lane.graphs[i % len(lane.graphs)].replay))
-            except Exception:
-                lane.graph_samples = []
+                    graphs.append(graph)
+                lane.graph_samples = [self.clock(graphs[i % len(graphs)].replay) for i in range(MAX_ROUNDS)]
+            except Exception as error:  # of a peer, or ours: the row says it
+                lane.graph_why = f"{type(error).__name__}: {error}"[:160]
                 return False
-            finally:
-                lane.graphs = []
         return True
 
     @property
@@ -354,8 +352,7 @@ class Race:
     def rounds(self) -> int:
         if self.base is None:
             return 0
-        share = self.share_ms
-        return max(MIN_ROUNDS, min(MAX_ROUNDS, int(share / max(self.base.warm_ms, 1e-3))))
+        return max(MIN_ROUNDS, min(MAX_ROUNDS, int(self.share_ms / max(self.base.warm_ms, 1e-3))))
 
     def others(self) -> None:
         """One round of everybody but the base."""
@@ -403,6 +400,8 @@ class Race:
                 row["wall_ms"], row["wall_quartiles_ms"] = spread(lane.wall_samples)
             if lane.graph_samples:
                 row["graph_ms"], row["graph_quartiles_ms"] = spread(lane.graph_samples)
+            if lane.graph_why:
+                row["graph_why"] = lane.graph_why
             if lane.extra_mb is not None:
                 row["extra_mb"] = round(lane.extra_mb, 1)
             told.append(row)

@@ -108,13 +108,20 @@ class Light(NamedTuple):
         means, contrasts = zip(*seen, strict=True)
         return cls(min(means), max(means), min(contrasts), max(contrasts))
 
+    @staticmethod
+    def seen(image: np.ndarray) -> tuple[float, float]:
+        """Mean and contrast of an image (h, w, c), of a large one by some of its pixels."""
+        step = max(1, min(image.shape[:2]) // 256)
+        some = image[::step, ::step]
+        return float(some.mean()), float(some.std())
+
     def other(self, image: np.ndarray) -> bool:
         """Whether an image lies far outside: 20 grey values and more, half the contrast and less, twice and more.
 
         >>> Light(100, 140, 30, 40).other(np.zeros((32, 32, 1), np.uint8))
         True
         """
-        mean, contrast = float(image.mean()), float(image.std())
+        mean, contrast = self.seen(image)
         lit = self.darkest - 20 <= mean <= self.brightest + 20
         return not (lit and 0.5 * self.flattest <= contrast <= 2 * self.hardest)
 
@@ -280,17 +287,14 @@ class Detector:
                 if world > 1:
                     dist.barrier()
             pace: float | None = None
-            last: list[Progress] = []
 
             def watch(progress: Progress) -> None:
                 nonlocal pace
                 pace = progress.images_per_s
-                if progress.epoch == progress.epochs:
-                    last.append(progress)
                 if on_step:
                     on_step(progress)
 
-            train(
+            loss, guessing = train(
                 model, Chosen(images, training), config, optimizer=optimizer, position=position,
                 on_step=watch, save=checkpoint.save if checkpoint and rank == 0 else None, stop=stop,
             )  # fmt: skip
@@ -302,7 +306,7 @@ class Detector:
                     if stop and stop():
                         raise Stopped("Stopped after the last epoch, before the threshold was found.")
                     image = images[i]
-                    seen.append((float(image.mean()), float(image.std())))
+                    seen.append(Light.seen(image))
                     yield image
 
             scorer = Scorer(model, place_bank(_make_bank(model, read(training), config), device))
@@ -325,9 +329,8 @@ class Detector:
                 "epochs": str(config.epochs),
                 "highest held out": _highest(scores, [short[i] for i in held_out]),
             }
-            if losses := [step.loss for step in last if math.isfinite(step.loss)]:
-                loss = sum(losses) / len(losses)
-                trained_on["loss of the last epoch"] = f"{loss:.2f} (guessing: {last[0].guessing:.2f})"
+            if loss is not None:
+                trained_on["loss of the last epoch"] = f"{loss:.2f} (guessing: {guessing:.2f})"
             spread, light = (min(sides), max(sides)), Light.of(seen)
             detector = cls(model, scorer.bank, calibration, threshold, trained_on, pace, spread, light)
             if out is not None and rank == 0:
@@ -390,14 +393,8 @@ class Detector:
                 sides = (low, high)
             light = about.get("light")
             light = None if light is None else Light(*map(float, light))
-            numbers = [
-                *(light or ()),
-                threshold.value,
-                threshold.target_fpr,
-                threshold.guaranteed_fpr,
-                threshold.count,
-                pace or 0.0,
-            ]
+            promised = [threshold.value, threshold.target_fpr, threshold.guaranteed_fpr, threshold.count]
+            numbers = [*promised, pace or 0.0, *(light or ())]
             if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
                 raise ValueError("a number that is none")
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -184,8 +184,10 @@ def train(
     on_step: Callable[[Progress], None] | None = None,
     save: Callable[[Position], None] | None = None,
     stop: Callable[[], bool] | None = None,
-) -> None:
+) -> tuple[float | None, float]:
     """Train `model` in place on normal images, each uint8 (h, w, c); it ends with the running mean of its weights.
+
+    Returns the mean loss of the last epoch (None: no step had one), and that of guessing.
 
     With a frozen encoder the rest learns from cached latents: see LatentCache.
 
@@ -294,3 +296,4 @@ def train(
         for weight, state in optimizer.state.items():
             weight.copy_(state["average"])
     model.eval()
+    return at.loss, chance

@@ -121,7 +121,7 @@ def note_light(others: int, count: int, detector: Detector) -> None:
         say(
             f"{others} of {count} images are much darker, brighter, flatter or harder than those of the fit (mean grey "
             f"{least:.0f} to {most:.0f}, contrast {flattest:.0f} to {hardest:.0f}): their scores say little. A frame "
-            "without light or without a part can pass as good; check these apart."
+            "without light or without a part can pass as good; check these apart (other_light in predictions.json)."
         )
 
 

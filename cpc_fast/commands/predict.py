@@ -94,8 +94,6 @@ def predict(
         note_colour(found.in_colour, found.images, detector.config.channels)
         note_size(found.other_size, found.images, detector)
         note_light(found.other_light, found.images, detector)
-        if found.other_light:
-            say(f"Which ones: other_light in {out / 'predictions.json'}")
     if not found.listed:
         say(f"Shard {part.number} of {part.count} is done; the last one to end writes {out / 'scores.csv'}.")
     elif found.images:

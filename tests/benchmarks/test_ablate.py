@@ -190,3 +190,12 @@ def test_the_solar_cells_are_kept_for_reporting(monkeypatch):
     for chosen in ([], ["--sets", "solar cells"]):
         assert ablate.main(chosen) == 0
     assert asked == [["grass", "magnetic tiles"], ["solar cells"]]
+
+
+def test_windows_wider_than_the_images_of_a_set_are_passed_over(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trials, "STORE", tmp_path / "store")
+    bed = Bed("grass", lambda _: data)
+    wide = trials.Job("wide", bed, data, trials.CPC, SMALL.replace(skip=40))
+    assert trials.carry_out_all([wide], torch.device("cpu"), minutes=None)
+    assert "cannot be had: " in capsys.readouterr().out
+    assert not wide.path.exists()
