@@ -6,6 +6,7 @@
   const one = (root, selector) => root.querySelector(selector);
   const all = (root, selector) => [...root.querySelectorAll(selector)];
   const BADGE = { caught: "Caught", missed: "Missed", alarm: "False alarm", passed: "Passed" };
+  const ELSEWHERE = "Caught elsewhere"; // as in report.py
 
   const percent = (share) => (Math.floor(share * 1000 + 0.5) / 10).toFixed(1) + "%";
   const interval = (hits, of) => { // 95 % Wilson score interval, as in report.py
@@ -34,6 +35,7 @@
     const cards = all(gallery, ".card").map((element) => ({
       element,
       score: +element.dataset.score,
+      there: +element.dataset.there, // the highest value on the known defect; NaN where that is not known
       good: element.dataset.good === "1",
       group: element.dataset.group,
       name: one(element, ".name").textContent,
@@ -56,8 +58,8 @@
         if (kind !== card.kind) {
           card.kind = kind;
           card.element.className = "card " + kind;
-          card.badge.textContent = BADGE[kind];
         }
+        card.badge.textContent = kind === "caught" && card.there <= threshold ? ELSEWHERE : BADGE[kind];
       }
       const put = (selector, text) => { one(panel, selector).textContent = text; };
       put(".tp", count.caught); put(".fn", count.missed); put(".fp", count.alarm); put(".tn", count.passed);
@@ -168,7 +170,7 @@
     one(dialog, ".panes").replaceChildren(...panes);
     const kind = card.classList[1], badge = one(dialog, ".badge");
     dialog.className = "enlarged " + kind;
-    badge.textContent = BADGE[kind];
+    badge.textContent = one(card, ".badge").textContent;
     one(dialog, "#enlarged-name").textContent = one(card, ".name").textContent;
     one(dialog, ".enlarged-text").textContent = picture.getAttribute("aria-label");
     if (!dialog.open) dialog.showModal();

@@ -416,6 +416,7 @@ OUTCOMES = {  # (defective, flagged): class, badge
     (False, True): ("alarm", "False alarm"),
     (False, False): ("passed", "Passed"),
 }
+ELSEWHERE = "Caught elsewhere"  # flagged, but nothing above the threshold lies on the known defect
 
 
 def _section(section: Section, budget: int) -> dict[str, Any]:
@@ -450,10 +451,13 @@ def _section(section: Section, budget: int) -> dict[str, Any]:
     cards = []
     for s in scored:
         kind, badge = OUTCOMES[not s.good, s.score > threshold]
+        there = None if s.truth is None or not s.truth.any() else float(s.map[s.truth].max())
+        badge = ELSEWHERE if kind == "caught" and there is not None and there <= threshold else badge
         marked = s.map > section.pixel_threshold
         cards.append({
             "name": s.name, "defect": s.defect, "group": groups.index(s.defect), "good": s.good,
             "score": repr(float(s.score)), "shown": f"{s.score:.{digits}f}", "kind": kind, "badge": badge,
+            "there": None if there is None else repr(there),
             "height": s.map.shape[0], "width": s.map.shape[1],
             "photo": _photo_uri(s.image, budget), "heat": _map_uri(s.map, map_low, map_high),
             "predicted": _outline_path(marked), "truth": "" if s.truth is None else _outline_path(s.truth),
