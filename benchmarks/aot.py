@@ -3,11 +3,12 @@
     python -m benchmarks.aot [--arch sm_90 ...] [--only REGEX] [--module cpc_kernels.triton_info_nce ...] [--json FILE]
 
 For each entry of the tile table: registers, stack, shared and tensor memory, matrix instructions, blocks per
-multiprocessor, and the seconds of processor time that it took; then, for named cases, the time that each unit alone
-would need (a PREDICTION, no measurement).
+multiprocessor, instructions of the loop around the products, and the seconds of processor time that it took; then, for
+named cases, the time that each unit alone would need (a PREDICTION, no measurement).
 Exits 1 past a gate: stack 0, no spills, registers <= 255 (gfx942: 512), shared and tensor memory within the chip's,
-matrix instructions of the chip's own kind, no float64 arithmetic. On gfx942 stack is scratch memory, as the metadata of
-the code object says. A compiled entry is remembered until its source, its constants or Triton change.
+matrix instructions of the chip's own kind, none that waits for the one before it, no float64 arithmetic. On gfx942
+stack is scratch memory, as the metadata of the code object says. A compiled entry is remembered until its source, its
+constants or Triton change.
 
 A kernel module takes part by offering `aot_entries(arch) -> Iterator[cpc_kernels.tiles.Entry]`.
 """
@@ -34,6 +35,7 @@ from typing import NamedTuple
 from .cases import CASES
 
 MODULES = ("cpc_kernels.triton_info_nce", "cpc_kernels.triton_sampled_info_nce")
+PRODUCTS = r"HMMA|HGMMA|UTC\w*MMA|IMMA|QGMMA"
 # the user's, not the checkout's: what is known holds for every checkout with the same source
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cpc_fast" / "aot"
 
@@ -86,7 +88,9 @@ class Report:
     tensor_memory: int = 0
     matrix: dict[str, int] = field(default_factory=dict)
     doubles: int = 0
+    waits: int = 0  # WARPGROUP instructions: a few, or two for each product where ptxas lets them wait for each other
     instructions: int = 0
+    loop: int = 0  # of these, in the innermost loop with a product; rarely taken branches count, too
     blocks: int = 0  # per multiprocessor
     seconds: float = 0.0  # of processor time, to compile and read it
 
@@ -109,6 +113,8 @@ class Report:
         kind = chip.matrix if self.tile[0] >= 64 else f"{chip.matrix}|HMMA"
         if self.needs_matrix and not any(re.fullmatch(kind, name) for name in self.matrix):
             found.append(f"no {kind} instruction, only {self.matrix or 'none'}")
+        if self.waits > sum(self.matrix.values()):
+            found.append(f"products that wait for each other ({self.waits} WARPGROUP instructions)")
         if self.doubles:
             found.append(f"{self.doubles} float64 instructions")
         return found
@@ -127,7 +133,7 @@ def entries(module: str, arch: str) -> dict:
 def fingerprint(entry, arch: str) -> str:
     import triton
 
-    reading = map(inspect.getsource, (Report, _compile, _read_cubin, _read_amdgcn))
+    reading = map(inspect.getsource, (Report, _compile, _read_cubin, _loop, _read_amdgcn))
     told = (triton.__version__, entry.kernel.cache_key, arch, *map(str, entry[:1] + entry[2:]), *reading)
     return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
 
@@ -196,12 +202,26 @@ def _read_cubin(report: Report, cubin: bytes) -> None:
         usage, code = dump("-res-usage"), dump("-sass")
     report.registers = int(re.search(r"REG:(\d+)", usage)[1])
     report.stack = int(re.search(r"STACK:(\d+)", usage)[1])
-    operations = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
-    plain = [name.split(".")[0] for name in operations]
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)([^;]*);", code, re.MULTILINE)
+    plain = [name for _, name, _ in lines]
     report.instructions = len(plain)
     report.spills = sum(name in ("STL", "LDL") for name in plain)
+    report.waits = plain.count("WARPGROUP")
+    report.loop = _loop(lines)
     report.doubles = sum(name in ("DADD", "DMUL", "DFMA", "DSETP", "DMMA", "DMNMX") for name in plain)
-    report.matrix = _count(name for name in plain if re.fullmatch(r"HMMA|HGMMA|UTC\w*MMA|IMMA|QGMMA", name))
+    report.matrix = _count(name for name in plain if re.fullmatch(PRODUCTS, name))
+
+
+def _loop(lines: list[tuple[str, str, str]]) -> int:
+    """Instructions of the shortest loop with a product, of (address, name, operands); 0 without one."""
+    at = {int(address, 16): i for i, (address, _, _) in enumerate(lines)}
+    found = []
+    for i, (_, name, operands) in enumerate(lines):
+        to = re.search(r"0x([0-9a-f]+)\s*$", operands) if name == "BRA" else None
+        start = at.get(int(to[1], 16), i) if to else i
+        if start < i and any(re.fullmatch(PRODUCTS, other) for _, other, _ in lines[start:i]):
+            found.append(i + 1 - start)
+    return min(found, default=0)
 
 
 def _count(names) -> dict[str, int]:
@@ -237,12 +257,12 @@ def compile_all(tasks: list[tuple[str, str, str]], jobs: int, cache: Path | None
 
 
 def table(reports: list[Report]) -> str:
-    built = ("regs", "stack", "shared", "tmem", "matrix", "instr", "blocks/SM", "seconds")
+    built = ("regs", "stack", "shared", "tmem", "matrix", "instr", "loop", "blocks/SM", "seconds")
     head = ("target", "entry", "tile", "warps", *built, "")
     rows = [head]
     for r in reports:
         matrix = " ".join(f"{count} {name}" for name, count in r.matrix.items()) or "-"
-        built = (r.registers, r.stack, r.shared, r.tensor_memory, matrix, r.instructions)
+        built = (r.registers, r.stack, r.shared, r.tensor_memory, matrix, r.instructions, r.loop or "-")
         numbers = (r.warps, *built, r.blocks or "-", r.seconds)
         verdict = "; ".join(r.failures()) or "ok"
         rows.append((r.arch, r.name, f"{r.tile[0]}x{r.tile[1]}", *map(str, numbers), verdict))  # pyright: ignore[reportArgumentType]
@@ -271,6 +291,12 @@ def predictions(reports: list[Report]) -> list[dict]:
                 times = {
                     "matrix": 2 * products * case.scores * bucket / (chip.tflops * 1e12),
                     "exp": case.scores / (16 * chip.units * chip.ghz * 1e9),
+                    "issue": case.scores
+                    / math.prod(kernel.tile)
+                    * kernel.loop
+                    * kernel.warps
+                    / 4
+                    / (chip.units * chip.ghz * 1e9),
                     "L2": math.ceil(rows / kernel.tile[0]) * streamed * case.d * 2 / (chip.l2 * 1e12),
                     "HBM": (2 * (case.n + case.m) * case.d + written) / (chip.hbm * 1e12),
                 }
@@ -280,12 +306,15 @@ def predictions(reports: list[Report]) -> list[dict]:
     return found
 
 
+UNITS = ("matrix", "exp", "issue", "L2", "HBM")
+
+
 def prediction_table(rows: list[dict]) -> str:
     width = max(len(r["case"]) for r in rows) + 2
     lines = ["PREDICTION, not measured: ms that each unit alone would need (data-sheet rates; a kernel adds up)",
-             f"{'target':8}{'case':{width}}{'op':10}{'matrix':>8}{'exp':>8}{'L2':>8}{'HBM':>8}  bound"]  # fmt: skip
+             f"{'target':8}{'case':{width}}{'op':10}{''.join(f'{unit:>8}' for unit in UNITS)}  bound"]  # fmt: skip
     for r in rows:
-        times = "".join(f"{r[unit]:8.3f}" for unit in ("matrix", "exp", "L2", "HBM"))
+        times = "".join(f"{r[unit]:8.3f}" for unit in UNITS)
         lines.append(f"{r['arch']:8}{r['case']:{width}}{r['op']:10}{times}  {r['bound']}")
     return "\n".join(lines)
 

@@ -141,15 +141,15 @@ def _as_the_negatives(t: Tile) -> tuple[Tile, ...]:
     return tuple(t._replace(features=64 if bucket == 64 else 32) for bucket in BUCKETS)
 
 
-# Plain forward at D = 256 reads through pointers: with descriptors it spills (a stack of 56 bytes).
-_PLAIN_256 = T(128, 64, 8, 3)
+# Forward at D = 256 reads through pointers: with descriptors it spills, plain on Triton 3.9, with ids on 3.6. With two
+# stages the candidates' gradient at D = 512 would wait for each product before the next (benchmarks.aot says so).
+_POINTERS_256 = T(128, 64, 8, 3)
 # fmt: off
 # buckets:                   64                 128                256                512
 _HOPPER = {
-    "forward": (*_tma(       T(128, 128, 8, 3), T(128, 128, 8, 2)), _PLAIN_256, *_tma(T(64, 32, 8, 2))),
-    "forward+ids": _tma(     T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(64, 64, 8, 3) ,  T(64, 16, 8, 2)),
+    "forward": (*_tma(       T(128, 128, 8, 3), T(128, 128, 8, 2)), _POINTERS_256, *_tma(T(64, 32, 8, 2))),
     "scores": _tma(          T(128, 128, 8, 3), T(256, 64, 8, 3),  T(256, 64, 8, 3),  T(128, 32, 8, 3)),
-    "backward": _tma(        T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 2)),
+    "backward": _tma(        T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 1)),
     "streamed": (            T(128, 64, 8, 3, features=64),),
     "positive": (            T(64, 64, 4, 2, features=64),),
     "projected": (           T(128, 64, 8, 2, features=64),),
@@ -157,7 +157,7 @@ _HOPPER = {
 _BLACKWELL = {  # products end in tensor memory, and pass through registers to be scaled
     "forward": _tma(         T(128, 128, 8, 3), T(128, 128, 8, 2), T(128, 32, 8, 2),  T(64, 32, 8, 2)),
     "forward+ids": _tma(     T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(64, 64, 8, 2) ,  T(64, 32, 8, 2)),
-    "scores": _tma(          T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3)),
+    "scores": _tma(          T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 16, 8, 3)),
     "backward": _tma(        T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 2)),
     "streamed": (            T(128, 64, 8, 3, features=64),),
     "positive": (            T(64, 64, 4, 2, features=64),),
@@ -173,7 +173,7 @@ _HOPPER_FP32 = {
 }
 _BLACKWELL_FP32 = {
     "forward": (             T(64, 32, 8, 2),),
-    "scores": (              T(64, 32, 8, 2),),
+    "scores": (              T(64, 64, 8, 2),),
     "backward": (            T(64, 32, 8, 2),),
     "streamed": (            T(64, 32, 8, 2, features=32),),
     "positive": _as_the_negatives(T(64, 64, 4, 2)),
@@ -226,6 +226,7 @@ _INTERPRETER = {
 _ANY = {
     "positive": (T(64, 64, 4, 2, features=64),),
     "combine": (T(16, 64, 4, 2),),
+    "weigh": (T(1, 0, 1, 1),),  # as many columns as the tile has that it prepares
     "exponentials": (T(1, 2048, 8, 2),),
     "coefficients": (T(1, 1024, 4, 2),),
 }

@@ -159,7 +159,7 @@ def forward_kernel(
     p_raw,  # (N,) from positive_kernel, unless PROJECTED
     p_scale,  # (1,)
     p_anchor_ids,  # (N,) when HAS_IDS
-    p_candidate_ids,  # (M,) when HAS_IDS
+    p_candidate_ids,  # (M,) when HAS_IDS, and zeros to the end of the tile after the last
     p_loss, p_positive,  # (N,) out, when one split
     p_lse,  # (SPLITS, N) out
     p_gap,  # (SPLITS, N) out, when several
@@ -221,10 +221,10 @@ def forward_kernel(
     if EXPECTATION:
         b_o = tl.zeros([BN, BD], dtype=ACC)
 
+    if HAS_IDS:  # read one tile ahead: the products hide their way here
+        b_cid = tl.load(p_candidate_ids + start + tl.arange(0, BM))
     for i_m in range(start, stop, BM):
         o_m = i_m + tl.arange(0, BM)
-        if HAS_IDS:
-            b_cid = tl.load(p_candidate_ids + o_m, mask=o_m < stop, other=0)
         if STREAMED:
             b_raw = tl.zeros([BN, BM], dtype=ACC)
             for i_d in range(0, d, BD):
@@ -241,18 +241,18 @@ def forward_kernel(
         masked = (sign < 0) | (i_m + BM > stop)
         if INDEXED:
             masked |= (i_m <= last_p) & (i_m + BM > first_p)
-        if HAS_IDS:
-            masked |= d > 0  # always; a branch also keeps Triton from computing the scores in both warpgroups
         if masked:
             m_negative = (o_m < stop)[None, :]
             if INDEXED:
                 m_negative &= b_p[:, None] != o_m[None, :]
-            if HAS_IDS:
-                m_negative &= b_aid[:, None] != b_cid[None, :]
             b_raw = tl.where(m_negative, b_raw * sign, float("-inf"))
+        if HAS_IDS:  # noqa: SIM102 - one is known to the compiler, the other is not
+            if d > 0:  # always; the branch keeps Triton from computing the scores in both warpgroups
+                b_raw = tl.where(b_aid[:, None] != b_cid[None, :], b_raw, float("-inf"))
+                b_cid = tl.load(p_candidate_ids + o_m + BM)
 
         if RANK:
-            b_rank += tl.sum((b_raw > b_beaten[:, None]).to(tl.int32), 1)
+            b_rank += tl.sum((b_raw > b_beaten[:, None]).to(tl.float32), 1).to(tl.int32)  # integers take twice as long
         b_new = tl.maximum(b_max, tl.max(b_raw, 1))
         b_ref, b_alpha = _rescaled(b_max, b_new, scale2)
         b_prob = tl.exp2(b_raw * scale2 - b_ref[:, None])
@@ -342,15 +342,50 @@ def combine_kernel(
 
 
 @triton.jit
-def backward_candidates_kernel(
-    anchors,  # (N, D)
-    candidates,  # (M, D)
+def weigh_kernel(
     p_index,  # (N,) int64 when INDEXED
     p_weights,  # (N,) w
     p_lse,  # (N,)
+    p_ids,  # (N,) when HAS_IDS
+    p_lse2,  # (T BN,) out: lse log2(e), rounded; inf where there is no negative, as P = exp2(r - inf) = 0
+    p_negative,  # (T BN,) out: w times what that rounding took from P
+    p_padded_ids,  # (T BN,) out, when HAS_IDS
+    p_first, p_last,  # (T,) int32 out when INDEXED: the least and the most positive of BN anchors
+    n,
+    INDEXED: tl.constexpr, HAS_IDS: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr,
+):
+    """What the candidates' gradient reads of every anchor, made once, and so that it is read without masks."""
+    i_n = tl.program_id(0)
+    o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
+    m_n = o_n < n
+    log2_e = tl.full([], LOG2_E, ACC)
+    b_w = tl.load(p_weights + o_n, mask=m_n, other=0.0)
+    b_lse = tl.load(p_lse + o_n, mask=m_n, other=float("-inf"))
+    m_none = b_lse == float("-inf")
+    b_finite = tl.where(m_none, 0.0, b_lse)
+    b_lse2 = b_finite * log2_e
+    b_lost = tl.fma(b_finite, tl.zeros_like(b_finite) + log2_e, -b_lse2)
+    tl.store(p_lse2 + o_n, tl.where(m_none, float("inf"), b_lse2))
+    tl.store(p_negative + o_n, b_w * tl.exp2(-b_lost))
+    if HAS_IDS:
+        tl.store(p_padded_ids + o_n, tl.load(p_ids + o_n, mask=m_n, other=0))
+    if INDEXED:
+        b_p = tl.load(p_index + o_n, mask=m_n, other=-1).to(tl.int32)
+        tl.store(p_first + i_n, tl.min(tl.where(b_p >= 0, b_p, 2147483647)))
+        tl.store(p_last + i_n, tl.max(b_p))
+
+
+@triton.jit
+def backward_candidates_kernel(
+    anchors,  # (N, D), zero where ignored
+    candidates,  # (M, D)
+    p_index,  # (N,) int64 when INDEXED
+    p_weights,  # (N,) w
+    p_lse2, p_negative,  # (T BN,) from weigh_kernel, T > cdiv(N, BN)
+    p_first, p_last,  # (T,) from weigh_kernel, when INDEXED
     p_norm,  # (1,) when NORMALISED: w arrives divided by it, so that fp16 holds w P
     p_scale,  # (1,)
-    p_anchor_ids,  # (N,) when HAS_IDS
+    p_anchor_ids,  # (T BN,) when HAS_IDS
     p_candidate_ids,  # (M,) when HAS_IDS
     p_grad,  # (SPLITS, M, D) out
     n, m, d, split_size,
@@ -367,40 +402,43 @@ def backward_candidates_kernel(
     o_d = tl.arange(0, BD).to(tl.int64)
     start = i_split * split_size
     stop = tl.minimum(start + split_size, n)
-    log2_e = tl.full([], 1.4426950408889634, ACC)
-    scale2 = tl.load(p_scale).to(ACC) * log2_e
+    scale2 = tl.load(p_scale).to(ACC) * tl.full([], LOG2_E, ACC)
     if HAS_IDS:
         b_cid = tl.load(p_candidate_ids + o_m, mask=m_m, other=0)
 
     b_k = _load_tile(candidates, o_m.to(tl.int64), m_m, o_d, stride_cm, stride_cd, d, i_m * BM, DESCRIPTORS, EVEN_D)
     b_grad = tl.zeros([BM, BD], dtype=ACC)
+    # what belongs to a tile of anchors is read one tile ahead: the products hide its way here
+    o_n = start + tl.arange(0, BN)
+    b_lse2, b_w = tl.load(p_lse2 + o_n), tl.load(p_negative + o_n)
+    if HAS_IDS:
+        b_aid = tl.load(p_anchor_ids + o_n)
+    if INDEXED:
+        first, last = tl.load(p_first + start // BN), tl.load(p_last + start // BN)
     for i_n in range(start, stop, BN):
         o_n = i_n + tl.arange(0, BN)
         m_n = o_n < stop
-        m_q = m_n
-        if INDEXED:  # whatever an ignored row holds reaches nobody
-            m_q = tl.load(p_index + o_n, mask=m_n, other=-1) >= 0
-        b_q = _load_tile(anchors, o_n.to(tl.int64), m_q, o_d, stride_an, stride_ad, d, i_n, DESCRIPTORS, EVEN_D)
+        b_q = _load_tile(anchors, o_n.to(tl.int64), m_n, o_d, stride_an, stride_ad, d, i_n, DESCRIPTORS, EVEN_D)
         b_raw = _dot(b_k, tl.trans(b_q), tl.zeros([BM, BN], dtype=ACC), PRECISION, UPCAST)
-        # [BM, BN] P for negatives, -1 where the positive sits, 0 elsewhere; then times w. Each (BN,) vector is loaded
-        # where it is used: it takes BN / 4 registers there.
+        # [BM, BN] w P for negatives, -w where the positive sits, 0 elsewhere
+        if INDEXED:  # only tiles between these two can hold a positive that is one of ours
+            own = (first < (i_m + 1) * BM) & (last >= i_m * BM)
         if d > 0:  # always; the branch keeps Triton from computing the scores in both warpgroups
-            b_lse2 = tl.load(p_lse + o_n, mask=m_n, other=float("-inf")) * log2_e
-            # no negatives, ignored or beyond the end: P = exp(r - inf) = 0
-            b_lse2 = tl.where(b_lse2 == float("-inf"), float("inf"), b_lse2)
             b_raw = tl.exp2(b_raw * scale2 - b_lse2[None, :])
             if HAS_IDS:
-                b_aid = tl.load(p_anchor_ids + o_n, mask=m_n, other=0)
                 b_raw = tl.where(b_cid[:, None] != b_aid[None, :], b_raw, 0.0)
-            # what rounding lse log2(e) lost, put back row by row (loaded again: registers)
-            b_lse = tl.load(p_lse + o_n, mask=m_n, other=float("-inf"))
-            b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse)
-            b_lost = tl.fma(b_lse, tl.zeros_like(b_lse) + log2_e, -(b_lse * log2_e))
-            b_raw *= tl.exp2(-b_lost)[None, :]
+            b_raw *= b_w[None, :]
+            o_next = o_n + BN
+            b_lse2, b_w = tl.load(p_lse2 + o_next), tl.load(p_negative + o_next)
+            if HAS_IDS:
+                b_aid = tl.load(p_anchor_ids + o_next)
             if INDEXED:
+                first, last = tl.load(p_first + i_n // BN + 1), tl.load(p_last + i_n // BN + 1)
+        if INDEXED:  # noqa: SIM102
+            if own:
                 b_p = tl.load(p_index + o_n, mask=m_n, other=-1).to(tl.int32)
-                b_raw = tl.where(o_m[:, None] != b_p[None, :], b_raw, -1.0)
-            b_raw *= tl.load(p_weights + o_n, mask=m_n, other=0.0)[None, :]
+                b_own = tl.load(p_weights + o_n, mask=m_n, other=0.0)
+                b_raw = tl.where(o_m[:, None] != b_p[None, :], b_raw, -b_own[None, :])
         b_grad = _dot(b_raw.to(b_q.dtype), b_q, b_grad, PRECISION, UPCAST)
 
     if NORMALISED:
@@ -620,7 +658,8 @@ def forward(
         op, forward_kernel, (row_tiles, splits),
         launch.describe(anchors, tile.rows, features) if descriptors else anchors,
         launch.describe(candidates, tile.columns, features) if descriptors else candidates,
-        scale, rows, raw, scale, *ids, loss, positive, lses, gap, ranks, expectations,
+        scale, rows, raw, scale, ids[0], _ahead(ids[1], tile) if has_ids else scale,
+        loss, positive, lses, gap, ranks, expectations,
         n, m, d, split_size, 0, 0, *anchors.stride(), *candidates.stride(),
         PROJECTED=False, BC=0, EXPECTATION=need_expectation, STREAMED=tile.features > 0, SPLIT=splits > 1, EVEN_D=True,
         DESCRIPTORS=descriptors, PRECISION=launch.precision, UPCAST=launch.upcast,
@@ -665,7 +704,7 @@ def forward_projected(
     features, scale = max(16, triton.next_power_of_2(d)), scale.contiguous()
     contexts, maps = (launch.rows(t, tile.features, False) for t in (contexts, maps.reshape(steps * d, c)))
     candidates = launch.rows(candidates, features, False)
-    ids = (anchor_ids.repeat(steps), candidate_ids.contiguous()) if has_ids else (scale, scale)
+    ids = (anchor_ids.repeat(steps), _ahead(candidate_ids, tile)) if has_ids else (scale, scale)
     row_tiles, split_size = triton.cdiv(n, tile.rows), launch.split(1, m, tile.columns, 1)[0]
     launch(
         "forward", forward_kernel, (row_tiles * steps, 1),
@@ -677,6 +716,11 @@ def forward_projected(
         BN=tile.rows, BM=tile.columns, BD=features, **tile.options(),
     )  # fmt: skip
     return loss, lse, positive, _ranked(rank, scale)
+
+
+def _ahead(ids: Tensor, tile: tiles.Tile) -> Tensor:
+    """With room for whole tiles and one more: each reads one tile ahead, and without masks."""
+    return torch.nn.functional.pad(ids, (0, tile.columns + -len(ids) % tile.columns))
 
 
 def _ranked(rank: Tensor, scale: Tensor) -> Tensor:
@@ -753,15 +797,25 @@ def backward_candidates(
     descriptors, features = tile.descriptors, max(16, triton.next_power_of_2(d))
     candidate_tiles = triton.cdiv(m, tile.rows)
     split_size, splits = launch.split(candidate_tiles, n, tile.columns, splits)
-    if descriptors and indexed:  # a descriptor cannot skip ignored rows, and 0 * NaN is NaN
+    if indexed:  # whatever an ignored row holds reaches nobody: 0 * NaN is NaN
         anchors = anchors.where((positives >= 0)[:, None], 0.0)
     anchors, candidates = (launch.rows(t, features, descriptors) for t in (anchors, candidates))
     grad = candidates.new_empty((splits, m, d), dtype=launch.accumulator if splits > 1 else out_dtype)
+    anchor_tiles = triton.cdiv(n, tile.columns) + 1  # the last of nothing: each reads one tile ahead
+    lse2, negative = lse.new_empty((2, anchor_tiles * tile.columns))
+    padded_ids = ids[0].new_empty(anchor_tiles * tile.columns if has_ids else 1)
+    first, last = rows.new_empty((2, anchor_tiles if indexed else 0), dtype=torch.int32)
+    launch(
+        "weigh", weigh_kernel, (anchor_tiles,),
+        rows, weights, lse, ids[0], lse2, negative, padded_ids, first, last, n,
+        BN=tile.columns, **flags, **launch.tile("weigh", d).options(),
+    )  # fmt: skip
     launch(
         "backward", backward_candidates_kernel, (candidate_tiles, splits),
         launch.describe(anchors, tile.columns, features) if descriptors else anchors,
         launch.describe(candidates, tile.rows, features) if descriptors else candidates,
-        rows, weights, lse, norm, scale, *ids, grad, n, m, d, split_size, *anchors.stride(), *candidates.stride(),
+        rows, weights, lse2, negative, first, last, norm, scale, padded_ids, ids[1], grad, n, m, d, split_size,
+        *anchors.stride(), *candidates.stride(),
         NORMALISED=normalised, EVEN_D=True, DESCRIPTORS=descriptors,
         PRECISION=launch.precision, UPCAST=launch.upcast,
         BN=tile.columns, BM=tile.rows, BD=features, **flags, **tile.options(),
@@ -777,7 +831,8 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
     pointers = {
         "p_index": "*i64", "p_raw": "*fp32", "p_scale": "*fp32", "p_anchor_ids": "*i64", "p_candidate_ids": "*i64",
         "p_loss": "*fp32", "p_lse": "*fp32", "p_positive": "*fp32", "p_gap": "*fp32", "p_rank": "*i64",
-        "p_expectation": "*fp32", "p_weights": "*fp32", "p_norm": "*fp32",
+        "p_expectation": "*fp32", "p_weights": "*fp32", "p_norm": "*fp32", "p_lse2": "*fp32", "p_negative": "*fp32",
+        "p_first": "*i32", "p_last": "*i32",
     }  # fmt: skip
     names = ("n", "m", "d", "split_size", "c", "row_tiles", "stride_an", "stride_cm", "stride_vn")
     sizes = dict.fromkeys(names, "i32")
@@ -836,6 +891,15 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
                 **common, INDEXED=True, BN=tile.rows, BD=tile.features,
             )  # fmt: skip
     plain = {"ACC": tl.float32, "INDEXED": True, "HAS_IDS": True, "RANK": True, "EXPECTATION": True}
+    yield entry(
+        "weigh",
+        weigh_kernel,
+        tiles.tile("weigh", 64, 16, arch),
+        {"p_ids": "*i64", "p_padded_ids": "*i64"},
+        False,
+        **plain,
+        BN=64,
+    )
     tile = tiles.tile("combine", 256, 32, arch)
     partial = {"p_gaps": "*fp32", "p_lses": "*fp32", "p_ranks": "*i32", "p_expectations": "*fp32", "splits": "i32"}
     yield entry("combine", combine_kernel, tile, partial, False, **plain, BN=tile.rows, BD=tile.columns)
