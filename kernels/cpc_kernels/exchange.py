@@ -10,16 +10,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
 
 from .arguments import compute_dtype
 
 
 def rank_and_world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
-    """This process's rank and how many there are; (0, 1) where torch.distributed is not in use."""
+    """This process's rank and how many there are; (0, 1) where torch.distributed is not in use. Raises ValueError in a
+    process outside of the group."""
     if not dist.is_available() or not dist.is_initialized():
         return 0, 1
-    return dist.get_rank(group), dist.get_world_size(group)
+    if (rank := dist.get_rank(group)) < 0:
+        raise ValueError(
+            f"rank_and_world: process {dist.get_rank()} is not in the group that was given. "
+            "Only the group's own processes call what it does together."
+        )
+    return rank, dist.get_world_size(group)
 
 
 def everyones(numbers: list[int], device: torch.device, group: dist.ProcessGroup | None = None) -> list[list[int]]:
@@ -61,10 +66,10 @@ def shares(count: int, device: torch.device, group: dist.ProcessGroup | None = N
 
 
 def gather_rows(rows: Tensor, of: Shares) -> Tensor:
-    """(n, ...) of every rank, n as it may be -> (total, ...), without gradients."""
-    rows, most = rows.detach(), max(of.counts)
+    """(n, ...) of every rank, n as it may be -> (total, ...), without gradients where there are several."""
     if of.world == 1:
         return rows
+    rows, most = rows.detach(), max(of.counts)
     padded = torch.zeros((most, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
     padded[: len(rows)] = rows
     gathered = [torch.empty_like(padded) for _ in of.counts]
@@ -80,34 +85,34 @@ class _GatherRows(torch.autograd.Function):
         return gather_rows(rows, of)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        total = grad.to(compute_dtype(grad.dtype), copy=True).contiguous()  # what every rank wants of every row
-        if total.numel():
-            dist.all_reduce(total, group=ctx.of.group)
+        everyone = total(grad.to(compute_dtype(grad.dtype)), ctx.of.group)  # what every rank wants of every row
         first = ctx.of.first()
-        return total[first : first + ctx.of.counts[ctx.of.rank]].to(grad.dtype), None
+        return everyone[first : first + ctx.of.counts[ctx.of.rank]].to(grad.dtype), None
 
 
 def gather_rows_with_grad(rows: Tensor, of: Shares) -> Tensor:
-    """(n, ...) of every rank -> (total, ...); a row's gradient is the sum of what all ranks ask of it."""
-    return rows if of.world == 1 else _GatherRows.apply(rows, of)
+    """(n, ...) of every rank -> (total, ...); a row's gradient is the sum of what all ranks ask of it.
+
+    Backward is a collective, so every rank's result requires a gradient, whether its rows do or not.
+    """
+    if of.world == 1:
+        return rows
+    return _GatherRows.apply(rows if rows.requires_grad else rows.detach().requires_grad_(), of)
 
 
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, group):
         ctx.group = group
-        value = value.detach().clone()
-        dist.all_reduce(value, group=group)
+        value = value.detach().clone(memory_format=torch.contiguous_format)
+        if value.numel():
+            dist.all_reduce(value, group=group)
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+        return total(grad, ctx.group), None
 
 
 def total(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -122,11 +127,8 @@ class _Averaged(torch.autograd.Function):
         return value.detach().clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad / dist.get_world_size(ctx.group), None
+        return total(grad, ctx.group) / dist.get_world_size(ctx.group), None
 
 
 def averaged(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

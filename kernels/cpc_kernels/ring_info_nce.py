@@ -24,19 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .arguments import (
     autocast,
     check_indices,
-    check_reduction,
     compute_dtype,
     need_tensors,
     scale_tensor,
-    spell,
 )
-from .autograd import as_written
+from .autograd import as_written, refuse_transforms
 from .bilinear_info_nce import check as check_bilinear
 from .bilinear_info_nce import project_rows
 from .capabilities import triton_module
@@ -44,10 +41,13 @@ from .chunked_info_nce import chunked_backward_candidates, chunked_forward, sigm
 from .exchange import Shares, everyones, gather_rows, gather_rows_with_grad, rank_and_world, total
 from .info_nce import accept, info_nce
 from .negatives import Negatives, draw_negatives
-from .sampled_info_nce import sampled_info_nce
+from .sampled_info_nce import check as check_sampled
+from .sampled_info_nce import need_negatives, sampled_info_nce
 
 GATHER_BYTES = 64 * 2**20  # all candidates up to here are gathered; an estimate: no link has been measured
 EXCHANGES = ("auto", "local", "gathered", "ring")
+REDUCTIONS = ("none", "sum", "mean")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # --- the ring ---------------------------------------------------------------------------------------------------------
 
@@ -108,7 +108,8 @@ class Ring(torch.autograd.Function):
     @as_written
     def forward(ctx, anchors, candidates, positives, scale, anchor_ids, candidate_ids, impl, of, learning):
         dtype, indexed = compute_dtype(anchors.dtype), not positives.is_floating_point()
-        anchors, candidates, positives, scale = (t.detach() for t in (anchors, candidates, positives, scale))
+        given = anchors, candidates, positives, scale
+        anchors, candidates, positives, scale = (t.detach() for t in given)
         need_o = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
         n, d = anchors.shape
         lse = torch.full((n,), -torch.inf, dtype=dtype, device=anchors.device)
@@ -139,26 +140,36 @@ class Ring(torch.autograd.Function):
         loss = (-F.logsigmoid(positive - lse)).where(lse != -torch.inf, 0.0)
         if need_o:
             o.sub_(own if indexed else positives)
-        ctx.save_for_backward(lse, positive, o, anchors, candidates, positives, scale, anchor_ids, candidate_ids)
+        ctx.save_for_backward(lse, positive, o, *given, anchor_ids, candidate_ids)
         ctx.options = impl, of, learning
         return loss
 
     @staticmethod
-    @once_differentiable
-    @as_written
     def backward(ctx, grad):
-        lse, positive, difference, anchors, candidates, positives, scale, anchor_ids, candidate_ids = ctx.saved_tensors
-        impl, of, learning = ctx.options
+        grads = RingGradients.apply(grad, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[:4])
+        return *grads, None, None, None, None, None
+
+
+class RingGradients(torch.autograd.Function):
+    """Of anchors, candidates, positives and scale, each or None; through them a second derivative is refused."""
+
+    @staticmethod
+    @as_written
+    def forward(
+        ctx, grad, lse, positive, difference, anchors, candidates, positives, scale, anchor_ids, candidate_ids, impl,
+        of, learning, needs,
+    ):  # fmt: skip
+        anchors, candidates, positives, scale = (t.detach() for t in (anchors, candidates, positives, scale))
         dtype, indexed = compute_dtype(anchors.dtype), not positives.is_floating_point()
         weight = grad * sigmoid_weight(lse, positive, positives >= 0 if indexed else None)  # (N,)
         rows = weight * scale
         dq = dk = dv = dscale = None
-        if ctx.needs_input_grad[3]:
+        if needs[3]:
             each = weight * torch.linalg.vecdot(anchors.to(dtype), difference)
             dscale = each.where(weight != 0, 0.0).sum().reshape(1)
-        if ctx.needs_input_grad[0]:
+        if needs[0]:
             dq = (difference * rows[:, None]).masked_fill_(rows[:, None] == 0, 0.0).to(anchors.dtype)
-        if ctx.needs_input_grad[2]:
+        if needs[2]:
             dv = (anchors.to(dtype) * -rows[:, None]).to(positives.dtype)
         if learning:  # some rank's candidates do
 
@@ -172,8 +183,15 @@ class Ring(torch.autograd.Function):
                 )
 
             dk = returning([candidates] if candidate_ids is None else [candidates, candidate_ids], of, gradient)
-            dk = dk.to(candidates.dtype) if ctx.needs_input_grad[1] else None
-        return dq, dk, dv, dscale, None, None, None, None, None
+            dk = dk.to(candidates.dtype) if needs[1] else None
+        return dq, dk, dv, dscale
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "info_nce_across_ranks: second derivatives are not implemented by the ring; "
+            'exchange="gathered" with impl="reference" has them.'
+        )
 
 
 def local_places(positives: Tensor, owner: int, of: Shares) -> Tensor:
@@ -206,20 +224,47 @@ def backward_block(impl, weight, lse, anchors, block, place, scale, anchor_ids, 
 # --- the door ---------------------------------------------------------------------------------------------------------
 
 
-def agree(op: str, anchors: Tensor, candidates: Tensor, ids: bool, learning: list[bool], group) -> tuple:
-    """Candidates and anchors of each rank, and whether any rank's candidates learn; what it raises, all ranks raise."""
+def refuse(op: str, impl: str, group, *given: float | Tensor) -> None:
+    """Derivatives that would be lost; across ranks those of the reference, too."""
+    alone = rank_and_world(group)[1] == 1
+    try:
+        refuse_transforms(op, impl if alone else "auto", *given)
+    except RuntimeError:
+        if alone:
+            raise
+        raise RuntimeError(
+            f"{op}: torch.func's derivatives and forward mode do not pass from rank to rank; use backward() or "
+            "torch.autograd.grad."
+        ) from None
+
+
+def agree(
+    op: str, anchors: Tensor, candidates: Tensor, ids: bool, exchange: str, reduction: str, learning: list[bool], group
+) -> tuple[Shares, Shares, bool]:
+    """Candidates and anchors of each rank, and whether any rank's candidates learn; what it raises, all ranks raise.
+
+    learning: whether this rank's candidates do, and whether anything does.
+    """
+    if exchange not in EXCHANGES:
+        raise ValueError(f"{op}: exchange must be one of {', '.join(EXCHANGES)}. Got {exchange!r}.")
     rank = rank_and_world(group)[0]
-    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    dtype = dtypes.index(anchors.dtype) if anchors.dtype in dtypes else -1
-    mine = [len(candidates), len(anchors), anchors.shape[-1], dtype, ids, *learning]
+    dtype = DTYPES.index(anchors.dtype) if anchors.dtype in DTYPES else -1
+    alike = [anchors.shape[-1], dtype, ids, EXCHANGES.index(exchange), REDUCTIONS.index(reduction)]
+    mine = [len(candidates), len(anchors), *learning, *alike]
     told = everyones([int(number) for number in mine], anchors.device, group)
-    for name, column in (("features", 2), ("dtypes", 3), ("ids (1) or none (0)", 4)):
+    dtypes = [str(each).removeprefix("torch.") for each in DTYPES]
+    names = ("features", "dtypes", "ids (1) or none (0)", "exchange", "reduction")
+    for column, (name, words) in enumerate(
+        zip(names, (None, dtypes, None, EXCHANGES, REDUCTIONS), strict=True), start=len(mine) - len(alike)
+    ):
         values = [each[column] for each in told]
         if len(set(values)) > 1:
-            shown = [str(dtypes[v]).removeprefix("torch.") if column == 3 else v for v in values]
+            shown = values if words is None else [words[value] for value in values]
             raise ValueError(f"{op}: all ranks must have the same {name}. Got {shown}, in rank order.")
-    if any(each[5] for each in told) and not all(each[6] for each in told):
-        idle = [i for i, each in enumerate(told) if not each[6]]
+    candidates_learn = any(each[2] for each in told)
+    idle = [i for i, each in enumerate(told) if not each[3]]
+    meet = reduction != "none" or (candidates_learn and exchange != "local")  # in backward
+    if meet and 0 < len(idle) < len(told):
         raise RuntimeError(
             f"{op}: every rank takes part in backward, but on rank {', '.join(map(str, idle))} nothing requires a "
             "gradient. Let the empty batch come from the model too, or call requires_grad_() on it."
@@ -227,13 +272,11 @@ def agree(op: str, anchors: Tensor, candidates: Tensor, ids: bool, learning: lis
     return (
         Shares([each[0] for each in told], rank, group),
         Shares([each[1] for each in told], rank, group),
-        any(each[5] for each in told),
+        candidates_learn,
     )
 
 
-def chosen(op: str, exchange: str, of: Shares, candidates: Tensor) -> str:
-    if exchange not in EXCHANGES:
-        raise ValueError(f"{op}: exchange must be one of {', '.join(EXCHANGES)}. Got {exchange!r}.")
+def chosen(exchange: str, of: Shares, candidates: Tensor) -> str:
     if exchange == "auto":
         size = of.total * candidates.shape[1] * candidates.element_size()
         return "gathered" if size <= GATHER_BYTES or of.world == 1 else "ring"
@@ -289,9 +332,12 @@ def info_nce_across_ranks(
 
     Gradients are those of the sum of what all ranks differentiate, so with the mean over W ranks each parameter's is W
     times that of one process, which DistributedDataParallel's average over the ranks makes exactly one process's.
-    All ranks call this, and backward, in the same order. What does not fit between ranks raises the
-    same error on all of them; what is wrong with one rank's own input raises as `info_nce`, on that rank alone, and the
-    others wait for it until the group's timeout. Source: the merge of kernels/README.md.
+    All ranks call this, and backward, in the same order. Second derivatives raise, but for exchange="gathered" with
+    impl="reference"; torch.func's derivatives and forward mode raise where there are several ranks.
+    What does not fit between ranks (features, dtypes, ids on some, exchange, reduction, nothing that learns on a rank
+    which the others meet in backward) raises the same error on all of them; what is wrong with one rank's own input
+    raises as `info_nce`, on that rank alone, and the others wait for it until the group's timeout. Source: the merge of
+    kernels/README.md.
 
     >>> q, k = torch.randn(8, 16), torch.randn(32, 16)
     >>> info_nce_across_ranks(q, k, torch.arange(8), scale=10.0).shape    # one process: plain info_nce
@@ -300,12 +346,14 @@ def info_nce_across_ranks(
     op = "info_nce_across_ranks"
     where = anchors, candidates, positives, anchor_ids, candidate_ids
     anchors, candidates, positives, impl = accept(op, *where, impl, reduction)
+    refuse(op, impl, group, anchors, candidates, positives, scale)
     scale = scale_tensor(op, scale, anchors)
     indexed = not positives.is_floating_point()
     learning = torch.is_grad_enabled() and candidates.requires_grad
     any_learning = torch.is_grad_enabled() and any(t.requires_grad for t in (anchors, candidates, positives, scale))
-    of, _, learning = agree(op, anchors, candidates, anchor_ids is not None, [learning, any_learning], group)
-    exchange = chosen(op, exchange, of, candidates)
+    ids, learning = anchor_ids is not None, [learning, any_learning]
+    of, _, learning = agree(op, anchors, candidates, ids, exchange, reduction, learning, group)
+    exchange = chosen(exchange, of, candidates)
     if indexed:
         check_indices(op, "positives", positives, of.total)
     counted = (positives >= 0).sum() if indexed else len(positives)
@@ -351,7 +399,8 @@ def sampled_info_nce_across_ranks(
 
     anchors (N, K, D) or (N, D), pool (M, D): this rank's. positives and listed negatives are indices through all ranks'
     pools in rank order. Drawn negatives are those that one process with the whole batch draws: `rows` (N,) is the
-    number that each anchor has there; by default the anchors are counted through, rank after rank.
+    number that each anchor has there; by default the anchors are counted through, rank after rank (with "local", each
+    rank's own from 0).
     exchange: "gathered" (also auto): every rank gets the whole pool, since a ring would bring each anchor every block
     for the few rows it wants of it; "local": this rank's pool alone (which positives and listed negatives lie in).
     Everything else, the mean, and what the gradients are: `info_nce_across_ranks` and `sampled_info_nce`.
@@ -361,32 +410,31 @@ def sampled_info_nce_across_ranks(
     torch.Size([8])
     """
     op = "sampled_info_nce_across_ranks"
-    need_tensors(op, anchors=anchors, pool=pool, positives=positives)
+    need_tensors(op, anchors=anchors, pool=pool, positives=positives, **({} if rows is None else {"rows": rows}))
+    need_negatives(op, negatives)
     if exchange == "ring":
         raise ValueError(f'{op}: there is no ring for sampled negatives; exchange="gathered" takes them of all ranks.')
     anchors, pool, positives = autocast(anchors.device, anchors, pool, positives)
-    if anchors.ndim not in (2, 3) or pool.ndim != 2:
-        raise ValueError(
-            f"{op}: anchors must be (N, K, D) or (N, D) and the pool (M, D). {spell(anchors=anchors, pool=pool)}"
-        )
+    check_sampled(op, anchors, pool, positives, negatives, anchor_ids, pool_ids, impl, reduction)
     if rows is not None and (rows.ndim != 1 or len(rows) != len(anchors) or rows.is_floating_point()):
         raise ValueError(f"{op}: rows must be ({len(anchors)},) integers. Got {tuple(rows.shape)} {rows.dtype}.")
-    check_reduction(op, reduction)
+    refuse(op, impl, group, anchors, pool, positives, scale)
     scale = scale_tensor(op, scale, anchors)
     learning = torch.is_grad_enabled() and pool.requires_grad
     any_learning = torch.is_grad_enabled() and any(t.requires_grad for t in (anchors, pool, positives, scale))
-    of, of_anchors, learning = agree(op, anchors, pool, anchor_ids is not None, [learning, any_learning], group)
-    if chosen(op, exchange, of, pool) == "local":
+    ids, learning = anchor_ids is not None, [learning, any_learning]
+    of, of_anchors, learning = agree(op, anchors, pool, ids, exchange, reduction, learning, group)
+    if exchange == "local":
         positives = own_places(op, "positives", positives, of)
         if isinstance(negatives, Tensor):
             negatives = own_places(op, "negatives", negatives, of)
     elif of.world > 1:
         pool = gather_rows_with_grad(pool, of) if learning else gather_rows(pool, of)
         pool_ids = None if pool_ids is None else gather_rows(pool_ids.long(), of)
-        if isinstance(negatives, Negatives):
-            if rows is None:
-                rows = torch.arange(len(anchors), device=anchors.device) + of_anchors.first()
-            negatives = listed(negatives, positives, len(pool), rows.to(anchors.device))
+        if rows is None:
+            rows = torch.arange(len(anchors), device=anchors.device) + of_anchors.first()
+    if isinstance(negatives, Negatives) and rows is not None:
+        negatives = listed(negatives, positives, len(pool), rows.to(anchors.device, torch.int64))
     loss = sampled_info_nce(
         anchors, pool, positives, negatives, scale=scale, anchor_ids=anchor_ids, pool_ids=pool_ids, impl=impl,
         reduction="none" if reduction == "none" else "sum",
@@ -436,6 +484,7 @@ def bilinear_info_nce_across_ranks(
     need_tensors(op, contexts=contexts, weights=weights, candidates=candidates, positives=positives, sources=sources)
     contexts, weights, candidates, positives = autocast(contexts.device, contexts, weights, candidates, positives)
     check_bilinear(op, contexts, weights, candidates, positives, negatives, sources, counts, "auto")
+    refuse(op, impl, options.get("group"), contexts, weights, candidates, positives, options.get("scale", 1.0))
     contexts = contexts.reshape(-1, contexts.shape[-1])
     anchors = project_rows(contexts, weights, sources.long(), counts, impl)
     if negatives is None:

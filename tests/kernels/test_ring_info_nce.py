@@ -8,6 +8,7 @@ from tolerance import assert_as_good_as_naive
 
 from cpc_kernels import (
     Negatives,
+    bilinear_info_nce_across_ranks,
     draw_negatives,
     info_nce,
     info_nce_across_ranks,
@@ -285,3 +286,186 @@ def test_other_numbers_and_what_cannot_work(tmp_path):
         strict=True,
     ):
         assert expected in message
+
+
+def uneven(rank=0, world=1):
+    """Two ranks' float64 anchors, candidates, positives, and what scores them; or one process's, all of them."""
+    anchors, candidates, positives, _ = problem(3, 5, 7, dtype=torch.float64)
+    if world == 1:
+        return leaf(anchors), leaf(candidates), positives
+    of = [leaf(piece(t, counts, rank)) for t, counts in ((anchors, (3, 2)), (candidates, (4, 3)))]
+    return *of, piece(positives, (3, 2), rank)
+
+
+WAYS = {
+    "ring": lambda *given, **more: info_nce_across_ranks(*given, exchange="ring", **more),
+    "gathered": lambda *given, **more: info_nce_across_ranks(*given, exchange="gathered", **more),
+    "auto": info_nce_across_ranks,
+    "sampled": lambda *given, **more: sampled_info_nce_across_ranks(*given, Negatives(3, 0), **more),
+}
+ALONE = {
+    name: info_nce if name != "sampled" else lambda *given, **more: sampled_info_nce(*given, Negatives(3, 0), **more)
+    for name in WAYS
+}
+
+
+def said(act):
+    try:
+        act()
+    except (RuntimeError, ValueError, TypeError) as error:
+        return str(error)
+    return "nothing"
+
+
+def one_learns(rank, world):
+    """The first rank's candidates learn, the other's do not: (gradients), and whether those got any."""
+    found = []
+    for way in WAYS.values():
+        anchors, candidates, positives = uneven(rank, world)
+        candidates.requires_grad_(rank == 0)
+        way(anchors, candidates, positives).backward()
+        found.append((anchors.grad, candidates.grad))
+    return found
+
+
+def penalised(way, given, **more):
+    """Gradients of a penalty on the gradients of the anchors and the candidates."""
+    anchors, candidates, positives = given
+    first = torch.autograd.grad(way(anchors, candidates, positives, **more), (anchors, candidates), create_graph=True)
+    sum(each.square().sum() for each in first).backward()
+    return [anchors.grad, candidates.grad]
+
+
+def second_derivatives(rank, world):
+    refused = said(lambda: penalised(WAYS["ring"], uneven(rank, world)))
+    return refused, penalised(WAYS["gathered"], uneven(rank, world), impl="reference", reduction="sum")
+
+
+def what_differs(rank, world):
+    """What is said where the ranks do not give the same, or one of them nothing that learns."""
+    anchors, candidates, positives = uneven(rank, world)
+    fixed, ids = candidates.detach(), {"anchor_ids": torch.arange(3 - rank), "pool_ids": torch.arange(4 - rank)}
+    wide = candidates if rank == 0 else torch.ones(3, 9, dtype=torch.float64)
+    draw = Negatives(2, 0)
+    own = positives.clamp(0, 2) + 4 * rank
+    messages = [
+        said(lambda: info_nce_across_ranks(anchors.detach().requires_grad_(rank == 0), fixed, positives)),
+        said(lambda: info_nce_across_ranks(anchors, fixed, positives, exchange=("ring", "gathered")[rank])),
+        said(lambda: info_nce_across_ranks(anchors, fixed, positives, reduction=("mean", "none")[rank])),
+        said(lambda: sampled_info_nce_across_ranks(anchors, fixed, positives, draw, **(ids if rank else {}))),
+        said(lambda: sampled_info_nce_across_ranks(wide[:2], wide, positives[:2], draw)),
+        said(lambda: sampled_info_nce_across_ranks(anchors.to(wide.dtype if rank else torch.float32),
+                                                   fixed.to(wide.dtype if rank else torch.float32), positives, draw)),
+    ]  # fmt: skip
+    alone = [leaf(t).requires_grad_(rank == 0) for t in (anchors.detach(), fixed)]
+    for way in ({"exchange": "local"}, {"exchange": "ring"}):
+        learning = alone[1] if way["exchange"] == "local" else alone[1].detach()
+        loss = info_nce_across_ranks(alone[0], learning, own, reduction="none", **way)
+        assert loss.requires_grad == (rank == 0)
+        if rank == 0:  # the others wait for nothing
+            loss.sum().backward()
+    return messages
+
+
+def forward_mode(rank, world):
+    anchors, candidates, positives = uneven(rank, world)
+    weights, rest = torch.eye(7, dtype=torch.float64)[None], {"sources": torch.arange(3), "counts": [3]}
+    doors = [
+        *WAYS.values(),
+        lambda q, k, p, **o: bilinear_info_nce_across_ranks(q[:3], weights, k, p[:3], **rest, **o),
+    ]
+    messages = []
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(candidates.detach(), torch.ones_like(candidates))
+        if world > 1:
+            anchors, positives = (torch.cat([t, t])[:3] for t in (anchors.detach(), positives))
+        for door in doors:
+            messages += [said(lambda: door(anchors, dual, positives, impl=impl)) for impl in ("auto", "reference")]  # noqa: B023
+    return messages
+
+
+def outside(rank, world):
+    first = torch.distributed.new_group([0])
+    anchors, candidates, positives = uneven(0, 2)
+    return said(lambda: info_nce_across_ranks(anchors, candidates, positives.clamp(max=3), group=first))
+
+
+def rows_of_a_rank(rank, world):
+    anchors, candidates, _ = uneven(rank, world)
+    numbers, positives = torch.arange(3 - rank, dtype=torch.int32) + 100, torch.arange(3 - rank)
+    local = sampled_info_nce_across_ranks(
+        anchors, candidates, positives + 4 * rank, Negatives(2, 0), rows=numbers, exchange="local", reduction="none"
+    )
+    drawn = draw_negatives(Negatives(2, 0), positives, len(candidates), numbers.long())
+    return torch.equal(local, sampled_info_nce(anchors, candidates, positives, drawn, reduction="none"))
+
+
+def corners(rank, world):
+    return {act.__name__: act(rank, world) for act in CORNERS}
+
+
+CORNERS = one_learns, second_derivatives, what_differs, forward_mode, outside, rows_of_a_rank
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, as it loads forward mode
+def test_corners(tmp_path):
+    found = processes.run(2, corners, tmp_path)
+    tight = {"rtol": 1e-10, "atol": 1e-13}
+
+    for at, name in enumerate(WAYS):
+        anchors, candidates, positives = uneven()
+        ALONE[name](anchors, candidates, positives).backward()
+        (dq0, dk0), (dq1, dk1) = (each["one_learns"][at] for each in found)
+        torch.testing.assert_close(torch.cat([dq0, dq1]) / 2, anchors.grad, **tight)
+        torch.testing.assert_close(dk0 / 2, candidates.grad[:4], **tight)
+        assert dk1 is None
+
+    assert all("second derivatives are not implemented" in each["second_derivatives"][0] for each in found)
+    ours = [torch.cat(each) for each in zip(*(each["second_derivatives"][1] for each in found), strict=True)]
+    truth = penalised(info_nce, uneven(), impl="reference", reduction="sum")
+    for mine, theirs in zip(ours, truth, strict=True):
+        torch.testing.assert_close(mine / 4, theirs, **tight)  # first derivatives are twice one process's
+
+    assert found[0]["what_differs"] == found[1]["what_differs"]
+    for message, expected in zip(
+        found[0]["what_differs"],
+        [
+            "every rank takes part in backward, but on rank 1 nothing requires a gradient.",
+            "all ranks must have the same exchange. Got ['ring', 'gathered'], in rank order.",
+            "all ranks must have the same reduction. Got ['mean', 'none'], in rank order.",
+            "all ranks must have the same ids (1) or none (0). Got [0, 1], in rank order.",
+            "all ranks must have the same features. Got [7, 9], in rank order.",
+            "all ranks must have the same dtypes. Got ['float32', 'float64'], in rank order.",
+        ],
+        strict=True,
+    ):
+        assert expected in message
+
+    for each in found:
+        assert len(each["forward_mode"]) == 10
+        assert all("do not pass from rank to rank" in message for message in each["forward_mode"])
+    assert "process 1 is not in the group that was given" in found[1]["outside"]
+    assert found[0]["outside"] == "nothing"
+    assert all(each["rows_of_a_rank"] for each in found)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_one_process_keeps_forward_mode_and_rows():
+    messages = forward_mode(0, 1)
+    assert all("use backward()" in message for message in messages[::2])
+    assert set(messages[1::2]) == {
+        'info_nce_across_ranks: impl="reference" has no ring; exchange="gathered" has it.',
+        "nothing",
+    }
+    anchors, candidates, positives = uneven()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(candidates.detach(), torch.ones_like(candidates))
+        losses = [way(anchors.detach(), dual, positives, impl="reference") for way in (info_nce, info_nce_across_ranks)]
+        tangents = [torch.autograd.forward_ad.unpack_dual(loss).tangent for loss in losses]
+    torch.testing.assert_close(*tangents)
+    numbers, draw = torch.tensor([3, 1, 4, 0, 9]), Negatives(3, 0)
+    named = sampled_info_nce_across_ranks(anchors, candidates, positives, draw, rows=numbers, reduction="none")
+    drawn = draw_negatives(draw, positives, len(candidates), numbers)
+    assert torch.equal(named, sampled_info_nce(anchors, candidates, positives, drawn, reduction="none"))
+    counted = sampled_info_nce_across_ranks(anchors, candidates, positives, draw, rows=torch.arange(5))
+    torch.testing.assert_close(counted, sampled_info_nce(anchors, candidates, positives, draw))
