@@ -250,7 +250,7 @@ def check(op, contexts, weights, candidates, positives, negatives, sources, coun
 def check_rows(op: str, sources: Tensor, counts: Sequence[int], steps: int, contexts: int) -> None:
     """Listed rows: whether the sources are some of so many contexts, and the counts of so many steps are theirs."""
     numbers = not (sources.is_floating_point() or sources.dtype == torch.bool)
-    whole = len(counts) == steps and sum(counts) == len(sources) and min(counts, default=0) >= 0
+    whole = len(counts) == steps and sum(counts) == sources.shape[0] and all(count >= 0 for count in counts)
     if sources.ndim != 1 or not (numbers and whole):
         raise ValueError(
             f"{op}: sources must be (P,) integers sorted by step, counts {steps} numbers (one per step) that add up to "

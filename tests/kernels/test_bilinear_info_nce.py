@@ -318,3 +318,19 @@ def test_what_lies_elsewhere_or_is_no_float_is_named():
         bilinear_info_nce(contexts, weights.to("meta"), latents, positives)
     with pytest.raises(TypeError, match=r"contexts must be floating point. Got torch.int64"):
         bilinear_info_nce(contexts.long(), weights.long(), latents.long(), positives)
+
+
+def test_listed_rows_compile_for_any_batch():
+    """In one graph, whose counts are symbols from the second size on."""
+    g = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, 3, 4, generator=g)
+
+    def loss(contexts, candidates, positives, sources, counts):
+        return bilinear_info_nce(contexts, weights, candidates, positives, sources=sources, counts=counts)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    for n in (4, 6, 5, 9):
+        contexts, candidates = torch.randn(n, 4, generator=g), torch.randn(n + 3, 3, generator=g)
+        rows = torch.arange(2 * n - 1)
+        given = contexts, candidates, rows % (n + 3), rows % n, [n, n - 1]
+        torch.testing.assert_close(compiled(*given), loss(*given))
