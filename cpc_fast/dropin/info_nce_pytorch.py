@@ -41,7 +41,7 @@ def info_nce(
     query, positive_key = F.normalize(query, dim=-1), F.normalize(positive_key, dim=-1)
     scale = inverse("info_nce", temperature)
     if negative_keys is None:
-        own = torch.arange(len(query), device=query.device)
+        own = torch.arange(query.shape[0], device=query.device)
         return dense_info_nce(query, positive_key, own, scale=scale, reduction=reduction)
     if negative_mode == "unpaired":
         negatives = F.normalize(negative_keys, dim=-1)
@@ -59,7 +59,7 @@ def paired(query: Tensor, positive: Tensor, negatives: Tensor, scale: float | Te
     loss = -F.logsigmoid(own - scores.logsumexp(-1)) if scores.shape[1] else own * 0  # no negatives: nothing to lose
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / max(len(loss), 1)
+    return loss.sum() if reduction == "sum" else loss.sum() / max(loss.shape[0], 1)
 
 
 def check(query, positive_key, negative_keys, reduction, negative_mode) -> None:
@@ -73,13 +73,13 @@ def check(query, positive_key, negative_keys, reduction, negative_mode) -> None:
     check_tensors("info_nce", **got)
     if query.ndim != 2 or positive_key.ndim != 2:
         raise ValueError(f"info_nce: query and positive_key must both be (N, D). {spell(**got)}")
-    if len(query) != len(positive_key):
+    if query.shape[0] != positive_key.shape[0]:
         raise ValueError(f"info_nce: query and positive_key must have as many rows. {spell(**got)}")
     if negative_keys is not None:
         form, ndim = ("(M, D)", 2) if negative_mode == "unpaired" else ("(N, M, D)", 3)
         if negative_keys.ndim != ndim:
             raise ValueError(f"info_nce: negative_keys must be {form} when they are {negative_mode}. {spell(**got)}")
-        if negative_mode == "paired" and len(negative_keys) != len(query):
+        if negative_mode == "paired" and negative_keys.shape[0] != query.shape[0]:
             raise ValueError(f"info_nce: paired negative_keys must have as many rows as query. {spell(**got)}")
     if any(t.shape[-1] != query.shape[-1] for t in got.values()):
         raise ValueError(f"info_nce: all vectors must have as many features. {spell(**got)}")

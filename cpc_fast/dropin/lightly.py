@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cpc_kernels import info_nce, info_nce_across_ranks
 from cpc_kernels.arguments import spell
-from cpc_kernels.exchange import gather_rows, rank_and_world, shares
+from cpc_kernels.exchange import Shares, gather_rows, rank_and_world, shares
 
 from .arguments import check_tensors, inverse, one_number
 
@@ -90,11 +90,10 @@ class NTXentLoss(nn.Module):
             raise ValueError(f"NTXentLoss: the two views must both be (N, D). {spell(out0=out0, out1=out1)}")
         if self.memory_bank.size[0]:
             return self.against_bank(out0, out1)
-        n = len(out0)
+        n = out0.shape[0]
         here, there = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
         vectors = torch.cat([here, there])
-        alone = not self.gather_distributed or rank_and_world()[1] == 1
-        of = None if alone else shares(n, out0.device)
+        of = self.everyones(n, out0.device)
         own = torch.arange(2 * n, device=out0.device) + (0 if of is None else 2 * of.first())
         others = own.roll(n)  # the other view of each
         scale = inverse("NTXentLoss", self.temperature)
@@ -104,6 +103,10 @@ class NTXentLoss(nn.Module):
         loss = info_nce_across_ranks(vectors, vectors, others, reduction="none", **options)
         return loss.sum() * (of.world / max(2 * of.total, 1))  # so that their mean over the processes is the whole's
 
+    def everyones(self, n: int, device: torch.device) -> Shares | None:
+        """How many images each process holds; None where this one is alone."""
+        return shares(n, device) if self.gather_distributed and rank_and_world()[1] > 1 else None
+
     def against_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
         rows, features = self.memory_bank.bank.shape
         if out0.shape[1] != features:
@@ -111,11 +114,15 @@ class NTXentLoss(nn.Module):
                 f"NTXentLoss: the memory bank holds {features} features, the views have {out0.shape[1]}. "
                 f"Build it with memory_bank_size=({rows}, {out0.shape[1]})."
             )
+        of = self.everyones(out0.shape[0], out0.device)
         query, key = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
         bank = self.memory_bank.bank.to(query.device, query.dtype, copy=True)  # as it was before this batch enters it
         if out0.requires_grad:
             self.memory_bank.add(key)
-        return info_nce(query, bank, key, scale=inverse("NTXentLoss", self.temperature))
+        scale = inverse("NTXentLoss", self.temperature)
+        if of is None:
+            return info_nce(query, bank, key, scale=scale)
+        return info_nce(query, bank, key, scale=scale, reduction="sum") * (of.world / max(of.total, 1))
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"

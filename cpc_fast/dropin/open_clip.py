@@ -75,7 +75,7 @@ class ClipLoss(nn.Module):
         if self.world_size > 1:
             loss = self.across_ranks(images, texts, logit_scale)
         else:
-            own = torch.arange(len(images), device=images.device)
+            own = torch.arange(images.shape[0], device=images.device)
             loss = info_nce(images, texts, own, scale=logit_scale) + info_nce(texts, images, own, scale=logit_scale)
         loss = loss / 2
         if isinstance(logit_bias, Tensor):  # a softmax does not see it; its gradient is 0 rather than missing

@@ -390,6 +390,26 @@ def test_info_nce_can_be_traced():
     torch.testing.assert_close(torch.jit.trace(dropin.InfoNCE(), (q, k))(q + 1, k), dropin.InfoNCE()(q + 1, k))
 
 
+EXPORTED = {
+    "InfoNCE": dropin.InfoNCE(),
+    "InfoNCE paired": dropin.InfoNCE(negative_mode="paired"),
+    "ClipLoss": dropin.ClipLoss(),
+    "NTXentLoss": lightly.NTXentLoss(),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_exported_loss_takes_any_batch(name):
+    def given(n):
+        more = {"ClipLoss": [torch.tensor(3.0)], "InfoNCE paired": [torch.ones(n, 3, 8).cumsum(0)]}
+        return *leaves((n, 8), (n, 8), dtype=torch.float32), *more.get(name, [])
+
+    loss, rows = EXPORTED[name], torch.export.Dim("rows", min=2)
+    shapes = tuple({0: rows} if t.ndim else None for t in given(6))
+    exported = torch.export.export(loss, given(6), dynamic_shapes=shapes)
+    torch.testing.assert_close(exported.module()(*given(9)), loss(*given(9)))
+
+
 def test_greedy_infomax_refusals():
     with pytest.raises(ValueError, match=r"opt.negative_samples must be 1 or more. Got None"):
         dropin.GreedyInfoMaxLoss(SimpleNamespace(prediction_step=2), 4, 4)
@@ -745,6 +765,8 @@ COUNTS = {2: (5, 2), 4: (3, 0, 4, 1)}
 
 def shared_losses(rank=0, world=1):
     yield lightly.NTXentLoss(0.3, gather_distributed=True), False
+    torch.manual_seed(1)
+    yield lightly.NTXentLoss(0.3, memory_bank_size=(24, 6), gather_distributed=True), False
     for local in (False, True):
         clip = dropin.ClipLoss(local_loss=local, gather_with_grad=True, rank=rank, world_size=world)
         yield lambda *t, clip=clip: clip(*t[:2], logit_scale=t[2]), True
