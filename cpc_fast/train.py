@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cpc_kernels.capabilities import FAST_BF16
-from cpc_kernels.exchange import everyones, rank_and_world
+from cpc_kernels.exchange import everyones, from_first, rank_and_world
 
 from .config import Config
 from .errors import CpcFastError, Stopped
 from .latent_cache import LatentCache
+from .latents import PatchEncoder
 from .model import CPC
 from .patches import grid_shape, jittered, window_start
 from .shapes import Frames, Images
@@ -91,8 +92,10 @@ def make_batch(
     model: CPC, images: Sequence[np.ndarray], side: int, generator: torch.Generator
 ) -> tuple[Images, Frames]:
     """Random square windows of `side` pixels, standardised, with random brightness, contrast and gamma; and their
-    frames, in their images as they are shown: of a mirrored window, in the mirrored image."""
+    frames, in their images as they are shown: of a mirrored window, in the mirrored image. A frozen encoder sees them
+    as they are."""
     config = model.config
+    gamma, flips, jitter = (0.0, False, 0.0) if model.frozen else (config.gamma, config.flips, config.jitter)
     if not images:
         return model.pixel_mean.new_empty(0, config.channels, side, side), model.pixel_mean.new_empty(0, 4)
     windows, frames = [], []
@@ -101,14 +104,14 @@ def make_batch(
         rows, columns = (slice(first, first + side) for first in start)
         whole = config.standardise == "image"  # by the mean and spread of all of it
         window = image if whole else image[rows, columns]
-        if config.gamma:
-            power = math.exp(config.gamma * float(torch.randn((), generator=generator)))
+        if gamma:
+            power = math.exp(gamma * float(torch.randn((), generator=generator)))
             window = 255 * (window.astype(np.float32) / 255) ** np.float32(power)
         if whole:
             window = model.standardise(window)[:, rows, columns]
         else:
             window = torch.tensor(np.ascontiguousarray(window)).permute(2, 0, 1)
-        if config.flips:
+        if flips:
             axes = [axis for axis in (1, 2) if torch.rand((), generator=generator) < 0.5]
             window = window.flip(axes)
             for axis in axes:
@@ -117,7 +120,7 @@ def make_batch(
         frames.append([*start, *image.shape[:2]])
     batch = torch.stack(windows)
     batch = batch if config.standardise == "image" else model.rescaled(batch)  # to the device in one piece
-    batch = jittered(batch, config.jitter, generator, each=1)
+    batch = jittered(batch, jitter, generator, each=1)
     return batch, torch.tensor(frames, dtype=torch.float32, device=batch.device)
 
 
@@ -189,7 +192,7 @@ def train(
 
     Returns the mean loss of the last epoch (None: no step had one), and that of guessing.
 
-    With a frozen encoder the rest learns from cached latents: see LatentCache.
+    With a frozen encoder the rest learns from cached latents: see LatentCache. On several ranks nothing is cached.
 
     Args:
         optimizer: from make_optimizer, with its state restored when resuming.
@@ -206,7 +209,12 @@ def train(
     rank, world = rank_and_world()
     forward = model
     if world > 1:
-        forward = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        forward = DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            # an encoder of the user's own may hold weights that it does not use; torch warns once where it has none
+            find_unused_parameters=not model.frozen and not isinstance(model.members[0].encoder, PatchEncoder),
+        )
     per_epoch = max(1, len(images) // config.batch_size)
     size = min(config.batch_size, len(images))
     total = per_epoch * config.epochs
@@ -242,7 +250,7 @@ def train(
                 copies = torch.cat([part.repeat(config.shift_copies, 1, 1, 1) for part in parts])
                 shifted = shift(copies, config.shifts, draws, config.unit) if config.shifts else None
                 with autocast(device, config.precision):
-                    result = forward(batch, shifted, seed=step, frames=frames, draws=draws)
+                    result = forward(batch, shifted, seed=step, frames=frames, draws=None if model.frozen else draws)
             optimizer.zero_grad(set_to_none=True)
             total_loss = result.loss * len(model.members)  # each member learns as if alone
             stage("backward")(total_loss.backward)()
@@ -295,5 +303,6 @@ def train(
     with torch.no_grad():
         for weight, state in optimizer.state.items():
             weight.copy_(state["average"])
+    from_first(model.buffers())  # a batch norm has counted its own rank's images
     model.eval()
     return at.loss, chance

@@ -5,6 +5,7 @@ sum of what all ranks differentiate: DistributedDataParallel, which averages the
 turns W identical losses into the gradient of one.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,13 @@ def everyones(numbers: list[int], device: torch.device, group: dist.ProcessGroup
     gathered = [torch.empty_like(own) for _ in range(world)]
     dist.all_gather(gathered, own, group=group)
     return torch.stack(gathered).tolist()
+
+
+def from_first(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Overwrite these on every rank by the first one's."""
+    if rank_and_world(group)[1] > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, group=group, group_src=0)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from samples import SET_TINY, TINY_CONFIG, make_set, texture
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cpc_fast.commands.options import choose_device
@@ -95,6 +96,40 @@ def test_a_rank_that_never_has_an_image_fits_along(tmp_path):
         assert threshold == pytest.approx(alone[0], rel=1e-3, abs=1e-3)
         for ours, theirs in zip(weights.values(), alone[1].values(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+class Small(nn.Module):
+    """With a batch norm, and a layer that is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, patches):
+        return self.net(patches)
+
+
+def fit_of_ones_own(rank, world):
+    """The state of a trained encoder; of predictors on a frozen one, with all that it does without, and none of it."""
+    images, states = [texture(i) for i in range(5)], []
+    config = TINY_CONFIG.replace(epochs=1, batch_size=2, precision="float32", jitter=0.0, flips=False)
+    disturbed = {"jitter": 0.5, "gamma": 0.5, "patch_jitter": 0.5, "flips": True}
+    for learns, changes in ((True, {}), (False, {}), (False, disturbed)):
+        torch.manual_seed(0)
+        encoder = Small().requires_grad_(learns)
+        states.append(Detector.fit(images, config.replace(**changes), encoder=encoder).model.state_dict())
+    return states
+
+
+def test_encoders_of_ones_own(tmp_path):
+    """What lies in no gradient does not hold the ranks up, they end with one batch norm, and a frozen encoder sees
+    pictures as they are."""
+    first, second = processes.run(2, fit_of_ones_own, tmp_path)
+    for one, other in [*zip(first, second, strict=True), (first[1], first[2])]:
+        for name, value in one.items():
+            assert torch.equal(value, other[name]), name
+    assert first[0]["members.0.encoder.net.1.num_batches_tracked"] > 0
 
 
 def test_there_is_no_ring_for_sampled_negatives():
