@@ -25,6 +25,7 @@ def check_tensors(loss: str, **given: Tensor) -> None:
         if value.device != first.device:
             raise ValueError(f"{loss}: {name} must be on the device of {lead}. Got {value.device} and {first.device}.")
         united = value.device.type != "meta" and torch.is_autocast_enabled(value.device.type)
+        united = united and torch.float64 not in (value.dtype, first.dtype)  # which autocast leaves as it is
         if value.dtype != first.dtype and not united:
             raise TypeError(f"{loss}: {name} must have the dtype of {lead}. Got {value.dtype} and {first.dtype}.")
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from cpc_kernels import info_nce, info_nce_stats
-from cpc_kernels.arguments import spell
+from cpc_kernels.arguments import compute_dtype, spell
 
 from .arguments import check_tensors, inverse, one_number
 
@@ -152,10 +152,10 @@ class LabelLoss(nn.Module):
         if ref_emb.shape[1] != embeddings.shape[1]:
             raise ValueError(f"{name}: ref_emb must have as many features as embeddings. {spell(**got)}")
         if len(embeddings) == 0 or len(ref_emb) == 0:
-            return embeddings.sum() * 0
+            return embeddings.sum(dtype=compute_dtype(embeddings.dtype)) * 0
         q = F.normalize(embeddings, dim=1) if self.normalize_embeddings else embeddings
         k = q if ref_emb is embeddings else F.normalize(ref_emb, dim=1) if self.normalize_embeddings else ref_emb
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(q.dtype)
         scale = torch.as_tensor(inverse(name, self.temperature), dtype=dtype, device=q.device).reshape(1)
         return self.compute(embeddings, labels, q, k, scale, Groups(labels, ref_labels, itself))
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from cpc_fast import dropin
 from cpc_fast.dropin import lightly, pytorch_metric_learning
 from cpc_kernels import reference
+from cpc_kernels.exchange import gather_rows, gather_rows_with_grad, shares
 from tests import processes
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "greedy_infomax_infonce.npz"
@@ -199,6 +200,8 @@ def test_errors_speak_the_callers_names(loss):
         call(x.long(), x)
     with torch.autocast("cpu", torch.bfloat16):  # which unites them
         call(x, x.bfloat16())
+        with pytest.raises(TypeError, match=f"{loss}: {second} must have the dtype of {first}. Got torch.float64"):
+            call(x, x.double())
 
 
 def test_temperatures_and_scales_are_one_number():
@@ -618,6 +621,14 @@ def test_one_long_embedding_ruins_nobody_elses_loss(length):
     torch.testing.assert_close(ours.grad[:8].double(), theirs.grad[:8], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["SupConLoss", "NTXentLoss"])
+def test_an_empty_batch_of_labels_is_0(name):
+    loss, nobody = getattr(pytorch_metric_learning, name)(), torch.zeros(0, dtype=torch.long)
+    for dtype, found in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        value = loss(torch.zeros(0, 4, dtype=dtype, requires_grad=True), nobody)
+        assert (value.dtype, value.item(), value.requires_grad) == (found, 0, True)
+
+
 def test_label_loss_refusals():
     _, _, distances = label_losses()
     x, tags = torch.zeros(4, 2), torch.tensor([0, 0, 1, 1])
@@ -763,7 +774,16 @@ def test_two_processes_get_the_losses_and_gradients_of_the_originals(tmp_path):
 COUNTS = {2: (5, 2), 4: (3, 0, 4, 1)}
 
 
+def supervised(a, b):
+    """All processes' rows and references, gathered."""
+    of = shares(len(a), a.device)
+    tags = gather_rows((torch.arange(len(a)) + of.first()) % 3, of)
+    a, b = (gather_rows_with_grad(t, of) for t in (a, b))
+    return dropin.SupConLoss()(a, tags, ref_emb=b, ref_labels=tags)
+
+
 def shared_losses(rank=0, world=1):
+    yield supervised, False
     yield lightly.NTXentLoss(0.3, gather_distributed=True), False
     torch.manual_seed(1)
     yield lightly.NTXentLoss(0.3, memory_bank_size=(24, 6), gather_distributed=True), False
