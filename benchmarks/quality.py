@@ -2,11 +2,12 @@
 
     python -m benchmarks.quality              the preset `quality`, three seeds, everything that is not done yet
     python -m benchmarks.quality --sets grass --seeds 1 --methods cpc --minutes 30
-    python -m benchmarks.quality --tables     only write docs/results.md anew, from what is there
+    python -m benchmarks.quality --tables     only write the tables anew, from what is there
 
 Each (set, method, seed) becomes one file of benchmarks/results/quality/<preset> as soon as it is done, and is not done
 again unless its settings or its images have changed (or --fresh is given): see trials.py. The tables of docs/results.md
-are made of these files alone, and a test fails when they are not; docs/sheets holds the pictures that may be published.
+and the README's are made of these files alone, and a test fails when they are not; docs/sheets holds the pictures that
+may be published.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from .sets import BEDS, GROUPS, ROOT, Bed
 from .trials import CPC, DEFAULT, METHODS, SHEETS, Job, Record, carry_out_all, load
 
 SEEDS = 3
-DOCUMENT = ROOT / "docs" / "results.md"
+DOCUMENT, FRONT = ROOT / "docs" / "results.md", ROOT / "README.md"
 COLUMNS = {
     "image AUROC": ("image", "auroc"), "image AP": ("image", "ap"),
     "pixel AUROC": ("pixel", "auroc"), "AU-PRO 0.30": ("pixel", "au_pro_0.30"),
 }  # fmt: skip
+SHORT = ("image AUROC", "pixel AUROC", "AU-PRO 0.30")
+RECALL, ALARMS = ("threshold", "recall"), ("threshold", "fpr_on_test_normals")
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -83,8 +86,7 @@ def _summary(records: Sequence[Record]) -> str:
     rows = []
     for name in order:
         cells = [mean_and_spread(of_group(records, names[name], CPC, path)) for path in COLUMNS.values()]
-        alarms = mean_and_spread(of_group(records, names[name], CPC, ("threshold", "fpr_on_test_normals")))
-        recall = mean_and_spread(of_group(records, names[name], CPC, ("threshold", "recall")))
+        alarms, recall = (mean_and_spread(of_group(records, names[name], CPC, path)) for path in (ALARMS, RECALL))
         if set(cells) != {"-"}:
             rows.append((f"**{name}**" if name in GROUPS else name, *cells, alarms, recall))
     return table(("set", *COLUMNS, "good ones flagged", "defects flagged"), rows) if rows else ""
@@ -92,7 +94,7 @@ def _summary(records: Sequence[Record]) -> str:
 
 def _side_by_side(records: Sequence[Record]) -> str:
     """Every method on every group; the best mean of a column in bold."""
-    columns = [(group, name) for group in GROUPS for name in ("image AUROC", "pixel AUROC", "AU-PRO 0.30")]
+    columns = [(group, name) for group in GROUPS for name in SHORT]
     found = {
         (method, column): [v for v in of_group(records, GROUPS[column[0]], method, COLUMNS[column[1]]) if v is not None]
         for method in METHODS
@@ -121,7 +123,33 @@ def _by_defect(records: Sequence[Record]) -> str:
             keys = ("image_auroc", "pixel_auroc", "au_pro_0.30")
             cells = [mean_and_spread([one[key] for one in several]) for key in keys]
             rows.append((f"{name}, {defect}", str(several[0]["count"]), *cells))
-    return table(("defect", "images", "image AUROC", "pixel AUROC", "AU-PRO 0.30"), rows) if rows else ""
+    return table(("defect", "images", *SHORT), rows) if rows else ""
+
+
+def front(records: Sequence[Record], variant: str = DEFAULT) -> str:
+    """The README's table: a group in a row, and no more digits than seeds leave standing."""
+    rows, seeds = [], set()
+    for title, group in (("magnetic tiles",) * 2, ("painted textures", "textures"), ("solar cells",) * 2):
+        names = GROUPS.get(group, ())
+        image, pixel, regions, recall, alarms = (
+            [value for value in of_group(records, names, CPC, path) if value is not None]
+            for path in (*(COLUMNS[name] for name in SHORT), RECALL, ALARMS)
+        )
+        if not image:  # no seed has all sets
+            continue
+        ours, presets, fits = _fitted(records, names, variant)
+        seeds |= {record["identity"]["seed"] for record in ours}
+        took = f"{min(fits) / 60:.0f} to {max(fits) / 60:.0f} min" if fits else "not recorded"
+        areas = [f"{np.mean(values):.2f}" if values else "no masks" for values in (image, pixel, regions)]
+        rows.append((f"{title}, {presets}", took, *areas, f"{np.mean(recall):.0%}, {np.mean(alarms):.0%}"))
+    return table((f"{len(seeds)} seeds", "fit, one core", *SHORT, "flagged: defects, good ones"), rows)
+
+
+def _fitted(records: Sequence[Record], names: Sequence[str], variant: str) -> tuple[list[Record], str, list[float]]:
+    """Our records of some sets, the presets they are of, and the seconds of the fits whose time was kept."""
+    ours = [r for r in records if r["identity"]["set"] in names and r["identity"]["method"] == CPC]
+    presets = ", ".join(dict.fromkeys(f"`{BEDS[name].sibling(variant)}`" for name in names))
+    return ours, presets, [r["seconds"]["fit"] for r in ours if r["seconds"]["fit"]]
 
 
 def _origin(records: Sequence[Record], variant: str) -> str:
@@ -136,13 +164,11 @@ def _origin(records: Sequence[Record], variant: str) -> str:
 
     lines = ["After ± the standard deviation over seeds; `textures` is the mean of its three sets."]
     for group, names in GROUPS.items():
-        ours = [r for r in records if r["identity"]["set"] in names and r["identity"]["method"] == CPC]
+        ours, presets, fits = _fitted(records, names, variant)
         if not ours:
             continue
         seeds = len({r["identity"]["seed"] for r in ours})
-        fits = [r["seconds"]["fit"] for r in ours if r["seconds"]["fit"]]
         took = f", a fit {' to '.join(dict.fromkeys(map(duration, (min(fits), max(fits)))))}" if fits else ""
-        presets = ", ".join(dict.fromkeys(f"`{BEDS[name].sibling(variant)}`" for name in names))
         lines.append(f"- {group}: {presets}, {seeds} {'seed' if seeds == 1 else 'seeds'}{took}; {told(ours)}.")
     if others := [r for r in records if r["identity"]["method"] != CPC]:
         days = sorted(r["environment"]["date"] for r in others)
@@ -157,8 +183,12 @@ def reported(variant: str) -> list[Record]:
 
 
 def render() -> dict[Path, str]:
-    """docs/results.md as the stored results make it."""
-    return {DOCUMENT: between(DOCUMENT, "quality", tables(reported(DEFAULT)))}
+    """docs/results.md and the README as the stored results make them."""
+    records = reported(DEFAULT)
+    return {
+        DOCUMENT: between(DOCUMENT, "quality", tables(records)),
+        FRONT: between(FRONT, "found", front(records)),
+    }
 
 
 # --- command line ----------------------------------------------------------------------------------------------------

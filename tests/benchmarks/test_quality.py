@@ -27,9 +27,9 @@ def harness(data, tmp_path, monkeypatch):
         monkeypatch.setattr(trials, name, tmp_path / name.lower())
     monkeypatch.setattr(quality, "SHEETS", tmp_path / "sheets")
     monkeypatch.setattr(quality, "ROOT", tmp_path)
-    page = tmp_path / "results.md"
-    page.write_text("before\n<!-- quality:start -->\n<!-- quality:end -->\nafter\n")
-    monkeypatch.setattr(quality, "DOCUMENT", page)
+    for name, told, mark in (("DOCUMENT", "results.md", "quality"), ("FRONT", "README.md", "found")):
+        (tmp_path / told).write_text(f"before\n<!-- {mark}:start -->\n<!-- {mark}:end -->\nafter\n")
+        monkeypatch.setattr(quality, name, tmp_path / told)
     beds = {
         "brick": Bed("brick", lambda _: data, free=True),
         "tiles": Bed("tiles", lambda _: data, {"image_size": 48}, halved=True),
@@ -58,6 +58,9 @@ def test_a_run_is_kept_and_told(harness, capsys):
     page = (harness / "results.md").read_text()
     assert page.startswith("before\n<!-- quality:start -->\n| set | image AUROC | image AP |")
     assert "| cpc (ours) |" in page
+    front = (harness / "README.md").read_text()
+    assert front.startswith("before\n<!-- found:start -->\n| 2 seeds | fit, one core | image AUROC |")
+    assert "| painted textures, `quality` | 0 to 0 min |" in front
     assert "| mean image |" in page
     assert "| tiles, blur | 1 |" in page
     assert "| brick, stain | 2 |" in page
