@@ -10,12 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("kernels/*.md")])
 MODULES = sorted(
-    [f"cpc_fast.{path.stem}" for path in (ROOT / "cpc_fast").glob("*.py") if path.stem != "__init__"]
-    + [
-        f"cpc_kernels.{path.stem}"
-        for path in (ROOT / "kernels" / "cpc_kernels").glob("*.py")
-        if path.stem != "__init__"
-    ]
+    ".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__")
+    for source, package in ((ROOT, "cpc_fast"), (ROOT / "kernels", "cpc_kernels"), (ROOT, "benchmarks"))
+    for path in (source / package).rglob("*.py")
+    if ">>> " in path.read_text(encoding="utf-8")
 )
 FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)|<(?:img|a)[^>]* (?:src|href)=\"([^\"]+)\"")

@@ -31,7 +31,7 @@ def by_preset(name: str) -> str:
     """What each preset has in a field, for a help text.
 
     >>> by_preset("steps")
-    'cpu-demo, quality 3; paper 5'
+    'cpu-demo, quality, texture, aligned, fast 3; paper 5'
     """
     values: dict[str, list[str]] = {}
     for preset, config in configs.PRESETS.items():
