@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 
 from .console import complain, going_on_with_sets, print_table, say, stopping, terminable
 from .evaluate import evaluate_run, make_section
 from .fit import fit_or_go_on, set_runs_aside
-from .options import choose_config, choose_device
+from .options import again_as, choose_config, choose_device
 
 COLUMNS = {
     "image AUROC": ("image", "auroc"), "AP": ("image", "ap"), "F1-max": ("image", "f1_max"),
@@ -57,12 +56,9 @@ def evaluate_all(
     from ..report import write_report
     from ..submission import write_submission
 
-    parts = ["cpc-fast", "evaluate", "--all", str(root), "--runs", str(runs)]
-    parts += ["--preset", preset] if preset else []
-    parts += [part for setting in settings or [] for part in ("--set", setting)]
-    parts += ["--device", device] if device != "auto" else []
-    parts += ["--submission", str(submission)] if submission else []
-    again = shlex.join(parts)
+    again = again_as(
+        "evaluate", "--all", root, runs=runs, preset=preset, set=settings, device=device, submission=submission
+    )
     metrics: dict[str, dict[str, Any]] = {}
     notes, amiss = [], []
     if fresh:

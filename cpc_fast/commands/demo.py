@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +13,7 @@ from ..errors import Stopped
 from .console import going_on_with_sets, number, print_table, say, share, terminable
 from .evaluate import evaluate_run, make_section
 from .fit import fit_or_go_on, set_runs_aside
-from .options import Device, Settings, check_device, choose_config, choose_device
+from .options import Device, Settings, again_as, check_device, choose_config, choose_device
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluation
@@ -45,7 +44,7 @@ def demo(
     say(f"Writing {', '.join(datasets.TEXTURES)} with painted defects to {out / 'data'}")
     evaluations: dict[str, Evaluation] = {}
     sections: list[Section] = []
-    again = shlex.join(["cpc-fast", "demo", "--out", str(out), *_as_options(epochs, device, settings)])
+    again = again_as("demo", out=out, epochs=epochs, device=device, set=settings)
     if fresh:
         set_runs_aside([out / texture for texture in datasets.TEXTURES])
     with going_on_with_sets(out, again):
@@ -106,9 +105,3 @@ def _print_summary(metrics: dict[str, dict[str, Any]]) -> None:
         ))  # fmt: skip
     columns = ("set", "image AUROC", "pixel AUROC", "AU-PRO 0.30", "false alarms", "recall", "ms an image")
     print_table("", columns, rows)
-
-
-def _as_options(epochs: int | None, device: str, settings: list[str] | None) -> list[str]:
-    options = [] if epochs is None else ["--epochs", str(epochs)]
-    options += [] if device == "auto" else ["--device", device]
-    return options + [part for setting in settings or [] for part in ("--set", setting)]

@@ -16,7 +16,7 @@ import typer
 from ..errors import CpcFastError, Interrupted, NotWritten, Stopped, UsageError
 from ..torchrun import launched, may_restart, together
 from .console import say, terminable
-from .options import Device, Settings, by_preset, check_device, choose_config, choose_device
+from .options import Device, Settings, again_as, by_preset, check_device, choose_config, choose_device
 
 if TYPE_CHECKING:
     import torch
@@ -87,9 +87,7 @@ def fit(
         for doubt in doubts(config, images):
             say(f"Of {doubt}")
     torch_device = choose_device(device)
-    again = ["cpc-fast", "fit", str(data), "--out", str(out)]
-    more = ["--device", device] if device != "auto" else []
-    go_on = shlex.join([*again, "--resume", *more])
+    go_on = again_as("fit", data, out=out, resume=True, tensorboard=tensorboard, device=device)
     try:
         with together(torch_device) as own_device:
             detector = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,6 +41,20 @@ def by_preset(name: str) -> str:
     if len(values) == 1:
         return next(iter(values))
     return "; ".join(f"{', '.join(presets)} {value}" for value, presets in values.items())
+
+
+def again_as(*words: object, **options: Any) -> str:
+    """The command of these words and options; those that are None, False or "auto" are left out.
+
+    >>> again_as("fit", "parts", out="runs/my parts", resume=True, device="auto", set=["place=false", "skip=0"])
+    "cpc-fast fit parts --out 'runs/my parts' --resume --set place=false --set skip=0"
+    """
+    parts = ["cpc-fast", *map(str, words)]
+    for name, told in options.items():
+        for value in told if isinstance(told, list) else [told]:
+            if value is not None and value is not False and value != "auto":
+                parts += [f"--{name.replace('_', '-')}"] + [str(value)] * (value is not True)
+    return shlex.join(parts)
 
 
 def check_device(name: str) -> None:

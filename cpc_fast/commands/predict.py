@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 from ..torchrun import launched, own_gpu
 from .console import complain, going_on, note_colour, note_edited, note_light, note_size, say, terminable
-from .options import Device, check_device, choose_device
+from .options import Device, again_as, check_device, choose_device
 
 
 def predict(
@@ -73,7 +72,10 @@ def predict(
     if threshold is not None:
         detector = detector.with_threshold(threshold)
     earlier = 0 if resume or part.count > 1 else answers_in(out)
-    again = shlex.join([*again_as(run, images, out, tiff, min_area, threshold, scores_only, shard, device), "--resume"])
+    again = again_as(
+        "predict", run, *images, out=out, tiff=tiff, scores_only=scores_only,
+        min_area=min_area if min_area > 1 else None, threshold=threshold, shard=shard, device=device, resume=True,
+    )  # fmt: skip
     saved, so_far = f"Their answers are in {out}.", f"what was answered is in {out}."
     with going_on(again, saved, so_far), terminable() as stop, counting("predict") as on_image:
         found = answers.predict(
@@ -100,23 +102,3 @@ def predict(
         where = "" if scores_only else f" and {out / 'overlays'}"
         say(f"Open next: {out / 'scores.csv'}{where}")
     return 1 if found.skipped else 0
-
-
-def again_as(
-    run: Path,
-    images: list[Path],
-    out: Path,
-    tiff: bool,
-    min_area: int,
-    threshold: float | None,
-    scores_only: bool,
-    shard: str | None,
-    device: str,
-) -> list[str]:
-    """The command with these options."""
-    options = ["--tiff"] * tiff + ["--scores-only"] * scores_only
-    options += ["--min-area", str(min_area)] if min_area > 1 else []
-    options += [] if threshold is None else ["--threshold", repr(threshold)]
-    options += ["--shard", shard] if shard else []
-    options += ["--device", device] if device != "auto" else []
-    return ["cpc-fast", "predict", str(run), *map(str, images), "--out", str(out), *options]

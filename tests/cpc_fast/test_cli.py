@@ -21,7 +21,7 @@ from cpc_fast import answers, cli, datasets
 from cpc_fast.commands import console
 from cpc_fast.detector import Detector
 from cpc_fast.doctor import examine
-from cpc_fast.errors import UsageError
+from cpc_fast.errors import Stopped, UsageError
 from cpc_fast.images import read_image
 from cpc_fast.version import __version__
 
@@ -128,6 +128,17 @@ def test_tensorboard_scalars(data, tmp_path, capsys):
     events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {"loss", "accuracy", "images per second"}
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]  # two epochs of two steps
+
+
+def test_a_fit_that_writes_curves_goes_on_with_them(data, tmp_path, capsys, monkeypatch):
+    def stopped(*_):
+        raise Stopped("Stopped in epoch 1.")
+
+    monkeypatch.setattr("cpc_fast.commands.fit.fit_run", stopped)
+    fit = ["fit", str(data), "--out", str(tmp_path / "run"), "--tensorboard", "--device", "cpu"]
+    assert cli.run([*fit, *SET_TINY]) == 0
+    said = capsys.readouterr().err
+    assert said.endswith(f"Go on with: {shlex.join(['cpc-fast', *fit[:4], '--resume', *fit[4:]])}\n")
 
 
 def test_tensorboard_is_asked_for_by_name(data, tmp_path, capsys, monkeypatch):
