@@ -25,12 +25,11 @@ import torch
 
 from cpc_fast.config import Config, preset, read_settings
 from cpc_fast.errors import UsageError
-from cpc_fast.files import write_text
 
 from .ledger import slug
 from .quality import find_beds, parse
 from .readings import Merge, Other
-from .report import between, table
+from .report import between, table, write_stale
 from .sets import BEDS, ROOT, Bed
 from .trials import CPC, Job, Reading, Record, carry_out_all, load
 
@@ -253,10 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
         jobs = ablations.jobs(find_beds(args.sets, args.tiles), rows, args.seeds or ablations.seeds, args.split)
         done = carry_out_all(jobs, torch.device(args.device), minutes=args.minutes, fresh=args.fresh)
         print(tables(ablations, args.split))
-    for path, text in render().items():
-        if path.read_text() != text:
-            write_text(path, text)
-            print(f"written: {path}")
+    write_stale(render())
     return 0 if done else 1
 
 

@@ -21,12 +21,11 @@ import numpy as np
 import torch
 
 from cpc_fast.config import preset, read_settings
-from cpc_fast.files import write_text
 from cpc_fast.progress import duration
 
 from .baselines import BASELINES
 from .ledger import slug
-from .report import between, table
+from .report import between, table, write_stale
 from .sets import BEDS, GROUPS, ROOT, Bed
 from .trials import CPC, DEFAULT, METHODS, SHEETS, Job, Record, carry_out_all, load
 
@@ -253,10 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
         ]
         done = carry_out_all(jobs, torch.device(args.device), minutes=args.minutes, fresh=args.fresh)
         print(tables(reported(variant), variant))
-    for path, text in render().items():
-        if path.read_text() != text:
-            write_text(path, text)
-            print(f"written: {path}")
+    write_stale(render())
     return 0 if done else 1
 
 
