@@ -75,9 +75,6 @@ class Case:
         """The time below which nothing gets, from the two ceilings measured on the device."""
         return max(self.flops / (matmul_tflop_s * 1e9), self.bytes / (copy_gb_s * 1e6))
 
-    def bound(self, copy_gb_s: float, matmul_tflop_s: float) -> str:
-        return "arithmetic" if self.flops / (matmul_tflop_s * 1e9) > self.bytes / (copy_gb_s * 1e6) else "memory"
-
     def tiny(self) -> Case:
         """The same kind of problem in a few tiles, for the interpreter."""
         small = {"n": min(self.n, 24), "m": min(self.m, 24 if self.n == self.m else 40), "d": min(self.d, 16)}

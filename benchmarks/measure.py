@@ -37,7 +37,7 @@ import torch
 from cpc_kernels.capabilities import device_name
 
 from . import providers
-from .cases import BYTES, Case
+from .cases import Case
 from .ledger import peak
 from .providers import Problem, Provider, Unavailable
 from .workers import tell
@@ -414,9 +414,7 @@ class Race:
             "case": case.to_json(),
             "environment": environment(self.device),
             "floor_ms": case.floor_ms(*limits) if limits else None,
-            "bound": case.bound(*limits) if limits else None,
             "flops": case.flops,
-            "scores_mb": case.scores_bytes / 1e6,
             "rows": self.rows(),
         }
 
@@ -509,8 +507,3 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     y = [math.log(max(value, 1e-12)) for value in values]
     mx, my = statistics.fmean(x), statistics.fmean(y)
     return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
-
-
-def bytes_of(case: Case) -> int:
-    """Floats that an implementation linear in N + M may add: (N + M)(D + 8)."""
-    return (case.n * case.k + case.m) * (case.d + 8) * max(BYTES[case.dtype], 4)

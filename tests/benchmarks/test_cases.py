@@ -29,8 +29,7 @@ def test_costs():
     sampled = Case("", 8, 16, 4, k=3, s=5)
     assert sampled.flops == 6 * 8 * 3 * 6 * 4
     assert sampled.floor_ms(copy_gb_s=1e9, matmul_tflop_s=1e-9) == sampled.flops
-    assert sampled.bound(copy_gb_s=1e9, matmul_tflop_s=1e-9) == "arithmetic"
-    assert sampled.bound(copy_gb_s=1e-9, matmul_tflop_s=1e9) == "memory"
+    assert sampled.floor_ms(copy_gb_s=1e-9, matmul_tflop_s=1e9) == sampled.bytes * 1e3
     assert Case.from_json(sampled.to_json()) == sampled
 
 
