@@ -467,10 +467,10 @@ def _measure_memory(told: dict[str, Any], name: str, send) -> None:
         problem.clear()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = _resident("Rss")
-    peak_reset = _reset_peak()
+    before = resident("Rss")
+    peak_reset = reset_peak()
     loss(problem).backward()
-    send.send(max(0.0, (_resident("VmHWM") - before) / 1e6) if peak_reset else None)
+    send.send(max(0.0, (resident("VmHWM") - before) / 1e6) if peak_reset else None)
     send.close()
 
 
@@ -479,7 +479,8 @@ def _one_step(case: Case, provider: Provider, device: torch.device, seed: int) -
     provider.build(case, device)(problem).backward()
 
 
-def _reset_peak() -> bool:
+def reset_peak() -> bool:
+    """Have VmHWM of this process begin anew; whether the kernel lets us."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -487,8 +488,8 @@ def _reset_peak() -> bool:
     return True
 
 
-def _resident(what: str) -> int:
-    """Bytes: Rss now (counted page by page), or VmHWM, its high-water mark."""
+def resident(what: str) -> int:
+    """Bytes of this process: Rss now (counted page by page), or VmHWM, its high-water mark."""
     file = Path("/proc/self/smaps_rollup" if what == "Rss" else "/proc/self/status")
     found = re.search(rf"^{what}:\s*(\d+) kB", file.read_text(), re.MULTILINE)
     return int(found[1]) << 10 if found else 0
@@ -505,5 +506,4 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """
     x = [math.log(size) for size in sizes]
     y = [math.log(max(value, 1e-12)) for value in values]
-    mx, my = statistics.fmean(x), statistics.fmean(y)
-    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
+    return statistics.linear_regression(x, y).slope

@@ -105,17 +105,13 @@ def sent_bytes(rows: int, features: int, world: int, width: int = 2) -> int:
 # --- measured ---------------------------------------------------------------------------------------------------------
 
 
-def resident(field: str) -> int:
-    """Bytes. VmRSS: now. VmHWM: at its highest."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
 def work(rank: int, world: int, meet: str, exchange: str, queue: Any) -> None:
     import torch
     from torch import distributed as dist
 
     from cpc_kernels import info_nce_across_ranks
+
+    from .measure import reset_peak, resident
 
     torch.set_num_threads(1)
     patience = datetime.timedelta(seconds=300)
@@ -128,8 +124,8 @@ def work(rank: int, world: int, meet: str, exchange: str, queue: Any) -> None:
         info_nce_across_ranks(q, k, positives, scale=0.1, exchange=exchange).backward()
 
     step(64)  # libraries load before we look
-    Path("/proc/self/clear_refs").write_text("5")
-    before, seconds = resident("VmRSS"), []
+    assert reset_peak(), "the kernel does not let a process reset its peak of memory"
+    before, seconds = resident("Rss"), []
     for _ in range(ROUNDS):
         dist.barrier()
         started = time.perf_counter()

@@ -29,17 +29,13 @@ from cpc_fast.detector import Detector
 from cpc_fast.errors import Stopped
 from cpc_fast.inputs import Shard
 
+from .measure import resident
+
 LIMIT_MB = 8.0
 SIDE = 24
 CONFIG = Config(
     width=2, stem=8, patch_size=8, patch_stride=8, steps=1, directions=2, epochs=1, batch_size=4, bank_size=16
 )
-
-
-def resident_mb() -> float:
-    """Of this process, now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -76,7 +72,7 @@ def soak(detector: Detector, folder: Path, minutes: float) -> dict[str, float]:
         nonlocal images
         images += 1
         if images % 200 == 0:
-            samples.append(resident_mb())
+            samples.append(resident("Rss") / 2**20)
 
     rounds = 0
     while not over():
@@ -129,7 +125,7 @@ def _predict(detector: Detector, folder: Path, name: str, resume: bool) -> int:
         every = max(1, sum(1 for _ in (folder / "images").iterdir()) * 1000 // 200)
         predict(
             detector, [folder / "images"], folder / name, pictures=False, resume=resume,
-            on_image=lambda done, total: samples.append(resident_mb()) if done % every == 0 else None,
+            on_image=lambda done, total: samples.append(resident("Rss") / 2**20) if done % every == 0 else None,
         )  # fmt: skip
         (folder / f"{name}.json").write_text(json.dumps(samples))
         code = 0
