@@ -125,10 +125,7 @@ class Checkpoint:
             tensors["random.cuda"] = torch.cuda.get_rng_state(next(self.model.parameters()).device)
         if position.sampler is not None:
             tensors["random.sampler"] = position.sampler
-        where = {
-            "epoch": position.epoch, "step": position.step, "losses": list(position.losses), "loss": position.loss,
-            "best": position.best, "skipped": position.skipped,
-        }  # fmt: skip
+        where = {name: value for name, value in vars(position).items() if name != "sampler"}
         record = {
             "format": FORMAT, "versions": versions(), "config": self.config.to_json(), "position": where,
             "trained_on": self.images, "slots": sorted(name for name in tensors if name.startswith("optimizer.")),

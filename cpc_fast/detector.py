@@ -9,6 +9,7 @@ Longer than 250 lines because fit, save, load and predict are one public class, 
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -422,11 +423,9 @@ class Detector:
         It is rounded to float32, as scores are, and promises no rate of false positives: its `threshold` rests on 0
         images and is meant for any rate. Raises UsageError for a value that is not finite in float32.
         """
-        threshold = Threshold(own_threshold(value), target_fpr=1.0, guaranteed_fpr=1.0, count=0)
-        return Detector(
-            self.model, self.bank, self.calibration, threshold, self.trained_on, self.train_images_per_s, self.sides,
-            self.light,
-        )  # fmt: skip
+        other = copy.copy(self)
+        other.threshold = Threshold(own_threshold(value), target_fpr=1.0, guaranteed_fpr=1.0, count=0)
+        return other
 
     def inspect(self, image: np.ndarray, min_area: int = 1) -> Prediction:
         """One image, uint8 (h, w, c) or (h, w), at its original resolution.

@@ -99,12 +99,8 @@ class Journal:
     """The answers of one shard. `done` of its images are answered."""
 
     def __init__(self, path: Path, total: int) -> None:
-        self.path, self.total, self.done, self.counts = (
-            path,
-            total,
-            0,
-            {"images": 0, "flagged": 0, "skipped": 0, "in_colour": 0, "other_size": 0, "other_light": 0},
-        )
+        self.path, self.total, self.done = path, total, 0
+        self.counts = dict.fromkeys(("images", "flagged", "skipped", "in_colour", "other_size", "other_light"), 0)
         self._end = 0  # bytes
         with self._told():
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
