@@ -138,10 +138,7 @@ def work(rank: int, world: int, meet: str, exchange: str, queue: Any) -> None:
         coming = torch.empty_like(message)
         dist.barrier()
         started = time.perf_counter()
-        ops = [
-            dist.P2POp(dist.isend, message, (rank + 1) % world),
-            dist.P2POp(dist.irecv, coming, (rank - 1) % world),
-        ]
+        ops = [dist.P2POp(dist.isend, message, (rank + 1) % world), dist.P2POp(dist.irecv, coming, (rank - 1) % world)]
         for request in dist.batch_isend_irecv(ops):
             request.wait()
         around.append(time.perf_counter() - started)

@@ -128,16 +128,7 @@ def summary(devices: list[Told]) -> str:
             rows.append((name, time(mine), time(plain), named, f"**{factor}**", f"{memory(mine)} / {memory(plain)}"))
         for name, record in told.get("end_to_end", {}).items():
             mine, plain = ends_of(record)
-            rows.append(
-                (
-                    name,
-                    time(mine),
-                    time(plain),
-                    "-",
-                    f"**{plain['ratio']:.1f}x**" if plain else "-",
-                    "-",
-                )
-            )
+            rows.append((name, time(mine), time(plain), "-", f"**{plain['ratio']:.1f}x**" if plain else "-", "-"))
         head = (
             "forward and backward",
             "ours",

@@ -108,13 +108,7 @@ BEDS = {
             for name in TEXTURES
         ),
         Bed("magnetic tiles", _tiles, SAME_PATCHES, halved=True, ragged=True),
-        Bed(
-            "solar cells",
-            _elpv,
-            SAME_PATCHES | {"image_size": 128},
-            siblings={"quality": "aligned"},
-            halved=True,
-        ),
+        Bed("solar cells", _elpv, SAME_PATCHES | {"image_size": 128}, siblings={"quality": "aligned"}, halved=True),
     )
 }
 GROUPS = {"textures": TEXTURES, "magnetic tiles": ("magnetic tiles",), "solar cells": ("solar cells",)}

@@ -56,8 +56,7 @@ def write_submission(
         map = found.map.clip(-LARGEST, LARGEST).astype(np.float16)
         mask = Image.fromarray(found.mask.astype(np.uint8) * 255)
         write_whole(
-            (out / "anomaly_images" / place).with_suffix(".tiff"),
-            lambda aside, map=map: tifffile.imwrite(aside, map),
+            (out / "anomaly_images" / place).with_suffix(".tiff"), lambda aside, map=map: tifffile.imwrite(aside, map)
         )
         write_whole(
             (out / "anomaly_images_thresholded" / place).with_suffix(".png"),

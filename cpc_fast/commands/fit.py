@@ -31,8 +31,7 @@ LEARNT = 0.05  # how far below that of guessing the loss of the last epoch must 
 
 def fit(
     data: Annotated[
-        Path,
-        typer.Argument(metavar="DATA", help="Folder with train/good inside, or a flat folder of normal images."),
+        Path, typer.Argument(metavar="DATA", help="Folder with train/good inside, or a flat folder of normal images.")
     ],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
     preset: Annotated[
@@ -49,8 +48,7 @@ def fit(
     device: Device = "auto",
     seed: Annotated[int | None, typer.Option(help=f"Of everything random [{by_preset('seed')}].")] = None,
     image_size: Annotated[
-        int | None,
-        typer.Option(help=f"Scale images so that their shorter side is this [{by_preset('image_size')}]."),
+        int | None, typer.Option(help=f"Scale images so that their shorter side is this [{by_preset('image_size')}].")
     ] = None,
     settings: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what is saved in the run folder.")] = False,
