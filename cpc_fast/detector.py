@@ -433,7 +433,8 @@ class Detector:
         Regions of fewer than `min_area` pixels are left out of mask and segments; the score is not changed. Colour is
         turned into grey for a model of one channel, and grey is repeated for one of three.
         The answer depends on this image alone: to the last bit the same in any company and order. One loss that is no
-        number makes the score and the whole map so.
+        number makes the score and the whole map so. Raises UsageError for anything but such an image, ImageError for
+        one that is smaller than a patch.
         """
         prepared = prepare(image, self.config)
         with torch.autocast(self.bank.device.type, enabled=False):
@@ -475,7 +476,8 @@ class Detector:
         )  # fmt: skip
 
     def explain(self, image: np.ndarray) -> Explanation:
-        """Which patch, and which direction and step or its place, made the score of an image, uint8 (h, w, c)."""
+        """Which patch, and which direction and step or its place, made the score of an image such as inspect takes;
+        raises what inspect raises."""
         prepared = prepare(image, self.config)
         with torch.autocast(self.bank.device.type, enabled=False):
             surprise = self.scorer.surprise(prepared)

@@ -9,7 +9,7 @@ import numpy as np
 class Scored:
     """A test image, its score, its anomaly map and, where there is one, its ground truth.
 
-    Arguments:
+    Args:
         name: how the image is called in tables and captions, mostly its file name.
         defect: the kind of defect, "good" for a normal image.
         image: uint8 (H, W, C), C 1 or 3, at the original resolution.
