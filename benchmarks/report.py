@@ -420,13 +420,15 @@ def predicted() -> str:
         for case, op in dict.fromkeys((row["case"], row["op"]) for row in told["predictions"])
     ]
     parts = [
-        "Least milliseconds in bf16, and the unit that needs them: `matrix` products, `exp`, the `L2` past which the "
+        "Least milliseconds in bf16, and the unit that needs them: `matrix` products, `exp`, `issue` (the instructions "
+        "of the loop, one a cycle and scheduler; an upper bound, as rare branches count), the `L2` past which the "
         "other side streams, `HBM`.",
         table(("case", "kernel", *targets), rows),
         "The kernels as compiled, D padded to the next of 64, 128, 256, 512; `+ids`: with ids, in pieces; `tma`: rows "
         f"through descriptors, else pointers (Triton {told['triton']}):",
     ]
-    head = ("entry", "tile", "warps", "registers", "stack", "shared, bytes", "matrix instructions", "blocks per SM")
+    head = ("entry", "tile", "warps", "registers", "stack", "shared, bytes", "matrix instructions", "in the loop",
+            "blocks per SM")  # fmt: skip
     for target in dict.fromkeys(row[0] for row in told["kernels"]):
         rows = [tuple(str(value) for value in row[1:]) for row in told["kernels"] if row[0] == target]
         summary = f"<summary>{target}, {len(rows)} entries</summary>"
@@ -446,7 +448,7 @@ def take_predictions(file: Path) -> None:
     kernels = [
         [row["arch"], row["name"], "x".join(map(str, row["tile"])), row["warps"], row["registers"], row["stack"],
          f"{row['shared']:,}", " ".join(f"{count} {name}" for name, count in row["matrix"].items()) or "-",
-         row["blocks"] or "-"]
+         row["loop"] or "-", row["blocks"] or "-"]
         for row in told["reports"]
     ]  # fmt: skip
     lists = {"predictions": rounded(told["predictions"]), "kernels": kernels}

@@ -92,6 +92,7 @@ def test_gates():
         ({"tensor_memory": 513}, "513 columns"),
         ({"matrix": {"HMMA": 4}}, "no HGMMA"),
         ({"matrix": {}}, "no HGMMA"),
+        ({"waits": 8}, "wait for each other"),
         ({"doubles": 1}, "1 float64"),
         ({"error": "no"}, "does not compile: no"),
     ):
@@ -104,9 +105,17 @@ def test_gates():
         assert words in failure
 
 
+def test_the_shortest_loop_with_a_product_counts():
+    code = ["MOV", "IADD", "HGMMA", "BRA 0x10", "FADD", "BRA 0x40", "BRA 0x60", "BRA `(.L_1)", "BRA 0x0"]
+    lines = [(f"{16 * i:04x}", *(line.split(" ", 1) + [""])[:2]) for i, line in enumerate(code)]
+    assert aot._loop(lines) == 3
+    assert aot._loop(lines[3:]) == 0
+
+
 def test_predictions_name_the_bound():
-    rows = aot.predictions([aot.Report("sm_90", "forward D=256 bf16", "forward", 8, (128, 64), True)])
+    rows = aot.predictions([aot.Report("sm_90", "forward D=256 bf16", "forward", 8, (128, 64), True, loop=714)])
     clip = next(r for r in rows if r["case"] == "CLIP 32k, D 256")
     assert clip["bound"] == "matrix"
     assert 1.0 < clip["matrix"] < 1.2  # 4 NMD at 989 TFLOP/s
+    assert 0.7 < clip["issue"] < 0.9  # 131,072 tiles of 714 instructions, two warps for each of 4 x 132 schedulers
     assert "not measured" in aot.prediction_table(rows)

@@ -95,14 +95,14 @@ def test_predictions_are_taken_over_and_told_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "PREDICTIONS", tmp_path / "predictions.json")
     assert report.predicted().startswith("Not predicted yet")
     kernel = {"arch": "sm_90", "name": "forward D=256 bf16", "tile": [128, 64], "warps": 8, "registers": 254,
-              "stack": 0, "shared": 163_840, "matrix": {"HGMMA": 20}, "blocks": 1}  # fmt: skip
+              "stack": 0, "shared": 163_840, "matrix": {"HGMMA": 20}, "loop": 714, "blocks": 1}  # fmt: skip
     case = {"arch": "sm_90", "case": "CLIP 32k, D 256", "op": "forward", "bound": "matrix",
-            "matrix": 1.1118, "exp": 0.29, "L2": 0.78, "HBM": 0.02}  # fmt: skip
+            "matrix": 1.1118, "exp": 0.29, "issue": 0.81, "L2": 0.78, "HBM": 0.02}  # fmt: skip
     (tmp_path / "told.json").write_text(json.dumps({"reports": [kernel], "predictions": [case]}))
     report.take_predictions(tmp_path / "told.json")
     told = report.predicted()
     assert "| CLIP 32k, D 256 | forward | 1.11 matrix |" in told
-    assert "| forward D=256 bf16 | 128x64 | 8 | 254 | 0 | 163,840 | 20 HGMMA | 1 |" in told
+    assert "| forward D=256 bf16 | 128x64 | 8 | 254 | 0 | 163,840 | 20 HGMMA | 714 | 1 |" in told
 
 
 def test_every_tile_is_in_the_table():
