@@ -49,10 +49,12 @@ def segments(d: int, arch: str) -> Tile:
     return tile._replace(columns=max(4, tile.columns // 2))
 
 
-def steps(op: str, d: int, arch: str) -> Tile:
+def steps(op: str, d: int, width: int, arch: str) -> Tile:
     """16 steps, the rows of a matrix instruction (CPC has 3 to 12), by `columns` gathered pool rows."""
-    # backward's [columns, D] product is added to memory; gfx942 would use scratch memory at D = 512
-    few = arch == "interpreter" or (d > 128 and op == "backward") or (d > 256 and arch == "gfx942")
+    # backward's [columns, D] product is added to memory; with more, float32 spills on sm_90 with Triton 3.6, and gfx942
+    # uses scratch memory at D = 512
+    few = arch == "interpreter" or (d > 256 and arch == "gfx942")
+    few |= op == "backward" and (d > 128 or (width == 32 and arch == "sm_90"))
     columns = 16 if few else 32
     many = d > 256 or (d > 128 and op == "backward" and arch == "sm_100")  # with 4 warps it spills 16 bytes
     return Tile(16, columns, 8 if many else 4, 2, _features(d))

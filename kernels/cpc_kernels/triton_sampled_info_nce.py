@@ -622,7 +622,7 @@ def forward(
     strides = (*anchors.stride(), *pool.stride(), *vectors.stride())
     flags = problem.flags | {"HAS_IDS": problem.has_ids, "EXPECTATION": need_expectation}
     if schedule == "steps":
-        tile = sampled_tiles.steps("forward", d, launch.arch)
+        tile = sampled_tiles.steps("forward", d, launch.width, launch.arch)
         blocks = triton.cdiv(steps, tile.rows)
         launch(
             "forward", steps_forward_kernel, (n * blocks,), *given, blocks, *strides, *problem.negative_strides[::2],
@@ -724,7 +724,7 @@ def backward_pool(
     strides = (*anchors.stride(), *pool.stride())
     flags = problem.flags | {"HAS_IDS": problem.has_ids}
     if schedule == "steps":
-        tile = sampled_tiles.steps("backward", d, launch.arch)
+        tile = sampled_tiles.steps("backward", d, launch.width, launch.arch)
         blocks = triton.cdiv(steps, tile.rows)
         launch(
             "backward", steps_backward_kernel, (n * blocks,), *shared, weights, norm, lse, grad,
@@ -779,7 +779,7 @@ def aot_entries(arch: str) -> Iterator[tiles.Entry]:
         products = {"PRECISION": precision, "UPCAST": False, "EXPECTATION": True, "NORMALISED": False}
         for d in (b for b in tiles.BUCKETS if b <= sampled_tiles.steps_max_d(width)):
             for op, kernel in (("forward", steps_forward_kernel), ("backward", steps_backward_kernel)):
-                tile = sampled_tiles.steps(op, d, arch)
+                tile = sampled_tiles.steps(op, d, width, arch)
                 # drawing with ids takes the most registers; and at the largest D, a mask over features
                 for variant, flags in (("listed", listed), ("drawn", drawn)) if d == 64 else (("drawn", drawn),):
                     yield entry(
