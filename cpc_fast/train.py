@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cpc_kernels.capabilities import FAST_BF16
 from cpc_kernels.exchange import everyones, from_first, rank_and_world
@@ -137,11 +138,9 @@ def average_weights(optimizer: torch.optim.Optimizer, decay: float, step: int) -
     The mean over the last 1 / (1 - decay) steps, but never over more than about a ninth of those so far. Single weights
     wander from step to step, and the scores of unseen images with them; their mean does not.
     """
-    rate = 1 - min(decay, (1 + step) / (10 + step))
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            if state := optimizer.state.get(weight):  # none for a weight that never had a gradient: it has not moved
-                state.setdefault("average", weight.detach().clone()).lerp_(weight.detach(), rate)
+    weights = [weight.detach() for weight in optimizer.state]  # not of one that never had a gradient: it has not moved
+    means = [state.setdefault("average", weight.clone()) for weight, state in optimizer.state.items()]
+    get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(means, weights, None)
 
 
 def rank_generator(seed: int, step: int, rank: int) -> torch.Generator:
@@ -257,7 +256,8 @@ def train(
             torch.clear_autocast_cache()  # inside of the caller's autocast, rounded weights would outlive the step
             norms = [torch.nn.utils.clip_grad_norm_(member.parameters(), 1.0) for member in model.members]
             norm = torch.stack(norms).sum().float()
-            loss, slope = torch.stack([result.loss.detach().float(), norm]).tolist()  # one wait for the device
+            told = [result.loss.detach().float(), norm, result.accuracy.float()]
+            loss, slope, accuracy = torch.stack(told).tolist()  # one wait for the device
             at = replace(at, epoch=epoch, step=i + 1, sampler=generator.get_state())
             if math.isfinite(loss) and math.isfinite(slope):
                 bad = 0
@@ -279,7 +279,6 @@ def train(
             if on_step:
                 pace = done / (time.perf_counter() - started)
                 left = (total - step - 1) / pace
-                accuracy = float(result.accuracy)
                 on_step(
                     Progress(
                         epoch + 1, config.epochs, i + 1, per_epoch, loss, accuracy, pace * size, left, chance,
