@@ -79,7 +79,7 @@ static SCALAR finish_row(const Dense<SCALAR>& p, const Chunk<SCALAR>& c, int64_t
     p.loss[a] = live ? (gap > 0 ? gap : 0) + std::log1p(std::exp(-std::fabs(gap))) : 0;
     if (p.rank) p.rank[a] = active ? rank : 0;
   }
-  return w * p.scale * c.inverse[r];
+  return w == 0 ? 0 : w * p.scale * c.inverse[r];  // 0 whatever the scale: rows past the last have no anchor to read
 }
 
 // w q / total of rows [r0, r0 + UNIT), for dk: [slice][unit][COLS]
@@ -390,7 +390,7 @@ static void pulls(const Dense<SCALAR>& p, const Chunk<SCALAR>& c, int64_t panel,
   for (int64_t r = 0; r < c.rows; r++) {
     const int64_t own = p.positives[c.first + r];
     if (own < from || own >= from + PANEL || own >= p.m) continue;
-    const SCALAR w = p.given_lse ? c.weight[r] : c.weight[r] * p.scale;
+    const SCALAR w = p.given_lse || c.weight[r] == 0 ? c.weight[r] : c.weight[r] * p.scale;
     const number* q = (const number*)p.anchors + (c.first + r) * p.d;
     SCALAR* to = p.dk + own * p.d;
     if (w != 0)

@@ -607,6 +607,17 @@ def test_a_tensor_of_nan_as_scale_reaches_the_loss(reduction):
     assert info_nce(q, k, torch.arange(6), scale=scale, reduction=reduction).isnan().all()
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("engine", [pytest.param("C++", marks=needs_cpp)], indirect=True)
+def test_rows_without_weight_have_no_gradient_whatever_the_scale(bad, dtype, engine, level):
+    """Nor have the rows that fill up the last tile of anchors, whose anchors are not there to be read."""
+    q, k = (torch.randn(n, 17, dtype=dtype, requires_grad=True) for n in (3, 1))
+    info_nce(q, k, torch.tensor([0, -1, 0]), scale=torch.tensor(bad), reduction="sum", impl="chunked").backward()
+    assert not q.grad.any()
+    assert not k.grad.any()
+
+
 def test_what_is_no_tensor_is_named():
     q = torch.randn(4, 8)
     with pytest.raises(
