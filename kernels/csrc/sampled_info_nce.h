@@ -263,6 +263,7 @@ static bool prepare(const Problem<SCALAR>& p, const Upstream<SCALAR>& up, const 
   int64_t listed = -1;
   for (int64_t a = begin; a < end; a++) {
     const int64_t r = a - b.first, own = p.positives ? p.positives[a] : 0;
+    if (p.positives && (own < -1 || own >= p.m)) return false;  // changed since forward, through NumPy for one
     const bool live = own >= 0 && up.lse[a] != -std::numeric_limits<SCALAR>::infinity();
     // d loss / d lse = sigmoid(lse - s_p); NaN counts
     const SCALAR weight = live ? up.grad[a * up.stride] / (1 + std::exp(up.positive[a] - up.lse[a])) : 0;

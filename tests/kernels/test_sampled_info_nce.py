@@ -292,6 +292,17 @@ def test_equal_rows_tie_whatever_the_number_of_features(d, dtype, level):
         assert (stats.lse == stats.lse[:, :1]).all()
 
 
+@needs_cpp
+@pytest.mark.parametrize("which", ["positives", "negatives"])
+def test_indices_changed_behind_autograds_back_are_refused(which):
+    """A write through NumPy counts as no change of the tensor."""
+    anchors, pool, positives, negatives, _ = make()
+    loss = sampled_info_nce(anchors.requires_grad_(), pool.requires_grad_(), positives, negatives, impl="cpp")
+    {"positives": positives, "negatives": negatives}[which].numpy()[2] = 8
+    with pytest.raises(IndexError, match=f"{which} must lie between -1 and 7"):
+        loss.backward()
+
+
 @both
 def test_losses_can_be_changed_in_place(impl):
     anchors, pool = torch.randn(6, 8, requires_grad=True), torch.randn(9, 8)
