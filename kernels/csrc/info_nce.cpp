@@ -18,8 +18,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <memory>
-#include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -28,6 +26,7 @@
 #include <immintrin.h>
 #endif
 
+#include "arrays.h"
 #include "levels.h"
 
 namespace {
@@ -107,16 +106,6 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 const int64_t* integers(const OptionalTensor& t) { return t ? t->const_data_ptr<int64_t>() : nullptr; }
-
-// Arrays begin where a cache line does: a tile's row or a vector that lies across two is read at half the speed.
-struct Free {
-  void operator()(void* x) const { ::operator delete[](x, std::align_val_t(64)); }
-};
-
-template <typename T>
-std::unique_ptr<T[], Free> array(int64_t count) {
-  return std::unique_ptr<T[], Free>(new (std::align_val_t(64)) T[count]);
-}
 
 // All chunks; the gradient of the scale.
 template <typename T>

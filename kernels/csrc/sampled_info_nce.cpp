@@ -7,7 +7,7 @@
 // Forward scores a row's negatives and keeps P, nothing else: O is never stored. Backward takes a block of anchors at a
 // time, lists what each reads (candidate, P), and sorts the same pairs by candidate. Then, one slice of the features
 // after another, it sums P z for each anchor into dq and w P q for each candidate into dz, from copies of the slice that
-// lie side by side and stay in the second-level cache. A sum has one owner and one order, the anchors': nothing is
+// lie side by side and stay in the second-level cache (of a pool with more rows than are read, from the pool). A sum has one owner and one order, the anchors': nothing is
 // atomic, nothing depends on the number of threads. Memory: P, the gradients, 2 MB of pairs, one slice per thread.
 
 #include <ATen/ATen.h>
@@ -23,7 +23,6 @@
 #include <cstring>
 #include <iterator>
 #include <limits>
-#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -34,6 +33,7 @@
 #include <immintrin.h>
 #endif
 
+#include "arrays.h"
 #include "levels.h"
 
 namespace {
@@ -221,11 +221,11 @@ bool backward(const Problem<T>& p, const Upstream<T>& up, T* dq, T* dz, double* 
   const bool read = dq || dz || dscale;
   std::vector<T> weight(rows), each(dscale ? slices * rows : 0);
   std::vector<int32_t> count(rows), offsets(dz ? p.m + 1 : 0), next;
-  std::unique_ptr<Pair<T>[]> reads(read ? new Pair<T>[rows * width] : nullptr), adds(dz ? new Pair<T>[rows * width] : nullptr);
+  const auto reads = array<Pair<T>>(read ? rows * width : 0), adds = array<Pair<T>>(dz ? rows * width : 0);
   std::atomic<bool> right{true};
   for (int64_t first = 0; first < total; first += rows) {
     const int64_t now = std::min(rows, total - first), work = now * width * p.d;
-    const Block<T> b = {first, now, weight.data(), count.data(), reads.get(), adds.get(), offsets.data()};
+    const Block<T> b = {first, now, weight.data(), count.data(), read ? reads.get() : nullptr, adds.get(), offsets.data()};
     // Parts of the block, each counted and placed by one thread, if counters are fewer than pairs
     const int64_t parts = work < (1 << 16) ? 1 : std::max<int64_t>(1, std::min({threads, now, now * width / std::max<int64_t>(p.m, 1)}));
     const auto start = [&](int64_t part) { return first + now * part / parts; };
@@ -257,13 +257,14 @@ bool backward(const Problem<T>& p, const Upstream<T>& up, T* dq, T* dz, double* 
     RECORD_USER_SCOPE("cpc_kernels/sampled_info_nce/sums");
     // A task: one slice of the features, and a share of the anchors and of the candidates where slices are few
     const int64_t shares = work < (1 << 16) ? 1 : (threads + slices - 1) / std::max<int64_t>(slices, 1);
+    const bool packs = (dq || dscale) && now * p.s > p.m * shares;  // the pool, if a row is read more than once
     at::parallel_for(0, slices * shares, work < (1 << 16) ? slices * shares : 1, [&](int64_t begin, int64_t end) {
-      std::unique_ptr<T[]> buffer(new T[std::max(p.m, now) * loops.lanes]);
+      const auto buffer = array<T>(std::max(packs ? p.m : 0, dz ? now : 0) * loops.lanes);
       for (int64_t task = begin; task < end; task++) {
         const int64_t slice = task / shares, share = task % shares, i = slice * loops.lanes;
         if (dq || dscale)
           loops.add_anchors(p, b, i, now * share / shares, now * (share + 1) / shares, dq,
-                            dscale ? &each[slice * rows] : nullptr, buffer.get());
+                            dscale ? &each[slice * rows] : nullptr, packs ? buffer.get() : nullptr);
         if (dz) loops.add_candidates(p, b, i, p.m * share / shares, p.m * (share + 1) / shares, dz, buffer.get());
       }
     });

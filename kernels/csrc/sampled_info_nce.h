@@ -44,34 +44,35 @@ static INLINE SCALAR dot(const SCALAR* q, const SCALAR* k, int64_t d) {
   return out[0];
 }
 
-// v[0..3] += sum_s c_s x_{index s}, LANES features of rows that lie `stride` apart; two sums, even and odd.
-static INLINE void mix(const Pair<SCALAR>* from, const Pair<SCALAR>* to, const SCALAR* x, int64_t stride, vec* v) {
-  vec even[4] = {}, odd[4] = {};
+// LANES features of one row, of which `width` exist: the others are zero.
+static INLINE void load_lanes(const SCALAR* from, int64_t width, vec* v) {
+#pragma GCC unroll 4
+  for (int u = 0; u < 4; u++) {
+    const int64_t left = width - u * W;
+    v[u] = left >= W ? load(from + u * W) : left > 0 ? tail(from + u * W, left) : (vec){};
+  }
+}
+
+// v[0..3] += sum_s c_s x_{index s}, LANES features (`width` of them exist) of rows that lie `stride` apart; two sums,
+// even and odd.
+static INLINE void mix(const Pair<SCALAR>* from, const Pair<SCALAR>* to, const SCALAR* x, int64_t stride, int64_t width,
+                       vec* v) {
+  vec even[4] = {}, odd[4] = {}, y[4], z[4];
   for (; from + 2 <= to; from += 2) {
     const vec c = splat(from[0].coefficient), e = splat(from[1].coefficient);
-    const SCALAR *y = x + from[0].row * stride, *z = x + from[1].row * stride;
+    load_lanes(x + from[0].row * stride, width, y);
+    load_lanes(x + from[1].row * stride, width, z);
 #pragma GCC unroll 4
-    for (int u = 0; u < 4; u++) even[u] += c * load(y + u * W), odd[u] += e * load(z + u * W);
+    for (int u = 0; u < 4; u++) even[u] = multiply_add(c, y[u], even[u]), odd[u] = multiply_add(e, z[u], odd[u]);
   }
   if (from != to) {
     const vec c = splat(from->coefficient);
-    const SCALAR* y = x + from->row * stride;
+    load_lanes(x + from->row * stride, width, y);
 #pragma GCC unroll 4
-    for (int u = 0; u < 4; u++) even[u] += c * load(y + u * W);
+    for (int u = 0; u < 4; u++) even[u] = multiply_add(c, y[u], even[u]);
   }
 #pragma GCC unroll 4
   for (int u = 0; u < 4; u++) v[u] += even[u] + odd[u];
-}
-
-// LANES features of one row, of which `width` exist: the others are zero.
-static INLINE void load_lanes(const SCALAR* from, int64_t width, vec* v) {
-  SCALAR x[LANES];
-  if (width < LANES) {
-    std::memset(x, 0, sizeof x);
-    std::memcpy(x, from, width * sizeof(SCALAR));
-    from = x;
-  }
-  for (int u = 0; u < 4; u++) v[u] = load(from + u * W);
 }
 
 static INLINE void store_lanes(SCALAR* to, int64_t width, const vec* v) {
@@ -299,13 +300,14 @@ static void place(const Problem<SCALAR>& p, const Block<SCALAR>& b, int64_t begi
   }
 }
 
-// dq = w (O - z_p) for the block's anchors [begin, end), features [i, i + LANES).
+// dq = w (O - z_p) for the block's anchors [begin, end), features [i, i + LANES). buffer: where the pool is packed, or
+// null where that would not pay.
 static void add_anchors(const Problem<SCALAR>& p, const Block<SCALAR>& b, int64_t i, int64_t begin, int64_t end,
                         SCALAR* dq, SCALAR* dscale, SCALAR* buffer) {
   const int64_t d = p.d, width = d - i < LANES ? d - i : LANES;
   const SCALAR* z = p.pool + i;
   int64_t stride = d;
-  if (width < LANES || b.rows * p.s > p.m) {
+  if (buffer) {
     pack(z, p.m, d, width, buffer);
     z = buffer, stride = LANES;
   }
@@ -315,7 +317,8 @@ static void add_anchors(const Problem<SCALAR>& p, const Block<SCALAR>& b, int64_
     if (dscale) dscale[r] = 0;
     if (b.count[r] >= 0) {
       const Pair<SCALAR>* from = b.reads + r * (p.s + 1);
-      mix(from, from + b.count[r], z, stride, v);
+      if (buffer || width == LANES) mix(from, from + b.count[r], z, stride, LANES, v);
+      else mix(from, from + b.count[r], z, stride, width, v);
       if (p.vectors) {
         load_lanes(p.vectors + at, width, x);
         for (int u = 0; u < 4; u++) v[u] -= x[u];
@@ -346,7 +349,7 @@ static void add_candidates(const Problem<SCALAR>& p, const Block<SCALAR>& b, int
     vec v[4];
     SCALAR* row = dz + j * d + i;
     load_lanes(row, width, v);
-    for (; from < to; from += CHAIN) mix(from, to - from < CHAIN ? to : from + CHAIN, buffer, LANES, v);
+    for (; from < to; from += CHAIN) mix(from, to - from < CHAIN ? to : from + CHAIN, buffer, LANES, LANES, v);
     store_lanes(row, width, v);
   }
 }

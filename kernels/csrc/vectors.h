@@ -90,7 +90,11 @@ static INLINE void sum_lanes(vec a, vec b, vec c, vec d, SCALAR* out) {
 
 // The last `count` < W of a row, and zeros.
 static INLINE vec tail(const SCALAR* from, int64_t count) {
+#if VECTOR_BYTES == 64
+  return (vec)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
+#else
   SCALAR x[W] = {};
   for (int64_t i = 0; i < count; i++) x[i] = from[i];
   return load(x);
+#endif
 }

@@ -86,7 +86,8 @@ def test_against_the_spec(dtype, vectors, ids, kind, impl, small_chunks):
 
 @needs_cpp
 @pytest.mark.parametrize(
-    "shape", [(40, 1, 50, 20, 256), (12, 5, 30, 70, 100), (300, 2, 2000, 17, 72), (9, 4, 900, 33, 515)]
+    "shape",
+    [(40, 1, 50, 20, 256), (12, 5, 30, 70, 100), (300, 2, 2000, 17, 72), (9, 4, 900, 33, 515), (4, 2, 900, 5, 70)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_instruction_set(shape, dtype, level):
@@ -202,9 +203,10 @@ def test_a_batch_of_upstream_gradients(vectors):
 
 @needs_cpp
 @pytest.mark.parametrize("kind", ["listed", "drawn per step"])
-def test_threads_change_nothing(kind):
+@pytest.mark.parametrize(("m", "d"), [(300, 48), (40_000, 70)])  # the larger pool is copied by few threads only
+def test_threads_change_nothing(kind, m, d):
     assert torch.ops.cpc_kernels_cpu.threaded(), "built without OpenMP: every loop runs on one thread"
-    problem = make(700, 2, 300, 40, 48, kind=kind, spread=0.3)
+    problem = make(700, 2, m, 40, d, kind=kind, spread=0.3)
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 3):
