@@ -34,14 +34,17 @@ static INLINE void dots(int anchors, int candidates, const SCALAR* q, int64_t st
     sum_lanes(sum[4 * h], sum[4 * h + 1], sum[4 * h + 2], sum[4 * h + 3], out + (anchors == 2 ? h * TILE : 4 * h));
 }
 
-static INLINE SCALAR dot(const SCALAR* q, const SCALAR* k, int64_t d) {
-  vec a = {};
+// out[t] = <q_t, k_t>, TILE of them
+static INLINE void dots_of_pairs(const SCALAR* const* q, const SCALAR* const* k, int64_t d, SCALAR* out) {
+  vec sum[TILE] = {};
   int64_t i = 0;
-  for (; i + W <= d; i += W) a = multiply_add(load(q + i), load(k + i), a);
-  if (i < d) a = multiply_add(tail(q + i, d - i), tail(k + i, d - i), a);
-  SCALAR out[4];
-  sum_lanes(a, a, a, a, out);
-  return out[0];
+  for (; i + W <= d; i += W)
+#pragma GCC unroll 8
+    for (int t = 0; t < TILE; t++) sum[t] = multiply_add(load(q[t] + i), load(k[t] + i), sum[t]);
+  if (i < d)
+#pragma GCC unroll 8
+    for (int t = 0; t < TILE; t++) sum[t] = multiply_add(tail(q[t] + i, d - i), tail(k[t] + i, d - i), sum[t]);
+  for (int t = 0; t < TILE; t += 4) sum_lanes(sum[t], sum[t + 1], sum[t + 2], sum[t + 3], out + t);
 }
 
 // LANES features of one row, of which `width` exist: the others are zero.
@@ -190,14 +193,28 @@ static void score_row(const Problem<SCALAR>& p, const SCALAR* q, int64_t group, 
   }
 }
 
-// <q, z>, added in the order of score_row: a negative equal to the positive ties
-static SCALAR score_own(const SCALAR* q, const SCALAR* z, int64_t d) {
-  SCALAR sum = 0;
-  for (int64_t i = 0; i < d; i += LONGEST) sum += dot(q + i, z + i, d - i < LONGEST ? d - i : LONGEST);
-  return sum;
+// own[t] = <q_t, its positive> of the anchors [a, a + count), at most TILE, added in the order of score_row: a negative
+// equal to the positive ties. False if a positive is out of range.
+static bool score_own(const Problem<SCALAR>& p, int64_t a, int64_t count, SCALAR* own) {
+  const SCALAR *q[TILE], *z[TILE];
+  for (int64_t t = 0; t < TILE; t++) {
+    const int64_t b = t < count ? a + t : a, j = p.positives ? p.positives[b] : 0;
+    if (p.positives && (j < -1 || j >= p.m)) return false;
+    q[t] = p.anchors + b * p.d;
+    z[t] = p.positives ? p.pool + (j < 0 ? 0 : j) * p.d : p.vectors + b * p.d;
+  }
+  std::fill_n(own, TILE, SCALAR(0));
+  if (!p.m && !p.vectors) return true;
+  for (int64_t i = 0; i < p.d; i += LONGEST) {
+    const int64_t width = p.d - i < LONGEST ? p.d - i : LONGEST;
+    SCALAR part[TILE];
+    dots_of_pairs(q, z, width, part);
+    for (int64_t t = 0; t < TILE; t++) own[t] += part[t], q[t] += width, z[t] += width;
+  }
+  return true;
 }
 
-// From raw scores (in place: they become P) to the row's results.
+// From raw scores (in place: they become P) to the row's results; of the loss lse - s_p, whose softplus comes later.
 static void finish_row(const Problem<SCALAR>& p, const Outputs<SCALAR>& out, int64_t a, const int32_t* index,
                        int64_t padded, SCALAR own, SCALAR* s) {
   const SCALAR infinity = std::numeric_limits<SCALAR>::infinity();
@@ -205,30 +222,34 @@ static void finish_row(const Problem<SCALAR>& p, const Outputs<SCALAR>& out, int
   const int64_t excluded = p.drawn ? own_index : -1;
   const bool active = !p.positives || own_index >= 0;
   own = active ? own * p.scale : 0;
-  SCALAR top = -infinity;
   int64_t rank = 0;
   for (int64_t t = 0; t < padded; t++) s[t] = index[t] < 0 || index[t] == excluded ? -infinity : s[t] * p.scale;
-  for (int64_t t = 0; t < padded; t++) top = s[t] > top ? s[t] : top;
+  vec top = splat(-infinity);
+  for (int64_t t = 0; t < padded; t += W) {
+    const vec x = load(s + t);
+    top = x > top ? x : top;
+  }
   if (out.rank) {
     for (int64_t t = 0; t < padded; t++) rank += s[t] > own;
     out.rank[a] = active ? rank : 0;
   }
-  const vec from = splat(reference_point(top));
-  vec sums = {};
-  for (int64_t t = 0; t < padded; t += W) sums += exponential(load(s + t) - from);  // a NaN that hides from the maximum shows here
-  SCALAR total = 0;
-  for (int t = 0; t < W; t++) total += sums[t];
-  const SCALAR lse = active ? from[0] + std::log(total) : -infinity;
+  const SCALAR from = reference_point(largest_lane(top));
+  vec sum = {};
+  for (int64_t t = 0; t < padded; t += W) {
+    const vec e = exponential(load(s + t) - splat(from));
+    store(s + t, e);
+    sum += e;  // a NaN that hides from the maximum shows here
+  }
+  SCALAR total[4];
+  sum_lanes(sum, sum, sum, sum, total);
+  const SCALAR lse = active ? from + std::log(total[0]) : -infinity;
   const bool live = lse != -infinity;
-  const SCALAR gap = lse - own;
   out.lse[a] = lse;
   out.positive[a] = own;
-  out.loss[a] = live ? (gap > 0 ? gap : 0) + std::log1p(std::exp(-std::fabs(gap))) : 0;
+  out.loss[a] = live ? lse - own : -infinity;
   if (!out.probabilities) return;
-  if (live)
-    for (int64_t t = 0; t < padded; t += W) store(s + t, exponential(load(s + t) - splat(lse)));
-  else
-    std::fill_n(s, padded, SCALAR(0));
+  const vec inverse = splat(1 / total[0]);
+  for (int64_t t = 0; t < padded; t += W) store(s + t, live ? load(s + t) * inverse : (vec){});
   std::copy_n(s, p.s, out.probabilities + a * p.s);
 }
 
@@ -237,21 +258,25 @@ static bool forward_rows(const Problem<SCALAR>& p, const Outputs<SCALAR>& out, i
   const int64_t padded = (p.s + PAD - 1) / PAD * PAD;
   std::vector<int32_t> index(padded, -1);
   std::vector<SCALAR> scores(group * padded);
+  const int64_t from = begin * p.steps, to = end * p.steps;
+  SCALAR own[TILE];
   for (int64_t n = begin; n < end; n++)
     for (int64_t k = 0; k < lists; k++) {
       const int64_t first = n * p.steps + k;
-      for (int64_t a = first; p.positives && a < first + group; a++)
-        if (p.positives[a] < -1 || p.positives[a] >= p.m) return false;
       if (!list(p, n, k, index.data())) return false;
       if (p.m) score_row(p, p.anchors + first * p.d, group, index.data(), padded, scores.data());
       for (int64_t g = 0; g < group; g++) {
-        const int64_t a = first + g;
-        const int64_t j = p.positives ? p.positives[a] : 0;
-        const SCALAR* z = p.positives ? p.pool + (j < 0 ? 0 : j) * p.d : p.vectors + a * p.d;
-        const SCALAR own = p.m || p.vectors ? score_own(p.anchors + a * p.d, z, p.d) : 0;
-        finish_row(p, out, a, index.data(), padded, own, scores.data() + g * padded);
+        const int64_t a = first + g, t = (a - from) % TILE;
+        if (t == 0 && !score_own(p, a, to - a, own)) return false;
+        finish_row(p, out, a, index.data(), padded, own[t], scores.data() + g * padded);
       }
     }
+  for (int64_t a = from; a < to; a += W) {
+    SCALAR x[W];
+    const int64_t count = to - a < W ? to - a : W;
+    store(x, softplus(count < W ? tail(out.loss + a, count) : load(out.loss + a)));
+    std::copy_n(x, count, out.loss + a);
+  }
   return true;
 }
 

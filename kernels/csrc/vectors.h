@@ -29,7 +29,8 @@ static INLINE vec multiply_add(vec a, vec b, vec c) {
 
 #if IS_FLOAT
 
-// exp to about 1 ulp: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. NaN stays NaN, below -87.3 is 0, above 88.7 inf.
+// exp to about 1 ulp: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. NaN stays NaN, below -87.3 is 0, from 88.376 on
+// inf, a little before exp itself is.
 static INLINE vec exponential(vec x) {
   const vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
   vec y = x > splat(89.0f) ? splat(89.0f) : x;
@@ -50,6 +51,14 @@ static INLINE vec exponential(vec x) {
   vec power;
   __builtin_memcpy(&power, &bits, sizeof power);
   return x < splat(-87.3f) ? splat(0.0f) : p * power;
+}
+
+// log(1 + exp(x)) with its digits, however small it is: log(1 + e) = 2 artanh(e / (2 + e)), as a series up to the 13th.
+static INLINE vec softplus(vec x) {
+  const vec e = exponential(x > splat(0) ? -x : x), y = e / (splat(2) + e), z = y * y;
+  vec sum = splat(1.0f / 13);
+  for (int n = 11; n > 0; n -= 2) sum = sum * z + splat(1.0f / n);
+  return (x > splat(0) ? x : splat(0)) + splat(2) * y * sum;
 }
 
 // The sums over the lanes of four vectors, always added in the same order.
@@ -81,12 +90,27 @@ static INLINE vec exponential(vec x) {
   return x;
 }
 
+static INLINE vec softplus(vec x) {
+  for (int i = 0; i < W; i++) x[i] = (x[i] > 0 ? x[i] : 0) + std::log1p(std::exp(-std::fabs(x[i])));
+  return x;
+}
+
 static INLINE void sum_lanes(vec a, vec b, vec c, vec d, SCALAR* out) {
   out[0] = out[1] = out[2] = out[3] = 0;
   for (int i = 0; i < W; i++) out[0] += a[i], out[1] += b[i], out[2] += c[i], out[3] += d[i];
 }
 
 #endif
+
+static INLINE SCALAR largest_lane(vec v) {
+  SCALAR x[W];
+  store(x, v);
+#pragma GCC unroll 4
+  for (int h = W / 2; h > 0; h /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < h; i++) x[i] = x[i] > x[i + h] ? x[i] : x[i + h];
+  return x[0];
+}
 
 // The last `count` < W of a row, and zeros.
 static INLINE vec tail(const SCALAR* from, int64_t count) {

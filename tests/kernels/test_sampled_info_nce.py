@@ -182,8 +182,9 @@ def test_small_losses_keep_their_gradient(scale, impl):
     pool = torch.nn.functional.normalize(torch.randn(n, d, generator=g), dim=1).bfloat16()
     anchors = (pool.float() + 0.02 * torch.randn(n, d, generator=g)).bfloat16()
     problem = anchors[:, None], pool, torch.arange(n)[:, None], Negatives(32, 3), {}
-    _, dq, *_ = run(problem, scale, torch.float32, "none", impl)
+    loss, dq, *_ = run(problem, scale, torch.float32, "none", impl)
     truth, dq_truth, *_ = run(problem, scale, torch.float64, "none", "reference")
+    assert float(((loss - truth).abs() / truth).max()) < 2e-5
     error = (dq.double() - dq_truth).flatten(1).norm(dim=1) / dq_truth.flatten(1).norm(dim=1)
     assert float(error.max()) <= 2e-3, f"dq errs by {float(error.max()):.1e} at loss {float(truth.mean()):.1e}"
     assert scale < 34 or float(truth.mean()) < 1e-9
@@ -292,6 +293,19 @@ def test_equal_rows_tie_whatever_the_number_of_features(d, dtype, level):
         assert stats.rank.sum() == 0
         assert (stats.positive == stats.positive[:, :1]).all()
         assert (stats.lse == stats.lse[:, :1]).all()
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_losses_of_any_size_keep_their_digits(dtype, level):
+    """One negative of score x beside a positive of score 0: softplus(x)."""
+    scores = torch.cat([torch.linspace(-87, 88, 701), torch.tensor([0.0, -1e-7, 1e-7, 1e30])]).to(dtype)
+    pool = torch.tensor([[1.0], [0.0]], dtype=dtype)
+    own, other = (torch.full((len(scores), *axis), i) for axis, i in (((), 1), ((1,), 0)))
+    loss = sampled_info_nce(scores[:, None], pool, own, other, reduction="none", impl="cpp")
+    truth = torch.nn.functional.softplus(scores.double(), threshold=800)
+    truth = truth.where(scores > -30, scores.double().exp().log1p())
+    assert float(((loss.double() - truth) / truth).abs().max()) < 8 * torch.finfo(dtype).eps
 
 
 @needs_cpp
