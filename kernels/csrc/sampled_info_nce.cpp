@@ -285,7 +285,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_backward(
   const bool shared = grad_.numel() > 0 && grad_.stride(0) == 0 && grad_.stride(1) == 0;  // from a sum or a mean
   const Tensor grad = shared ? grad_ : grad_.contiguous();
   Tensor dq = at::empty(need_anchors ? anchors.sizes() : at::IntArrayRef{0}, options);
-  Tensor dz = at::zeros(need_pool ? pool.sizes() : at::IntArrayRef{0}, options);
+  Tensor dz = at::empty(need_pool ? pool.sizes() : at::IntArrayRef{0}, options);
+  if (lse.numel() == 0) dz.zero_();
   Tensor dv = at::empty(need_positives ? anchors.sizes() : at::IntArrayRef{0}, options);
   Tensor dscale = at::zeros({need_scale ? 1 : 0}, options);
   bool right = true;
