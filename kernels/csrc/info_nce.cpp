@@ -115,7 +115,7 @@ double run(const Dense<T>& p, bool bf16, int64_t at_once) {
   const int64_t most = std::min(up(p.n, loops.rows), up(at_once, loops.rows)), panels = up(p.m, loops.panel) / loops.panel;
   const int64_t slices = up(p.d, loops.cols) / loops.cols, units = up(p.d, 32) / loops.unit;
   const bool products = p.expectation || p.dq;
-  const auto make = [](bool needed, int64_t count) { return needed ? array<T>(count) : nullptr; };
+  const auto make = [](bool needed, int64_t count) { return needed ? array<T>(count) : Array<T>(); };
   const bool whole = loops.forward;
   const auto scores = make(!whole || p.keep, panels * most * loops.panel / (whole ? loops.unit : 1));
   const auto reference = make(whole, most), k = make(whole, panels * loops.panel * units);
@@ -164,7 +164,7 @@ double run(const Dense<T>& p, bool bf16, int64_t at_once) {
       });
     }
     if (p.dq)
-      for (int64_t r = 0; r < now; r++) dscale += parts[r];
+      for (int64_t r = 0; r < now; r++) dscale += parts.get()[r];
     if (p.dk) {
       RECORD_USER_SCOPE("cpc_kernels/info_nce/gradients");
       share(panels * slices, [&](int64_t begin, int64_t end) {

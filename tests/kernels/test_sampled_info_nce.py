@@ -218,6 +218,22 @@ def test_threads_change_nothing(kind, m, d):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@needs_cpp
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_threads_change_no_sum_of_losses(reduction):
+    """Of more rows than torch adds on one thread."""
+    anchors, pool, positives, negatives, _ = make(40_000, 1, 64, 2, 4)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        results.append(sampled_info_nce(anchors, pool, positives, negatives, reduction=reduction, impl="cpp").item())
+    torch.set_num_threads(before)
+    assert len(set(results)) == 1
+    rows = sampled_info_nce(anchors, pool, positives, negatives, reduction="none", impl="cpp").double()
+    truth = rows.sum() / (1 if reduction == "sum" else (positives >= 0).sum())
+    assert results[0] == truth.float().item()
+
+
 @both
 def test_all_listed_is_dense(impl):
     anchors, pool, positives, _, _ = make(k=1)
