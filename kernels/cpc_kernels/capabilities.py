@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -33,23 +34,23 @@ def load_library() -> Capability:
         "C++ CPU kernels",
         "on the CPU both losses run in torch instead, sampled_info_nce up to 20 times slower, info_nce two to four",
     )
-    found = sorted(Path(__file__).parent.glob("_cpu*.so"))
-    if not found:
+    library = Path(__file__).with_name("_cpu" + sysconfig.get_config_var("EXT_SUFFIX"))  # of this Python
+    if not library.exists():
         lacks = [f"no {tool}" for tool in ("c++", "ninja") if shutil.which(tool) is None]
         why = "not built: install again, without build isolation, with a C++ compiler and ninja"
         why += f" (here is {' and '.join(lacks)})" if lacks else ""
         return Capability(name, False, why, cost)
     try:
-        torch.ops.load_library(found[0])
+        torch.ops.load_library(library)
         level = torch.ops.cpc_kernels_cpu.instruction_set()
         threaded = getattr(torch.ops.cpc_kernels_cpu, "threaded", None)  # none in a library built before it existed
     except (OSError, AttributeError, RuntimeError) as error:
-        why = f"{found[0].name} does not load, probably built for another torch; install again ({error})"
+        why = f"{library.name} does not load, probably built for another torch; install again ({error})"
         return Capability(name, False, why, cost)
     if threaded is None or not threaded():
-        why = f"{found[0].name}, using {level}, on one thread: built without OpenMP; install again"
+        why = f"{library.name}, using {level}, on one thread: built without OpenMP; install again"
         return Capability(name, True, why, "the losses on the CPU use one core, however many there are")
-    return Capability(name, True, f"{found[0].name}, using {level}")
+    return Capability(name, True, f"{library.name}, using {level}")
 
 
 def find_fast_bf16() -> Capability:

@@ -1,5 +1,6 @@
 """What is here, what is missing, and the name under which results of a device are filed."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from cpc_kernels.capabilities import CPP, device_name, load_library
 
+capabilities = sys.modules["cpc_kernels.capabilities"]  # the function of that name hides it
 CPU = torch.device("cpu")
 
 
@@ -35,3 +37,16 @@ def test_a_library_on_one_thread_runs_and_has_its_cost(monkeypatch):
     assert found.available
     assert "built without OpenMP" in found.reason
     assert "one core" in found.cost
+
+
+@pytest.mark.skipif(not CPP.available, reason="the C++ library is not built")
+def test_a_library_of_another_python_hides_none(monkeypatch, tmp_path):
+    name, loaded = CPP.reason.split(",")[0], []
+    (tmp_path / name).touch()
+    (tmp_path / "_cpu.aaa.so").touch()
+    monkeypatch.setattr(capabilities, "__file__", str(tmp_path / "capabilities.py"))
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    assert load_library().available
+    assert loaded == [tmp_path / name]
+    (tmp_path / name).unlink()
+    assert "not built" in load_library().reason
