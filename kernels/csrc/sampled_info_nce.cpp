@@ -229,12 +229,13 @@ bool backward(const Problem<T>& p, const Upstream<T>& up, T* dq, T* dz, double* 
     // Parts of the block, each counted and placed by one thread, if counters are fewer than pairs
     const int64_t parts = work < (1 << 16) ? 1 : std::max<int64_t>(1, std::min({threads, now, now * width / std::max<int64_t>(p.m, 1)}));
     const auto start = [&](int64_t part) { return first + now * part / parts; };
-    next.resize(dz ? parts * p.m : 0);
+    const int64_t apart = p.m + 16;  // a line more: counters of a candidate a power of two apart would share few
+    next.resize(dz ? parts * apart : 0);
     std::optional<at::RecordFunction> stage(std::in_place, at::RecordScope::USER_SCOPE);
     if (stage->isActive()) stage->before("cpc_kernels/sampled_info_nce/sort");
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; part++)
-        if (!loops.prepare(p, up, b, start(part), start(part + 1), dz ? &next[part * p.m] : nullptr)) right = false;
+        if (!loops.prepare(p, up, b, start(part), start(part + 1), dz ? &next[part * apart] : nullptr)) right = false;
     });
     if (!right) return false;
     if (dz) {
@@ -242,14 +243,14 @@ bool backward(const Problem<T>& p, const Upstream<T>& up, T* dq, T* dz, double* 
       for (int64_t j = 0; j < p.m; j++) {
         offsets[j] = sum;
         for (int64_t part = 0; part < parts; part++) {
-          const int32_t here = next[part * p.m + j];
-          next[part * p.m + j] = sum;
+          const int32_t here = next[part * apart + j];
+          next[part * apart + j] = sum;
           sum += here;
         }
       }
       offsets[p.m] = sum;
       at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t part = begin; part < end; part++) loops.place(p, b, start(part), start(part + 1), &next[part * p.m]);
+        for (int64_t part = begin; part < end; part++) loops.place(p, b, start(part), start(part + 1), &next[part * apart]);
       });
     }
     stage.reset();
