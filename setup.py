@@ -40,8 +40,6 @@ def find_missing() -> str | None:
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler.split()[0]):
         return f"there is no C++ compiler ({compiler}). Install g++ (Debian: `apt install g++`), then install again."
-    if not shutil.which("ninja"):
-        return "ninja is not on the path. `pip install ninja`, then install again."
     return None
 
 

@@ -36,9 +36,8 @@ def load_library() -> Capability:
     )
     library = Path(__file__).with_name("_cpu" + sysconfig.get_config_var("EXT_SUFFIX"))  # of this Python
     if not library.exists():
-        lacks = [f"no {tool}" for tool in ("c++", "ninja") if shutil.which(tool) is None]
-        why = "not built: install again, without build isolation, with a C++ compiler and ninja"
-        why += f" (here is {' and '.join(lacks)})" if lacks else ""
+        why = "not built: install again, without build isolation, with a C++ compiler"
+        why += "" if shutil.which("c++") else " (here is no c++)"
         return Capability(name, False, why, cost)
     try:
         torch.ops.load_library(library)
