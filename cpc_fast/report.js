@@ -35,7 +35,7 @@
     const cards = all(gallery, ".card").map((element) => ({
       element,
       score: +element.dataset.score,
-      there: +element.dataset.there, // the highest value on the known defect; NaN where that is not known
+      there: +element.dataset.there, // the highest value on the known defect; no number where that is unknown
       good: element.dataset.good === "1",
       group: element.dataset.group,
       name: one(element, ".name").textContent,
