@@ -14,6 +14,7 @@ NAME is the image's path below the folder that was named, so a folder `test` wit
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -29,9 +30,9 @@ from PIL import Image
 
 from .bank import host_blocks
 from .detector import Detector, Prediction
-from .errors import CpcFastError, Stopped
+from .errors import CpcFastError, Stopped, Unreachable
 from .files import locked, remove_asides, write_whole
-from .images import naming, read_image
+from .images import naming, quoted, read_image
 from .inputs import Shard, answer_kinds, has_colour, plan, refuse_among
 from .journal import entries, journal, whole
 from .report import mask_outline, overlay, printable
@@ -43,6 +44,9 @@ COLUMNS = (
     "largest_area", "largest_top", "largest_left", "largest_bottom", "largest_right",
 )  # fmt: skip
 ALL = Shard()
+LOST = {  # what a share that drops out says
+    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENXIO, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,41 +87,59 @@ def predict(
         min_area: regions of fewer pixels are left out, and an image with no region left is not flagged.
         tiff, pictures: whether to write maps, and overlays and masks.
         shard: which of the images; the process that ends last writes the lists of all shards.
-        resume: go on after the last answer in `out`, with the images that were found then; the lists come out as
-            without the interruption.
+        resume: go on after the last answer in `out`, with the same images; what was skipped is tried again. The lists
+            come out as without the interruption.
         on_image, on_skip: called with how many are done of how many, and with why an image was skipped.
         stop: asked after each image whether to stop there.
 
     Raises UsageError where nothing can be found, an input would be overwritten, pictures would lie in a folder of
     `images`, or `out` holds answers of another call, CpcFastError where `out` cannot be written or another process
-    writes there, Stopped where `stop` said so. Then, and on Ctrl-C, the lists of the answers so far are written, unless
-    this is one shard of several.
+    writes there, Unreachable where the folder of an image is gone, Stopped where `stop` said so. After these two, and
+    on Ctrl-C, the lists of the answers so far are written, unless this is one shard of several.
     """
     out = Path(out)
     kinds = answer_kinds(tiff, pictures)
     asked = {
         "version": __version__, "detector": fingerprint(detector), "threshold": detector.threshold.value,
         "kinds": list(kinds), "min_area": min_area, "images": [os.fspath(image) for image in images],
+        "folder": None if all(os.path.isabs(image) for image in images) else os.getcwd(),
     }  # fmt: skip
     refuse_among(images, out, kinds)  # before a lock makes a folder there
     with journal(out, asked, lambda: plan(images, out, kinds), shard, resume) as (inputs, kept):
         mine = inputs[shard.number - 1 :: shard.count]
-        if kept.done < len(mine):
-            for kind, suffix in kinds.items():  # what a kill may have left of these
-                remove_asides(out / kind / f"{mine[kept.done][1]}{suffix}")
-        try:
-            for path, name in mine[kept.done :]:
-                pictures_of = {kind: out / kind / f"{name}{kinds[kind]}" for kind in kinds}
+        stopped = False
+
+        def answer(i: int, tidy: bool) -> dict[str, Any]:
+            path, name = mine[i]
+            pictures_of = {kind: out / kind / f"{name}{suffix}" for kind, suffix in kinds.items()}
+            try:
                 entry = _answer(detector, path, name, min_area, pictures_of)
-                if "reason" in entry and on_skip:
-                    on_skip(entry["reason"])
-                kept.add(entry)
+            except Unreachable as why:
+                done = f"{kept.done} of {kept.total} images are answered"
+                raise Unreachable(f"{why} {done}; once it is back, go on with --resume.") from None
+            if "reason" in entry and on_skip:
+                on_skip(entry["reason"])
+            for picture in pictures_of.values() if tidy and "score" in entry else ():
+                remove_asides(picture)  # what a kill may have left
+            return entry
+
+        def answer_again(i: int) -> dict[str, Any] | None:
+            nonlocal stopped
+            entry = None if stopped else answer(i, tidy=True)
+            stopped = stopped or bool(stop and stop())
+            return entry
+
+        try:
+            kept.mend(answer_again)
+            first = kept.done
+            for i in range(first, kept.total):
+                kept.add(answer(i, tidy=i == first))
                 if on_image:
                     on_image(kept.done, kept.total)
                 if stop and stop() and kept.done < kept.total:
                     raise Stopped(f"Stopped after {kept.done} of {kept.total} images.")
             kept.finish()
-        except (KeyboardInterrupt, Stopped):
+        except (KeyboardInterrupt, Stopped, Unreachable):
             if shard.count == 1 and kept.done:
                 _write_lists(detector, out, 1, min_area)
             raise
@@ -144,7 +166,7 @@ def _answer(detector: Detector, path: str, name: str, min_area: int, pictures: d
 
     segments[].outline: closed polygons of [y, x] (segments.py). most_surprising: of a flagged image, the patch that is,
     its box, the direction and step, or "place" (`worst`), that found it so, and the mean loss of each of them in units
-    of its normal spread.
+    of its normal spread. Raises Unreachable where the folder of the image is.
     """
     try:
         with naming(path):
@@ -153,6 +175,8 @@ def _answer(detector: Detector, path: str, name: str, min_area: int, pictures: d
             if not math.isfinite(answer.score):
                 raise CpcFastError(f"its score is {answer.score}; look at the image, and at the detector.")
     except CpcFastError as error:
+        if isinstance(cause := error.__cause__, OSError) and cause.errno is not None:
+            _need_folder(path, cause.errno)
         return {"path": _text(path), "reason": printable(str(error))}
     _write_pictures(detector, image, answer, pictures)
     return {
@@ -170,6 +194,20 @@ def _answer(detector: Detector, path: str, name: str, min_area: int, pictures: d
         "segments": [{**asdict(segment), "outline": outline(answer.mask, segment)} for segment in answer.segments],
         "most_surprising": None if answer.why is None else asdict(answer.why),
     }
+
+
+def _need_folder(path: str, number: int) -> None:
+    """Raises Unreachable where error `number` came of a folder, or the share that it is on, that is gone."""
+    folder = os.path.dirname(path) or "."
+    try:
+        with os.scandir(folder) as inside:  # of a share that dropped out the mount point is left, empty
+            gone = number in LOST or next(inside, None) is None
+    except PermissionError:
+        gone = False
+    except OSError:
+        gone = True
+    if gone:
+        raise Unreachable(f"The folder {quoted(folder)} cannot be reached any more ({os.strerror(number)}).")
 
 
 def _write_pictures(detector: Detector, image: np.ndarray, answer: Prediction, paths: dict[str, Path]) -> None:

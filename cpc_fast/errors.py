@@ -17,6 +17,10 @@ class NotWritten(CpcFastError):
     """There was no room for a file; what was there before is untouched. With some space freed, the same can go on."""
 
 
+class Unreachable(CpcFastError):
+    """A folder of images cannot be reached any more. What was done is kept; once it is back, the same can go on."""
+
+
 class Stopped(CpcFastError):
     """Not an error: it was asked to stop (SIGTERM), and what was done is saved. The command line exits with 0."""
 

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CpcFastError, NotWritten, UsageError
-from .files import locked, write_whole
+from .files import locked, remove_asides, write_whole
 from .images import quoted
 from .inputs import INPUTS, Inputs, Shard, left_in, need_readable, read_inputs, sources_in
 
 SAID = {  # how a user calls what is asked for
     "version": "the version of cpc_fast", "kinds": "--tiff or --scores-only", "min_area": "--min-area",
-    "images": "IMAGES",
+    "images": "IMAGES", "folder": "the working directory, in which IMAGES are sought",
 }  # fmt: skip
 SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing that was written
 
@@ -34,7 +34,7 @@ SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing 
 def _agree_on_inputs(
     out: Path, asked: dict[str, Any], find: Callable[[], Inputs], shard: Shard, resume: bool
 ) -> Inputs:
-    """The images to answer: found once and written down, so that all shards, and a run that goes on, see the same.
+    """The images to answer: written down once, and refused where a shard, or a run that goes on, finds others.
 
     Only under the locks of the inputs and of this shard; raises as journal does.
     """
@@ -43,8 +43,9 @@ def _agree_on_inputs(
     if path.exists() and (resume or shard.count > 1):
         was, inputs = read_inputs(path)
         differ = ", ".join(SAID.get(name, name) for name in asked if was.get(name) != asked[name])
-        if not differ and not resume and find() != inputs:
-            differ = "the images found"
+        if not differ and (found := find()) != inputs:
+            before, now = ({path for path, _ in some} for some in (inputs, found))
+            differ = f"the images found, {len(now - before)} new and {len(before - now)} gone"
         if differ:
             raise UsageError(
                 f"{quoted(out)} holds answers of another call (different: {differ}); choose another --out, or ask "
@@ -99,23 +100,48 @@ class Journal:
     """The answers of one shard. `done` of its images are answered."""
 
     def __init__(self, path: Path, total: int) -> None:
-        self.path, self.total, self.done = path, total, 0
+        self.path, self.total = path, total
+        self._open()
+        self._synced = time.monotonic()
+
+    def _open(self) -> None:
+        self.done = 0
         self.counts = dict.fromkeys(("images", "flagged", "skipped", "in_colour", "other_size", "other_light"), 0)
         self._end = 0  # bytes
         with self._told():
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                with open(path, "rb") as file:
-                    for line in file:
-                        if self.done == total or (entry := _parse(line)) is None:
+                with open(self.path, "rb") as lines:
+                    for line in lines:
+                        if self.done == self.total or (entry := _parse(line)) is None:
                             break
                         self._count(entry)
                         self._end += len(line)
-                os.ftruncate(self._file, self._end)
+                os.ftruncate(file, self._end)
             except BaseException:
-                os.close(self._file)
+                os.close(file)
                 raise
-        self._synced = time.monotonic()
+        self._file = file
+
+    def mend(self, answer: Callable[[int], dict[str, Any] | None]) -> None:
+        """Ask `answer` anew about each image that was skipped, by its index; None: it stays so.
+
+        All lines are written to a new file, which takes this one's place once it is whole.
+        """
+        remove_asides(self.path)
+        if not self.counts["skipped"]:
+            return
+
+        def write(aside: Path) -> None:
+            with open(self.path, "rb") as before, open(aside, "wb") as file:
+                for i, line in enumerate(islice(before, self.done)):
+                    entry = answer(i) if "reason" in (_parse(line) or {}) else None
+                    file.write(line if entry is None else _line(entry))
+
+        write_whole(self.path, write)
+        before = self._file
+        self._open()
+        os.close(before)
 
     def add(self, entry: dict[str, Any]) -> None:
         """Raises CpcFastError, and leaves the file as it was, where it cannot be written."""
@@ -145,7 +171,7 @@ class Journal:
             self.counts[what] += bool(entry.get(what))
 
     def _write(self, entry: dict[str, Any]) -> None:
-        line = json.dumps(entry, allow_nan=False).encode() + b"\n"
+        line = _line(entry)
         with self._told():
             try:
                 if os.pwrite(self._file, line, self._end) < len(line):
@@ -211,6 +237,10 @@ def entries(out: Path, count: int) -> Iterator[dict[str, Any]]:
                 if entry is None or "end" in entry:
                     return
                 yield entry
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry, allow_nan=False).encode() + b"\n"
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

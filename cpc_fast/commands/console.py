@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CpcFastError, Interrupted, NotWritten, Stopped
+from ..errors import CpcFastError, Interrupted, NotWritten, Stopped, Unreachable
 
 if TYPE_CHECKING:
     from ..detector import Detector
@@ -54,7 +54,8 @@ def terminable() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def going_on(again: str, saved: str, so_far: str) -> Iterator[None]:
-    """Adds the command `again` to what SIGTERM, a full disk and Ctrl-C say, and to the first what is `saved`.
+    """Adds the command `again` to what SIGTERM, a full disk, a lost folder and Ctrl-C say, and to the first what is
+    `saved`.
 
     so_far: what Ctrl-C leaves.
     """
@@ -63,8 +64,8 @@ def going_on(again: str, saved: str, so_far: str) -> Iterator[None]:
         yield
     except Stopped as why:
         raise Stopped(f"{why} {saved} {again}") from None
-    except NotWritten as why:
-        raise NotWritten(f"{why} {again}") from None
+    except (NotWritten, Unreachable) as why:
+        raise type(why)(f"{why} {again}") from None
     except KeyboardInterrupt:
         raise Interrupted(f"Stopped; {so_far} {again}") from None
 

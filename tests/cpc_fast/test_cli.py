@@ -334,6 +334,23 @@ def test_images_of_another_size_are_pointed_at(fitted, data, tmp_path, capsys):
     assert "another size" not in capsys.readouterr().out
 
 
+def test_a_share_that_drops_out_is_told_with_the_command_that_goes_on(fitted, data, tmp_path, capsys, monkeypatch):
+    images = Path(shutil.copytree(data / "test" / "good", tmp_path / "share"))
+
+    def drops_out(path: str) -> np.ndarray:
+        images.rename(tmp_path / "away")
+        return read_image(path)
+
+    command = ["predict", str(fitted), str(images), "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "read_image", drops_out)
+        assert cli.run(command) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"The folder '{images}' cannot be reached any more (No such file or directory). 0 of 3 images")
+    (tmp_path / "away").rename(images)
+    assert cli.run(shlex.split(said.split("Go on with: cpc-fast ")[1])) == 0
+
+
 def test_images_without_light_are_pointed_at(fitted, data, tmp_path, capsys):
     """Whose patches fit each other: they score as more normal than good ones."""
     save(tmp_path / "black.png", np.zeros((48, 48), np.uint8))

@@ -17,7 +17,7 @@ from samples import SET_TINY, TINY_CONFIG, make_set, save, texture
 
 from cpc_fast import answers, cli, journal
 from cpc_fast.detector import Detector
-from cpc_fast.errors import CpcFastError, NotWritten, Stopped, UsageError
+from cpc_fast.errors import CpcFastError, NotWritten, Stopped, Unreachable, UsageError
 from cpc_fast.files import locked
 from cpc_fast.inputs import Shard, find_inputs
 from cpc_fast.torchrun import own_gpu
@@ -117,16 +117,99 @@ def test_more_shards_than_images(detector, folder, tmp_path):
     assert (tmp_path / "scores.csv").read_bytes().count(b"\n") == 2
 
 
-def test_images_that_vanish_or_appear_do_not_move_the_others(detector, folder, tmp_path):
+def test_another_lot_is_not_answered_by_the_old_one(detector, folder, tmp_path):
     images = Path(shutil.copytree(folder, tmp_path / "images"))
-    with pytest.raises(Stopped):
-        answers.predict(detector, [images], tmp_path / "out", stop=lambda: True)
+    answers.predict(detector, [images], tmp_path / "out")
+    before = lists(tmp_path / "out")
     (images / "7.png").unlink()
-    save(images / "00.png", texture(0))
-    found = answers.predict(detector, [images], tmp_path / "out", resume=True)
+    for name in ("00.png", "01.png"):
+        save(images / name, texture(0))
+    with pytest.raises(UsageError, match=r"different: the images found, 2 new and 1 gone\); choose another --out"):
+        answers.predict(detector, [images], tmp_path / "out", resume=True)
+    assert lists(tmp_path / "out") == before
+
+
+def test_images_of_a_relative_path_go_on_in_their_folder_only(detector, folder, tmp_path, monkeypatch):
+    for place in ("one", "two"):
+        shutil.copytree(folder, tmp_path / place / "images")
+    monkeypatch.chdir(tmp_path / "one")
+    answers.predict(detector, ["images"], tmp_path / "out")
+    assert answers.predict(detector, ["images"], tmp_path / "out", resume=True).images == 8
+    monkeypatch.chdir(tmp_path / "two")
+    with pytest.raises(UsageError, match="different: the working directory, in which IMAGES are sought"):
+        answers.predict(detector, ["images"], tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_what_was_skipped_is_tried_again(detector, folder, tmp_path, shards):
+    images = Path(shutil.copytree(folder, tmp_path / "images"))
+    for i in (0, 6):
+        (images / f"{i}.png").write_text("half copied")
+
+    def call(out: Path, resume: bool) -> answers.Answers:
+        return [
+            answers.predict(detector, [images], out, shard=Shard(n, shards), resume=resume)
+            for n in range(1, shards + 1)
+        ][-1]
+
+    call(tmp_path / "out", False)
+    assert len(json.loads(lists(tmp_path / "out")["predictions.json"])["skipped"]) == 3
+    journal_of = tmp_path / "out" / "progress" / f"1-of-{shards}.jsonl"
+    (journal_of.parent / f".{journal_of.name}.4711.tmp").write_bytes(b"half a journal")
+    shutil.copy(folder / "0.png", images)
+    shutil.copy(folder / "6.png", images)
+
+    def killed(*_: object) -> None:
+        raise RuntimeError("as good as killed")
+
+    before = journal_of.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(RuntimeError):
+            call(tmp_path / "out", True)
+    assert journal_of.read_bytes().splitlines() == before.splitlines()[:-1]  # all but its end
+    call(tmp_path / "out", True)
+    call(tmp_path / "whole", False)
+    assert lists(tmp_path / "out") == lists(tmp_path / "whole")
+    assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_a_share_that_drops_out_books_nothing(detector, folder, whole, tmp_path, monkeypatch):
+    share, out = tmp_path / "share", tmp_path / "out"
+    images = Path(shutil.copytree(folder, share / "images"))
+
+    def drop(done: int, total: int) -> None:
+        if done == 6:
+            images.rename(share / "away")
+
+    with pytest.raises(Unreachable, match=r"images' cannot be reached any more \(No such file.*6 of 9 images are ans"):
+        answers.predict(detector, [images], out, on_image=drop)
+    record = json.loads(lists(out)["predictions.json"])
+    assert (len(record["images"]), len(record["skipped"])) == (5, 1)
+    images.mkdir()  # a mount point
+    with pytest.raises(UsageError, match="holds no images"):
+        answers.predict(detector, [images], out, resume=True)
+    images.rmdir()
+    (share / "away").rename(images)
+
+    def stale(path: Path, **_: object) -> os.stat_result:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cpc_fast.images._size_of_file", stale)
+        with pytest.raises(Unreachable, match=r"\(Stale file handle\)"):
+            answers.predict(detector, [images], out, resume=True)
+    assert answers.predict(detector, [images], out, resume=True).images == 8
+    assert lists(out)["scores.csv"].count(b"\n") == whole["scores.csv"].count(b"\n")
+
+
+def test_one_image_that_vanishes_is_skipped(detector, folder, tmp_path):
+    images = Path(shutil.copytree(folder, tmp_path / "images"))
+    found = answers.predict(
+        detector, [images], tmp_path / "out", on_image=lambda *_: (images / "7.png").unlink(missing_ok=True)
+    )
     assert (found.images, found.skipped) == (7, 2)
     record = json.loads((tmp_path / "out" / "predictions.json").read_text())
-    assert "00" not in {entry["name"] for entry in record["images"]}
     assert any("7.png" in entry["path"] and "No such file" in entry["reason"] for entry in record["skipped"])
 
 
