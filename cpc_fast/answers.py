@@ -1,6 +1,6 @@
 """What `cpc-fast predict` leaves on disk: an answer for each image, under names that cannot do harm.
 
-    OUT/scores.csv          path, name, score, flagged, threshold, number of segments, the largest one
+    OUT/scores.csv          path, name, score, flagged, threshold, number of segments, the largest one, other_light
     OUT/predictions.json    the same with every segment's outline, and why: see _answer; what was skipped
     OUT/overlays/NAME.png   the map laid over the image, the mask outlined
     OUT/masks/NAME.png      0 and 255
@@ -41,7 +41,7 @@ from .version import __version__
 
 COLUMNS = (
     "path", "name", "score", "flagged", "threshold", "segments",
-    "largest_area", "largest_top", "largest_left", "largest_bottom", "largest_right",
+    "largest_area", "largest_top", "largest_left", "largest_bottom", "largest_right", "other_light",
 )  # fmt: skip
 ALL = Shard()
 LOST = {  # what a share that drops out says
@@ -240,6 +240,7 @@ def _write_lists(detector: Detector, out: Path, shards: int, min_area: int) -> N
                     entry["path"], entry["name"], repr(entry["score"]), str(entry["flagged"]).lower(),
                     repr(entry["threshold"]), len(entry["segments"]),
                     *([largest["area"], *largest["box"]] if largest else [0, "", "", "", ""]),
+                    str(entry["other_light"]).lower(),
                 ])  # fmt: skip
 
     def record(aside: Path) -> None:

@@ -176,6 +176,7 @@ class Predictions:
     maps: list[np.ndarray]
     masks: list[np.ndarray]
     flagged: list[bool]
+    other_light: list[bool]
 
 
 class Detector:
@@ -444,8 +445,14 @@ class Detector:
         score = float(map.max())
         flagged = score > self.threshold.value and bool(segments)
         why = self._explanation(surprise, image.shape, prepared.shape) if flagged else None
-        other_light = self.light is not None and self.light.other(prepared)
-        return Prediction(score, map, mask, segments, flagged, why, other_light)
+        return Prediction(score, map, mask, segments, flagged, why, self._other_light(prepared))
+
+    def other_light(self, image: np.ndarray) -> bool:
+        """Whether an image such as inspect takes is much darker, brighter, flatter or harder than those of the fit."""
+        return self._other_light(prepare(image, self.config))
+
+    def _other_light(self, prepared: np.ndarray) -> bool:
+        return self.light is not None and self.light.other(prepared)
 
     def other_size(self, shape: Sequence[int]) -> bool:
         """Whether an image (h, w, ...) is much smaller or larger than those of the fit, and nothing scales it alike."""
@@ -472,7 +479,7 @@ class Detector:
                 answers.append(self.inspect(image))
         return Predictions(
             [a.score for a in answers], [a.map for a in answers], [a.mask for a in answers],
-            [a.flagged for a in answers],
+            [a.flagged for a in answers], [a.other_light for a in answers],
         )  # fmt: skip
 
     def explain(self, image: np.ndarray) -> Explanation:

@@ -30,7 +30,13 @@ def make_app(detector: Detector) -> FastAPI:
         except CpcFastError as error:
             return {"name": name, "error": str(error)}
         segments = [{"box": segment.box, "area": segment.area, "peak": segment.peak} for segment in found.segments]
-        return {"name": name, "score": found.score, "flagged": found.flagged, "segments": segments}
+        return {
+            "name": name,
+            "score": found.score,
+            "flagged": found.flagged,
+            "other_light": found.other_light,
+            "segments": segments,
+        }
 
     async def upload(request: Request) -> list[tuple[str, bytes]]:
         size = 0

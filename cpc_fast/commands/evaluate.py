@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError
-from .console import note_colour, note_edited, note_size, number, print_table, say, stopping
+from .console import note_colour, note_edited, note_light, note_size, number, print_table, say, stopping
 from .options import Device, Settings, check_device, choose_device
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def evaluate(
     torch_device = choose_device(device)
     from ..detector import Detector
     from ..evaluate import write_metrics
-    from ..report import write_report
+    from ..report import printable, write_report
 
     detector = Detector.load(run, torch_device)
     note_edited(run)
@@ -101,6 +101,8 @@ def evaluate(
     note_colour(colours, len(evaluation.scored), detector.config.channels)
     others = sum(detector.other_size(item.image.shape) for item in evaluation.scored)
     note_size(others, len(evaluation.scored), detector)
+    unlit = [printable(item.name) for item in evaluation.scored if detector.other_light(item.image)]
+    note_light(len(unlit), len(evaluation.scored), detector, _some(unlit))
     _note_masks(evaluation.scored, detector.threshold.value)
     say(f"Open next: {out / 'report.html'}; the numbers are in {out / 'metrics.json'}")
     return 0
@@ -167,6 +169,15 @@ def _print_metrics(evaluation: Evaluation, threshold: Threshold) -> None:
         f"Scoring takes {speed['score_ms_per_image_p50']:.1f} ms an image "
         f"(95% within {speed['score_ms_per_image_p95']:.1f} ms) on {metrics['device']}."
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    """
+    >>> _some(["a.png", "b.png"]), _some(list("abcde"))
+    ('a.png, b.png', 'a, b, c and 2 more')
+    """
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _of(flags: list[bool]) -> str:

@@ -95,7 +95,7 @@ def predict(
             say(detector.threshold.note)
         note_colour(found.in_colour, found.images, detector.config.channels)
         note_size(found.other_size, found.images, detector)
-        note_light(found.other_light, found.images, detector)
+        note_light(found.other_light, found.images, detector, "other_light in scores.csv")
     if not found.listed:
         say(f"Shard {part.number} of {part.count} is done; the last one to end writes {out / 'scores.csv'}.")
     elif found.images:

@@ -334,6 +334,18 @@ def test_images_of_another_size_are_pointed_at(fitted, data, tmp_path, capsys):
     assert "another size" not in capsys.readouterr().out
 
 
+def test_evaluate_points_at_images_without_light(fitted, tmp_path, capsys):
+    dark = make_set(tmp_path / "data")
+    assert cli.run(["evaluate", str(fitted), str(dark), "--out", str(tmp_path / "out")]) == 0
+    assert "darker" not in capsys.readouterr().out
+    for name in ("1.png", "2.png"):
+        save(dark / "test" / "good" / name, np.zeros((48, 48), np.uint8))
+    assert cli.run(["evaluate", str(fitted), str(dark), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "2 of 7 images are much darker, brighter" in said
+    assert "check these apart (1.png, 2.png)." in said
+
+
 def test_a_share_that_drops_out_is_told_with_the_command_that_goes_on(fitted, data, tmp_path, capsys, monkeypatch):
     images = Path(shutil.copytree(data / "test" / "good", tmp_path / "share"))
 
@@ -346,7 +358,7 @@ def test_a_share_that_drops_out_is_told_with_the_command_that_goes_on(fitted, da
         patch.setattr(answers, "read_image", drops_out)
         assert cli.run(command) == 1
     said = capsys.readouterr().err
-    assert said.startswith(f"The folder '{images}' cannot be reached any more (No such file or directory). 0 of 3 images")
+    assert said.startswith(f"Error: The folder '{images}' cannot be reached any more (No such file or directory). 0 ")
     (tmp_path / "away").rename(images)
     assert cli.run(shlex.split(said.split("Go on with: cpc-fast ")[1])) == 0
 
@@ -361,6 +373,10 @@ def test_images_without_light_are_pointed_at(fitted, data, tmp_path, capsys):
     assert "2 of 7 images are much darker, brighter, flatter or harder than those of the fit (mean grey 1" in said
     told = json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]
     assert [Path(one["path"]).name for one in told if one["other_light"]] == ["black.png", "flat.png"]
+    with open(tmp_path / "out" / "scores.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["other_light"] for row in rows] == ["true", "true", *["false"] * 5]
+    assert list(rows[0])[-1] == "other_light"
     assert cli.run(["predict", str(fitted), images[2], "--out", str(tmp_path / "out")]) == 0
     assert "darker" not in capsys.readouterr().out
 

@@ -125,6 +125,7 @@ def test_sizes_that_an_older_run_does_not_say_stay_unknown(detector, tmp_path):
         assert not run.other_size((480, 480))
         assert not run.inspect(np.zeros((48, 48, 1), np.uint8)).other_light
     assert detector.inspect(np.zeros((48, 48, 1), np.uint8)).other_light
+    assert detector.predict([np.zeros((48, 48, 3), np.uint8), texture(0)]).other_light == [True, False]
     detector.save(tmp_path / "now")
     assert Detector.load(tmp_path / "now").light == detector.light
 

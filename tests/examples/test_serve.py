@@ -104,6 +104,7 @@ def test_images_get_the_scores_of_the_detector_in_their_order(port, detector):
     for i, (answer, pixels) in enumerate(zip(answers, pictures, strict=True)):
         found = detector.inspect(pixels)
         assert (answer["name"], answer["score"], answer["flagged"]) == (f"{i}.png", found.score, found.flagged)
+        assert answer["other_light"] == found.other_light
         assert [segment["area"] for segment in answer["segments"]] == [segment.area for segment in found.segments]
 
 
