@@ -170,7 +170,7 @@ def _answer(detector: Detector, path: str, name: str, min_area: int, pictures: d
     """
     try:
         with naming(path):
-            image = read_image(path)
+            image = read_image(path, depth=detector.config.depth)
             answer = detector.inspect(image, min_area)
             if not math.isfinite(answer.score):
                 raise CpcFastError(f"its score is {answer.score}; look at the image, and at the detector.")

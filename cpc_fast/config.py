@@ -33,7 +33,7 @@ LIMITS = {
     "image_size": 1 << 16, "patch_size": 4096, "patch_stride": 4096, "crop": 1 << 16, "made_for": 1 << 16,
     "width": 4096, "members": 64, "steps": 64, "negatives_count": 1 << 24, "shift_copies": 64, "epochs": 10**6,
     "batch_size": 1 << 20, "finer": 64, "closing": 255,
-    "bank_size": 1 << 24,
+    "bank_size": 1 << 24, "depth": 16,
 }  # fmt: skip
 
 
@@ -50,6 +50,7 @@ class Config:
     # image -> patches
     image_size: int | None = None  # the shorter side is resized to this; None keeps the original size
     channels: int = 1  # 1: grayscale, 3: colour
+    depth: int | None = None  # bits that a value of a 16-bit grey image uses, from the lowest on; None: all
     standardise: str = "set"  # "set": mean and spread of the training images; "image": by its own; or "imagenet"
     patch_size: int = 32
     patch_stride: int = 16  # less where an image is no whole number of strides long, so that the grid ends with it
@@ -127,6 +128,7 @@ class Config:
         need(self.directions in (1, 2, 4), "directions", "1, 2 or 4")
         need(self.standardise in ("set", "image", "imagenet"), "standardise", "set, image or imagenet")
         need(self.channels in (1, 3), "channels", "1 (grayscale) or 3 (colour)")
+        need(self.depth is None or self.depth >= 8, "depth", "at least 8")
         need(self.stem in (1, 2, 4, 8), "stem", "1, 2, 4 or 8")
         need(set(self.shifts) <= set(SHIFTS), "shifts", f"drawn from {', '.join(SHIFTS)}")
         for name, most in LIMITS.items():

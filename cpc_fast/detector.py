@@ -59,7 +59,8 @@ class Threshold:
     Attributes:
         value: scores above it are anomalous.
         target_fpr: the share of normal images that may be flagged, as asked.
-        guaranteed_fpr: the share that `count` images can vouch for (split conformal: 1 / (count + 1) at best).
+        guaranteed_fpr: the share that `count` images can vouch for (split conformal: 1 / (count + 1) at best; one image
+            is calibrated by itself and vouches for nothing, 1).
         count: number of held-out normal images; 0 where the user set the value (with_threshold).
     """
 
@@ -78,7 +79,7 @@ class Threshold:
         n = len(scores)
         rank = math.ceil((n + 1) * (1 - target_fpr) - 1e-9)
         value = float(sorted(scores)[min(rank, n) - 1])
-        return cls(value, target_fpr, max(target_fpr, 1 / (n + 1)), n)
+        return cls(value, target_fpr, max(target_fpr, 1 / (n + 1)) if n > 1 else 1.0, n)
 
     @property
     def note(self) -> str:
@@ -86,6 +87,11 @@ class Threshold:
         if self.guaranteed_fpr <= self.target_fpr:
             return ""
         need = math.ceil(1 / self.target_fpr) - 1
+        if self.count == 1:
+            return (
+                f"1 held-out normal image vouches for no false-positive rate; {self.target_fpr:.1%} takes {need}. The "
+                "threshold is its score."
+            )
         return (
             f"{self.count} held-out normal images can vouch for a false-positive rate of {self.guaranteed_fpr:.1%}, "
             f"not {self.target_fpr:.1%}: that takes {need}. The threshold is their highest score."
@@ -256,7 +262,7 @@ class Detector:
         if isinstance(data, (str, os.PathLike)):
             paths = find_train(data)
             given = origin(str(data), paths)
-            cache = ImageCache(paths, size=config.image_size, channels=config.channels)
+            cache = ImageCache(paths, size=config.image_size, channels=config.channels, depth=config.depth)
             images: Sequence[np.ndarray] = cache
             shapes, originals = cache.shapes(), cache.originals
             names, short = [quoted(path) for path in paths], [path.name for path in paths]
@@ -474,7 +480,7 @@ class Detector:
         for image in images:
             if isinstance(image, (str, os.PathLike)):
                 with naming(image):
-                    answers.append(self.inspect(read_image(image)))
+                    answers.append(self.inspect(read_image(image, depth=self.config.depth)))
             else:
                 answers.append(self.inspect(image))
         return Predictions(
@@ -528,7 +534,7 @@ class Detector:
 
 def split(count: int, config: Config) -> tuple[list[int], list[int]]:
     """Which normal images to learn from and which to hold out for calibration and threshold, drawn by the seed."""
-    held_out = max(1, round(count * config.calibration_share))
+    held_out = max(2 if count >= 4 else 1, round(count * config.calibration_share))  # one would be judged by itself
     if count - held_out < 2:
         raise UsageError(f"{count} normal images are too few to learn from and to calibrate with; give at least 3.")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()

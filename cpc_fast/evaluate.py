@@ -75,7 +75,8 @@ def evaluate(
         seconds.append(time.perf_counter() - started)
         return answer
 
-    scored = score_all(inspect, find_test(data) if tests is None else tests, on_image=on_image)
+    tests = find_test(data) if tests is None else tests
+    scored = score_all(inspect, tests, depth=detector.config.depth, on_image=on_image)
     threshold = detector.threshold
     flagged = np.array([item.score > threshold.value for item in scored])
     good = np.array([item.good for item in scored])
@@ -114,16 +115,18 @@ def score_all(
     inspect: Callable[[np.ndarray], Judged],
     tests: Sequence[TestImage],
     *,
+    depth: int | None = None,
     on_image: Callable[[int, int], None] | None = None,
 ) -> list[Scored]:
     """Every test image with what `inspect`, of a detector or of any other method, says about it, and its truth.
 
-    `inspect` takes an image, uint8 (h, w, c). Raises CpcFastError, naming the image, where it cannot be used.
+    `inspect` takes an image, uint8 (h, w, c), which is read with that `depth` (read_image). Raises CpcFastError,
+    naming the image, where it cannot be used.
     """
     has_masks = any(test.mask_path for test in tests)
     scored = []
     for done, test in enumerate(tests, start=1):
-        image = read_image(test.path)
+        image = read_image(test.path, depth=depth)
         truth = None
         if test.mask_path:
             truth = read_mask(test.mask_path, image.shape[:2], test.labels)

@@ -122,26 +122,44 @@ def check_pixels(image: object) -> None:
     )
 
 
-def read_image(path: str | os.PathLike, data: bytes | None = None) -> np.ndarray:
+def read_image(path: str | os.PathLike, data: bytes | None = None, depth: int | None = None) -> np.ndarray:
     """Read an image as uint8 (H, W, C), C = 1 for grey and 3 for colour.
 
-    16-bit values lose their low byte (v >> 8); EXIF orientation is applied; alpha is dropped, not blended; palettes,
-    CMYK and YCbCr become RGB. Raises ImageError, naming the path, for anything that is not one whole still image with
-    sides of at least MIN_SIDE and at most MAX_PIXELS pixels, 8 or 16 bits a value. Where the image is in memory, `data`
-    is its file and `path` only its name.
+    16-bit values lose their low byte (v >> 8); grey ones of `depth` bits, 8 to 16, are v >> (depth - 8). EXIF
+    orientation is applied; alpha is dropped, not blended; palettes, CMYK and YCbCr become RGB. Raises ImageError,
+    naming the path, for anything that is not one whole still image with sides of at least MIN_SIDE and at most
+    MAX_PIXELS pixels, 8 or 16 bits a value, and for grey of more than `depth`. Where the image is in memory, `data` is
+    its file and `path` only its name.
 
     Example: `read_image("tile.png").shape` -> `(420, 260, 1)`.
     """
     path = Path(path)
     pixels = _decode(path, data)
     if pixels.dtype != np.uint8:
-        pixels = (pixels >> 8).astype(np.uint8)
+        pixels = pixels >> ((depth or 16) - 8)
+        if pixels.max() > 255:
+            raise ImageError(
+                f"{quoted(path)} holds values above {(1 << (depth or 16)) - 1}, the most of {depth} bits; choose the "
+                "depth of its camera (--set depth=N in fit), or remove it."
+            )
+        pixels = pixels.astype(np.uint8)
     if min(pixels.shape[:2]) < MIN_SIDE:
         raise ImageError(
             f"{quoted(path)} is {_size(pixels.shape)} px; at least {MIN_SIDE} x {MIN_SIDE} are needed. "
             "Remove it, or replace it by the full image."
         )
     return pixels
+
+
+def highest_value(path: str | os.PathLike) -> int | None:
+    """The highest value of a 16-bit grey image; None of others, of which only the header is read."""
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            if not picture.mode.startswith("I"):
+                return None
+    except Exception:  # read_image says what is wrong with it
+        return None
+    return int(_decode(Path(path)).max())
 
 
 def read_mask(path: str | os.PathLike, size: tuple[int, int], labels: bool = False) -> np.ndarray:
@@ -373,12 +391,21 @@ class ImageCache(Sequence[np.ndarray]):
     Example: `ImageCache(find_train("data/textures/brick"), size=None, channels=1)[0].shape` -> `(128, 128, 1)`.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike], *, size: int | None, channels: int, memory: int = 1 << 31):
+    def __init__(
+        self,
+        paths: Sequence[str | os.PathLike],
+        *,
+        size: int | None,
+        channels: int,
+        depth: int | None = None,
+        memory: int = 1 << 31,
+    ) -> None:
         if channels not in (1, 3):
             raise UsageError(f"ImageCache: channels must be 1 or 3. Got {channels}.")
         if size is not None and size < MIN_SIDE:
             raise UsageError(f"ImageCache: size must be None or at least {MIN_SIDE} px. Got {size}.")
         self.paths, self.size, self.channels, self.memory = [Path(path) for path in paths], size, channels, memory
+        self.depth = depth
         self.originals: dict[int, tuple[int, int]] = {}  # (H, W) before scaling, of the images used so far
         self._held: dict[int, np.ndarray] = {}
         self._spilt: dict[int, tuple[int, tuple[int, ...]]] = {}  # offset in the file, shape
@@ -395,7 +422,7 @@ class ImageCache(Sequence[np.ndarray]):
         if (image := self._held.get(i)) is None:
             if i in self._spilt:
                 return self._read_back(*self._spilt[i])
-            image = to_channels(read_image(self.paths[i]), self.channels)
+            image = to_channels(read_image(self.paths[i], depth=self.depth), self.channels)
             self.originals[i] = (image.shape[0], image.shape[1])
             if self.size is not None:
                 with naming(self.paths[i]):

@@ -51,7 +51,7 @@ def write_submission(
         )
     for done, path in enumerate(paths, start=1):
         with naming(path):
-            found = detector.inspect(read_image(path))
+            found = detector.inspect(read_image(path, depth=detector.config.depth))
         place = Path(category.resolve().name, path.parent.name, path.name)
         map = found.map.clip(-LARGEST, LARGEST).astype(np.float16)
         mask = Image.fromarray(found.mask.astype(np.uint8) * 255)

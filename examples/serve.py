@@ -23,7 +23,7 @@ def make_app(detector: Detector) -> FastAPI:
 
     def answer(name: str, data: bytes) -> dict:
         try:
-            image = read_image(name, data)  # refuses bombs before it decodes them
+            image = read_image(name, data, detector.config.depth)  # refuses bombs before it decodes them
             if image.shape[0] * image.shape[1] > MAX_PIXELS:
                 return {"name": name, "error": f"more than {MAX_PIXELS} pixels; cut it into pieces."}
             found = detector.inspect(image)

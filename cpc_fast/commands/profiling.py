@@ -112,4 +112,4 @@ def _fitted(run: Path, data: Path | None, device: torch.device) -> tuple[Detecto
         if data is not None:
             raise
         raise UsageError(f"The images that {run} was fitted on are gone ({error}) Name others with --data.") from None
-    return detector, [read_image(path) for path in paths[: 2 * detector.config.batch_size]]
+    return detector, [read_image(path, depth=detector.config.depth) for path in paths[: 2 * detector.config.batch_size]]

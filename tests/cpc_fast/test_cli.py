@@ -296,6 +296,35 @@ def test_colour_that_a_model_cannot_see_is_said(fitted, data, tmp_path, capsys):
     assert "in colour" not in capsys.readouterr().out
 
 
+def test_16_bit_files_of_12_bits_are_pointed_at_and_read(tmp_path, capsys):
+    def deep(place: str, i: int) -> Path:
+        return save(tmp_path / place / f"{i}.png", texture(i).astype(np.uint16) << 4)
+
+    for i in range(6):
+        deep("data/train/good", i)
+        deep("data/test/good", i)
+    fit = ["fit", str(tmp_path / "data"), *SET_TINY, "--epochs", "1", "--out"]
+    assert cli.run([*fit, str(tmp_path / "dark")]) == 0
+    said = capsys.readouterr().out
+    top = max(texture(i).max() for i in range(6)).item() << 4
+    assert f"Of 6 images, 6 are of 16 bits, with values up to {top} of 65535: {(top >> 8) + 1} grey levels are" in said
+    assert "--set depth=12." in said
+    assert cli.run([*fit, str(tmp_path / "run"), "--set", "depth=12"]) == 0
+    assert "grey levels" not in capsys.readouterr().out
+    detector = Detector.load(tmp_path / "run")
+    wanted = [detector.inspect(texture(i)).score for i in range(6)]
+    assert detector.predict([tmp_path / "data" / "test" / "good" / f"{i}.png" for i in range(6)]).scores == wanted
+    command = ["predict", str(tmp_path / "run"), str(tmp_path / "data" / "test"), "--out", str(tmp_path / "out")]
+    assert cli.run(command) == 0
+    told = json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]
+    assert [one["score"] for one in told] == wanted
+    assert cli.run(["evaluate", str(tmp_path / "run"), str(tmp_path / "data")]) == 0
+    save(tmp_path / "data" / "test" / "good" / "7.png", texture(7).astype(np.uint16) << 8)
+    capsys.readouterr()
+    assert cli.run([*command[:2], str(tmp_path / "data" / "test" / "good" / "7.png"), *command[3:]]) == 1
+    assert "holds values above 4095, the most of 12 bits; choose the depth" in capsys.readouterr().err
+
+
 def test_fit_looks_for_colour_beyond_the_first_image(data, tmp_path, capsys):
     folder = tmp_path / "images"
     for i in range(5):
@@ -349,7 +378,7 @@ def test_evaluate_points_at_images_without_light(fitted, tmp_path, capsys):
 def test_a_share_that_drops_out_is_told_with_the_command_that_goes_on(fitted, data, tmp_path, capsys, monkeypatch):
     images = Path(shutil.copytree(data / "test" / "good", tmp_path / "share"))
 
-    def drops_out(path: str) -> np.ndarray:
+    def drops_out(path: str, **_: object) -> np.ndarray:
         images.rename(tmp_path / "away")
         return read_image(path)
 

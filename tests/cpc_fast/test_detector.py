@@ -369,6 +369,16 @@ def test_a_threshold_from_too_few_images_says_so():
     )
 
 
+def test_one_held_out_image_vouches_for_nothing():
+    threshold = Detector.fit(IMAGES[:3], TINY_CONFIG, epochs=1).threshold
+    assert (threshold.count, threshold.guaranteed_fpr) == (1, 1.0)
+    assert threshold.note == (
+        "1 held-out normal image vouches for no false-positive rate; 1.0% takes 99. The threshold is its score."
+    )
+    for count, held_out in ((3, 1), (4, 2), (5, 2), (7, 2), (8, 2), (30, 6)):
+        assert len(split(count, TINY_CONFIG)[1]) == held_out
+
+
 def test_the_threshold_keeps_its_promise_on_average():
     """Over many draws, at most target_fpr of new normal scores exceed it."""
     random = np.random.default_rng(1)

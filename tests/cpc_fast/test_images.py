@@ -408,7 +408,7 @@ def test_resize_averages_and_keeps_the_shape():
 def test_cache_decodes_once(tmp_path, monkeypatch):
     paths = [save(tmp_path / f"{i}.png", ramp(40 + i, 64, 3)) for i in range(4)]
     calls = []
-    monkeypatch.setattr(images, "read_image", lambda path: calls.append(path) or read_image(path))
+    monkeypatch.setattr(images, "read_image", lambda path, **_: calls.append(path) or read_image(path))
     cache = ImageCache(paths, size=None, channels=3)
     assert len(cache) == 4
     for _ in range(2):
