@@ -262,6 +262,7 @@ def find_train(root: str | os.PathLike) -> list[Path]:
     good = root / "train" / "good"
     if os.path.isdir(good):  # Path.is_dir raises where a parent cannot be entered
         if paths := find_images(good):
+            refuse_masks(paths)
             return paths
         raise UsageError(f"{quoted(good)} holds no images; put normal images there ({' '.join(SUFFIXES)}).")
     if os.path.isdir(root / "train"):
@@ -269,6 +270,7 @@ def find_train(root: str | os.PathLike) -> list[Path]:
     if os.path.isdir(root / "test"):
         raise UsageError(f"{quoted(root)} has test but no train/good: nothing to learn from; add {quoted(good)}.")
     if flat:
+        refuse_masks(flat)
         return flat
     set_of = Path(os.path.abspath(root)).parent
     if os.path.isdir(set_of / "train" / "good"):
@@ -289,6 +291,23 @@ def find_train(root: str | os.PathLike) -> list[Path]:
         f"{quoted(root)} holds no images ({' '.join(SUFFIXES)}) and no train/good; "
         f"name a folder of normal images, or one with train/good inside.{inside}"
     )
+
+
+def refuse_masks(paths: Sequence[Path]) -> None:
+    """Raises UsageError where masks lie among images: X_mask, X_gt or X_label beside X."""
+    known = {(path.parent, path.stem) for path in paths}
+    ends = ("_mask", "_gt", "_label")
+    masks = [
+        path
+        for path in paths
+        if any((path.parent, path.stem.removesuffix(end)) in known for end in ends if path.stem.endswith(end))
+    ]
+    if masks:
+        more = f" and {len(masks) - 1} more like it" if len(masks) > 1 else ""
+        raise UsageError(
+            f"{quoted(masks[0])} lies beside the image whose mask it seems to be{more}; move masks to "
+            "ground_truth/<defect>, and call what is an image by another name."
+        )
 
 
 def count_below(folder: str | os.PathLike) -> int:
@@ -332,7 +351,9 @@ def find_test(
         if folder.name != good and os.path.isdir(known):
             masks = {path.stem: path for path in find_images(known)}
             several = {path.name: path for path in known.iterdir() if os.path.isdir(path) and find_images(path)}
-        for path in find_images(folder):
+        images = find_images(folder)
+        refuse_masks(images)
+        for path in images:
             mask, labels = None, False
             if masks is not None:
                 mask = masks.get(f"{path.stem}_mask") or masks.get(path.stem) or several.get(path.stem)

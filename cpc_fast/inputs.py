@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -202,7 +203,8 @@ def _need(path: Path) -> None:
 
 
 def walk(folder: Path, out: Path | None = None, strict: bool = True) -> list[Path]:
-    """The image files of a folder, to the bottom: without ground_truth, `out` and the pictures of answers.
+    """The image files of a folder, to the bottom: without ground_truth, `out` and the pictures of answers. Links to
+    folders are followed, each folder once.
 
     Raises UsageError for a folder that cannot be listed, or leaves it out (strict=False).
     """
@@ -211,14 +213,24 @@ def walk(folder: Path, out: Path | None = None, strict: bool = True) -> list[Pat
     def refuse(error: OSError) -> None:
         raise UsageError(f"Cannot list the folder {quoted(error.filename)}: {error.strerror}.")
 
-    found = []
-    for here, folders, files in os.walk(folder, onerror=refuse if strict else None):
+    found: list[Path] = []
+    starts, seen = [os.fspath(folder)], set()
+    for here, folders, files in chain.from_iterable(  # links last, so that a folder goes by its own name
+        os.walk(start, onerror=refuse if strict else None) for start in starts
+    ):
+        if (real := os.path.realpath(here)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         # masks are no parts, nor are the answers of earlier calls
         folders[:] = [name for name in folders if not name.startswith(".") and name != "ground_truth"]
         folders[:] = [name for name in folders if os.path.realpath(os.path.join(here, name)) != answers]
         if os.path.isfile(list_of := os.path.join(here, INPUTS)):
             kinds = _first_kinds(list_of)
             folders[:] = [name for name in folders if name not in kinds]
+        links = {name for name in folders if os.path.islink(os.path.join(here, name))}
+        starts += [os.path.join(here, name) for name in sorted(links)]
+        folders[:] = [name for name in folders if name not in links]
         found += [
             Path(here, name) for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
         ]

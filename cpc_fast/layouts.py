@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import images
 from .errors import UsageError
 from .images import TestImage, find_images, quoted
+from .inputs import walk
 
 VISA_SPLIT = Path("split_csv") / "1cls.csv"
 PRIVATE = ("test_private", "test_private_mixed")
@@ -61,6 +63,34 @@ def find_test(root: str | os.PathLike) -> list[TestImage]:
     return images.find_test(root)
 
 
+def passed_over(root: str | os.PathLike, tests: Sequence[TestImage]) -> list[str]:
+    """Sentences about what a category holds to judge by, and is not among its `tests`, which find_test found.
+
+    Those of VisA are in a table; there are none about it.
+    """
+    root, said = Path(root), []
+    public = os.path.isdir(root / "test_public")
+    test = root / ("test_public" if public else "test")
+    truth = (test if public else root) / "ground_truth"
+    if _is_visa(root) or not os.path.isdir(test):
+        return []
+    if left := len(set(walk(test, strict=False)) - {one.path for one in tests}):
+        said.append(
+            f"{left} images in {quoted(test)} are not read: they lie beside the folders of the defects, or deeper. "
+            "Move them into these."
+        )
+    if os.path.isdir(truth):
+        folders = sorted(entry.name for entry in truth.iterdir() if os.path.isdir(entry) and entry.name[0] != ".")
+        if strays := [name for name in folders if not os.path.isdir(test / name)]:
+            said.append(
+                f"{quoted(truth)} has folders that {quoted(test)} has not: {', '.join(map(repr, strays))}. A folder of "
+                "masks goes by the name of its defect."
+            )
+        if loose := len(find_images(truth)):
+            said.append(f"{loose} images in {quoted(truth)} are not read: masks belong into a folder for each defect.")
+    return said
+
+
 def find_private(root: str | os.PathLike) -> list[Path]:
     """The images of MVTec AD 2 whose truth only its server knows, sorted; none in another layout."""
     folders = [Path(root) / name for name in PRIVATE]
@@ -98,6 +128,7 @@ def find_categories(root: str | os.PathLike) -> list[Path]:
 def _filled(folder: Path) -> list[Path]:
     if not (found := find_images(folder)):
         raise UsageError(f"{quoted(folder)} holds no images ({' '.join(images.SUFFIXES)}); put normal images there.")
+    images.refuse_masks(found)
     return found
 
 

@@ -13,7 +13,7 @@ PACKAGE, KERNELS = ROOT / "cpc_fast", ROOT / "kernels" / "cpc_kernels"
 # A module imports only from modules to its left. A new module finds its place here first.
 ORDER = (
     "version", "errors", "torchrun", "shapes", "config", "stages",
-    "images", "files", "layouts", "inputs", "runs", "datasets",
+    "images", "files", "inputs", "layouts", "runs", "datasets",
     "patches", "shifts", "latents", "contexts", "predictions", "loss", "bank", "anomaly_map", "segments",
     "scored", "metrics", "report",
     "model", "latent_cache", "train", "scoring", "saving", "checkpoint", "detector", "evaluate", "journal",

@@ -29,14 +29,15 @@ def evaluate_all(
     """
     from ..errors import CpcFastError, Stopped, UsageError
     from ..images import ImageError, quoted
-    from ..layouts import find_categories, find_private, find_test, find_train
+    from ..layouts import find_categories, find_private, find_test, find_train, passed_over
     from ..runs import need_writable
 
     config = choose_config(preset, {}, settings)
     categories = find_categories(root)
     for category in categories:  # a folder that is amiss is found before hours are spent on the others
         find_train(category)
-        find_test(category)
+        for left in passed_over(category, find_test(category)):
+            say(f"{category.name}: {left}")
         if submission and not find_private(category):
             raise UsageError(
                 f"{quoted(category)} has no test_private: only MVTec AD 2 takes --submission; leave it out."

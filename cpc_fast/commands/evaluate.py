@@ -70,13 +70,13 @@ def evaluate(
     out = out or run
     from ..images import find_images, quoted
     from ..inputs import has_colour
-    from ..layouts import find_test
+    from ..layouts import find_test, passed_over
     from ..runs import need_detector, need_writable, refuse_swapped
 
     refuse_swapped(run, [data], "evaluate RUN DATA")
     need_detector(run)
     try:
-        find_test(data)
+        tests = find_test(data)
     except UsageError:
         if not data.is_dir() or (data / "test").is_dir() or not find_images(data):
             raise
@@ -86,6 +86,8 @@ def evaluate(
             f"with. To score them: {command}"
         ) from None
     need_writable(out)
+    for left in passed_over(data, tests):
+        say(left)
     torch_device = choose_device(device)
     from ..detector import Detector
     from ..evaluate import write_metrics
@@ -159,6 +161,9 @@ def _print_metrics(evaluation: Evaluation, threshold: Threshold) -> None:
     if blind := sorted({item.defect for item in evaluation.scored if item.truth is None and not item.good}):
         those = "these images" if len(blind) == len(metrics["by_defect"]) else ", ".join(map(printable, blind))
         say(f"There are no masks of {those} (a folder ground_truth would hold them): no pixel metrics without.")
+    known = sum(item.truth is not None for item in evaluation.scored)
+    if 0 < known < len(evaluation.scored):
+        say(f"Pixel metrics are of the {known} of {len(evaluation.scored)} images whose truth is known.")
     good = [item.score > threshold.value for item in evaluation.scored if item.good]
     bad = [item.score > threshold.value for item in evaluation.scored if not item.good]
     say(f"Flagged, with a score above {threshold.value:.4g}: {_of(good)} normal images, {_of(bad)} defective ones.")

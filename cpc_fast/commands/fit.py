@@ -123,6 +123,8 @@ def fit(
         raise Interrupted(f"Stopped; {saved} in {out}. Go on with: {go_on}") from None
     if launched()[0]:  # the first process speaks for all
         return 0
+    from ..report import printable
+
     on = f"on {detector.trained_on['normal images']} normal images."
     say(f"{out} was finished already: {config.epochs} epochs {on}" if finished else f"Fitted {on}")
     say(f"Patches of {detector.trained_on['patches']}.")
@@ -130,7 +132,7 @@ def fit(
     if detector.threshold.note:
         say(detector.threshold.note)
         if highest := detector.trained_on.get("highest held out"):  # earlier runs do not say
-            say(f"Look at what sets it: {highest}.")
+            say(f"Look at what sets it: {printable(highest)}.")
     if tensorboard:
         say(f"Curves: {shlex.join(['tensorboard', '--logdir', str(out / 'tensorboard')])}")
     commands = [["predict", str(out), "IMAGES", "--out", "answers"]]

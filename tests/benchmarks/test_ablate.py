@@ -89,7 +89,7 @@ def test_a_row_that_the_base_cannot_have_is_left_out():
     ("change", "message"),
     [
         ('changes = { norm = "batch" }', "norm is 'batch'"),
-        ("changes = { depth = 3 }", "no field called depth"),
+        ("changes = { height = 3 }", "no field called height"),
         ('changes = { norm = "none" }\nread = { form = "rank" }', "asks for 2 things"),
         ("", "asks for 0 things"),
         ('merge = ["gone"]', r"merges \['gone'\], which no row fits"),

@@ -363,6 +363,30 @@ def test_images_of_another_size_are_pointed_at(fitted, data, tmp_path, capsys):
     assert "another size" not in capsys.readouterr().out
 
 
+def test_evaluate_says_what_it_passes_over(fitted, tmp_path, capsys):
+    data = make_set(tmp_path / "data")
+    assert cli.run(["evaluate", str(fitted), str(data), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "not read" not in said
+    assert "whose truth is known" not in said
+    save(data / "test" / "hole" / "cam1" / "0.png", texture(0))
+    save(data / "test" / "dent" / "0.png", texture(0))
+    assert cli.run(["evaluate", str(fitted), str(data), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert f"1 images in '{data / 'test'}' are not read" in said
+    assert "Pixel metrics are of the 5 of 6 images whose truth is known." in said
+
+
+def test_a_name_with_a_newline_is_one_line_of_what_fit_says(tmp_path, capsys):
+    for i in range(4):
+        save(tmp_path / "data" / f"{i}\n\x1b[31m.png", texture(i))
+    assert cli.run(["fit", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *SET_TINY, "--epochs", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "Look at what sets it: " in said
+    assert "\\n\\x1b[31m.png scores" in said
+    assert "\x1b" not in said
+
+
 def test_evaluate_points_at_images_without_light(fitted, tmp_path, capsys):
     dark = make_set(tmp_path / "data")
     assert cli.run(["evaluate", str(fitted), str(dark), "--out", str(tmp_path / "out")]) == 0

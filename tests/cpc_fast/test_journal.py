@@ -432,6 +432,19 @@ def test_naming_many_images_of_one_name_takes_no_time(monkeypatch):
     assert time.process_time() - start < 20
 
 
+def test_linked_folders_are_followed_once(tmp_path):
+    lot = tmp_path / "elsewhere" / "lot"
+    save(lot / "deep" / "x.png", texture(0))
+    images = tmp_path / "images"
+    save(images / "z" / "y.png", texture(0))
+    for link, to in (("a", lot), ("b", lot / "deep"), ("c", images / "z"), ("d", tmp_path / "nothing")):
+        (images / link).symlink_to(to)
+    (lot / "back").symlink_to(images)
+    assert [name for _, name in find_inputs([images])] == ["a/deep/x", "z/y"]
+    (tmp_path / "link").symlink_to(images)
+    assert [name for _, name in find_inputs([tmp_path / "link"])] == ["a/deep/x", "z/y"]
+
+
 def test_a_circle_of_links_ends(detector, folder, tmp_path):
     images = Path(shutil.copytree(folder, tmp_path / "images"))
     (images / "round").symlink_to(images)

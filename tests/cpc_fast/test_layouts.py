@@ -10,7 +10,7 @@ from cpc_fast.detector import Detector
 from cpc_fast.errors import UsageError
 from cpc_fast.evaluate import evaluate
 from cpc_fast.images import ImageError, TestImage, read_mask
-from cpc_fast.layouts import find_categories, find_private, find_test, find_train
+from cpc_fast.layouts import find_categories, find_private, find_test, find_train, passed_over
 
 COUNT = 4  # normal images to learn from
 
@@ -141,6 +141,39 @@ def test_what_is_amiss_is_named(tmp_path):
         path.unlink()
     with pytest.raises(UsageError, match="train/ok' holds no images"):
         find_train(ko)
+
+
+@pytest.mark.parametrize("end", ["_mask", "_gt", "_label"])
+def test_masks_beside_their_images_are_no_parts(tmp_path, end):
+    part, parts = make_mvtec(tmp_path), {}
+    parts["test/hole"], parts["train/good"] = find_test, find_train
+    for place, find in parts.items():
+        mask = save(part / place / f"001{end}.jpg", truth(0) * 255)
+        with pytest.raises(UsageError, match=rf"001{end}\.jpg' lies beside the image whose mask it seems to be; move"):
+            find(part)
+        mask.unlink()
+        save(part / place.replace("hole", "good") / f"other{end}.png", texture(0))  # beside no such image
+        assert find(part)
+    ko = make_btad(tmp_path / "other")
+    save(ko / "train" / "ok" / f"0001{end}.png", truth(0))
+    with pytest.raises(UsageError, match="lies beside the image whose mask it seems to be"):
+        find_train(ko)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_passed_over_is_said(layout, tmp_path):
+    category = LAYOUTS[layout][0](tmp_path)
+    assert passed_over(category, find_test(category)) == []
+    if layout == "VisA":
+        return
+    test = category / ("test_public" if layout == "MVTec AD 2" else "test")
+    masks = (test if layout == "MVTec AD 2" else category) / "ground_truth"
+    for path in (test / "0.png", test / "good" / "cam1" / "0.png", masks / "Hole" / "0.png", masks / "0.png"):
+        save(path, texture(0))
+    read, called, loose = passed_over(category, find_test(category))
+    assert read.startswith(f"2 images in '{test}' are not read: they lie beside the folders of the defects, or deeper.")
+    assert f"'{masks}' has folders that '{test}' has not: 'Hole'." in called
+    assert f"1 images in '{masks}' are not read" in loose
 
 
 def test_labels_are_masks_only_where_they_are_expected(tmp_path):
