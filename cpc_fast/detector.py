@@ -35,6 +35,7 @@ from .images import (
     ImageError,
     check_pixels,
     described,
+    digest,
     is_one_image,
     naming,
     quoted,
@@ -150,7 +151,7 @@ class Explanation:
     worst: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prediction:
     """What the detector says about one image.
 
@@ -174,7 +175,7 @@ class Prediction:
     other_light: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Predictions:
     """predict's answer for several images: the same fields as lists, one entry for each image."""
 
@@ -246,10 +247,13 @@ class Detector:
             on_step: called with a Progress after each training step.
             stop: asked after each step and each image whether to stop there.
 
+        The caller's random numbers are left as they were.
+
         Raises UsageError for a folder without images or a `resume` that does not fit, CpcFastError for images that
         cannot be used, a run folder that another process writes, or a loss that is not finite, Stopped where `stop`
         said so, with everything saved in `out`.
         """
+        need_float32()
         if fresh and resume:
             raise UsageError("fit got resume=True and fresh=True; go on with the run in `out`, or replace it.")
         if out is None and (fresh or resume):
@@ -265,6 +269,7 @@ class Detector:
             cache = ImageCache(paths, size=config.image_size, channels=config.channels, depth=config.depth)
             images: Sequence[np.ndarray] = cache
             shapes, originals = cache.shapes(), cache.originals
+            digests = [cache.digests[i] for i in range(len(paths))]
             names, short = [quoted(path) for path in paths], [path.name for path in paths]
         else:
             if is_one_image(data) or not isinstance(data, Iterable):
@@ -272,6 +277,7 @@ class Detector:
             data = list(data)
             images = [prepare(image, config) for image in data]
             shapes = [(image.shape[0], image.shape[1]) for image in images]
+            digests = [digest([image]) for image in images]
             given = origin(f"{len(data)} arrays", data)
             originals = {i: image.shape[:2] for i, image in enumerate(data)}
             names = short = [f"Image {i}" for i in range(len(images))]
@@ -280,10 +286,11 @@ class Detector:
         sides = [min(shape) for shape in shapes]
         config = config.fitted_to(sides, names)
         check_sizes(shapes, names, config)
-        training, held_out = split(len(images), config)
+        training, held_out = split_apart(digests, config)
+        copies = len(images) - len(set(digests))
         rank, world = rank_and_world()
         lock = contextlib.nullcontext() if out is None or rank else locked(Path(out))
-        with lock, torch.autocast(device.type, enabled=False):  # precision of the config says what is rounded
+        with lock, _by_itself(device):
             torch.manual_seed(config.seed)
             model = CPC(config, encoder).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             optimizer = make_optimizer(model, config)
@@ -331,6 +338,7 @@ class Detector:
             trained_on = {
                 **given,
                 "normal images": f"{len(images)} ({len(training)} to learn from, {len(held_out)} for the threshold)",
+                **({"copies": f"{copies} of {len(images)}"} if copies else {}),
                 "image size": " and ".join(f"{h} x {w}" for h, w in sizes) if len(sizes) < 4 else "varying",
                 "patches": f"{config.patch_size} x {config.patch_size} pixels, at most {config.patch_stride} apart",
                 "windows": f"{window} x {window} pixels",
@@ -387,6 +395,7 @@ class Detector:
 
         Raises CpcFastError when the folder holds no detector, one of another version, or weights that are not finite.
         """
+        need_float32()
         tensors, config, about = load_run(Path(run), encoder, "bank" if stream_bank else "")
         device = torch.device(device)
         try:
@@ -409,7 +418,8 @@ class Detector:
             raise CpcFastError(
                 f"The record in {quoted(run)} cannot be read ({in_short(error)}); {remedy(Path(run) / DETECTOR)}."
             ) from None
-        model = CPC(config, encoder).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        with _by_itself(device):
+            model = CPC(config, encoder).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         model.load_state_dict({n.removeprefix("model."): v for n, v in tensors.items() if n.startswith("model.")})
         calibration = Calibration(
             **{name: tensors[f"calibration.{name}"].to(device) for name in Calibration.__dataclass_fields__}
@@ -443,6 +453,7 @@ class Detector:
         number makes the score and the whole map so. Raises UsageError for anything but such an image, ImageError for
         one that is smaller than a patch.
         """
+        need_float32()
         prepared = prepare(image, self.config)
         with torch.autocast(self.bank.device.type, enabled=False):
             surprise, spread = self.scorer.look(prepared, image.shape[:2])
@@ -491,6 +502,7 @@ class Detector:
     def explain(self, image: np.ndarray) -> Explanation:
         """Which patch, and which direction and step or its place, made the score of an image such as inspect takes;
         raises what inspect raises."""
+        need_float32()
         prepared = prepare(image, self.config)
         with torch.autocast(self.bank.device.type, enabled=False):
             surprise = self.scorer.surprise(prepared)
@@ -530,6 +542,40 @@ class Detector:
             box=(top, left, bottom, right),
             worst=max(heard, key=lambda name: heard[name]) if heard else "never predicted",
         )
+
+
+def need_float32() -> None:
+    """Raises UsageError where torch makes tensors of another type than what a detector computes in."""
+    if torch.get_default_dtype() != torch.float32:
+        raise UsageError(
+            f"torch's default dtype is {torch.get_default_dtype()}, and a detector computes in float32; call "
+            "torch.set_default_dtype(torch.float32) before."
+        )
+
+
+@contextlib.contextmanager
+def _by_itself(device: torch.device) -> Iterator[None]:
+    """To make a model whatever mode the caller is in: with gradients, without autocast (precision of the config says what is
+    rounded), and with the caller's random numbers as before at its end."""
+    seeded = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with (
+        torch.random.fork_rng(seeded), torch.autocast(device.type, enabled=False),
+        torch.inference_mode(False), torch.enable_grad(),
+    ):  # fmt: skip
+        yield
+
+
+def split_apart(digests: Sequence[str], config: Config) -> tuple[list[int], list[int]]:
+    """split, by what tells images apart: the copies of one are all learnt from, or it is held out alone.
+
+    Copies would be calibrated by each other, and vouch for more than there is.
+    """
+    firsts: dict[str, int] = {}
+    same = [firsts.setdefault(digest, i) for i, digest in enumerate(digests)]
+    different = list(firsts.values())
+    learnt, held_out = ([different[i] for i in part] for part in split(len(different), config))
+    known = set(learnt)
+    return [i for i, first in enumerate(same) if first in known], held_out
 
 
 def split(count: int, config: Config) -> tuple[list[int], list[int]]:

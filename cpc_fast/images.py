@@ -27,7 +27,10 @@ from PIL import Image, UnidentifiedImageError
 
 from cpc_fast.errors import CpcFastError, UsageError
 
-SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (
+    ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+UNREAD = (".arw", ".avif", ".cr2", ".cr3", ".dng", ".exr", ".heic", ".heif", ".jxl", ".nef", ".raw")  # images, too
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000")  # none that starts another program
 MAX_PIXELS = 1 << 26  # 67 million: 8192 x 8192. Pillow's own warning comes later, at 89 million.
 MIN_SIDE = 8  # no patch fits into less
@@ -35,6 +38,15 @@ MIN_SIDE = 8  # no patch fits into less
 T = TypeVar("T")
 
 _quiet = threading.Lock()  # warnings.catch_warnings edits process-wide state
+
+
+def _renew() -> None:
+    """In a forked process nobody is left to release a lock that another thread held."""
+    global _quiet
+    _quiet = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew)
 
 
 class ImageError(CpcFastError):
@@ -112,6 +124,8 @@ def check_pixels(image: object) -> None:
         if image.dtype == np.uint8 and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))):
             return
         advice = ' Of values in 0 to 1: (255 * image).round().astype("uint8").' if image.dtype.kind == "f" else ""
+        if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3):
+            advice += " Channels come last: image.transpose(1, 2, 0)."
     elif isinstance(image, (str, os.PathLike)):
         advice = " Read it first: cpc_fast.images.read_image(path)."
     else:  # most likely torch's, (c, h, w)
@@ -428,6 +442,7 @@ class ImageCache(Sequence[np.ndarray]):
         self.paths, self.size, self.channels, self.memory = [Path(path) for path in paths], size, channels, memory
         self.depth = depth
         self.originals: dict[int, tuple[int, int]] = {}  # (H, W) before scaling, of the images used so far
+        self.digests: dict[int, str] = {}  # of the pixels of these
         self._held: dict[int, np.ndarray] = {}
         self._spilt: dict[int, tuple[int, tuple[int, ...]]] = {}  # offset in the file, shape
         self._held_bytes = self._spilt_bytes = 0
@@ -450,6 +465,7 @@ class ImageCache(Sequence[np.ndarray]):
                     image = resize(image, self.size)
             image = np.ascontiguousarray(image)
             image.flags.writeable = False
+            self.digests[i] = digest([image])
             if os.getpid() == self._owner:
                 with self._lock:
                     self._keep(i, image)
@@ -545,7 +561,9 @@ def _decode(path: Path, data: bytes | None = None) -> np.ndarray:
 def _size_of_file(path: Path) -> int:
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):
-        raise ImageError(f"{quoted(path)} is a folder with the name of an image; rename or remove it.")
+        if path.suffix.lower() in SUFFIXES:
+            raise ImageError(f"{quoted(path)} is a folder with the name of an image; rename or remove it.")
+        raise ImageError(f"{quoted(path)} is a folder; name the images in it.")
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         raise ImageError(f"{quoted(path)} is not a regular file; replace it by an image, or remove it.")
     return status.st_size

@@ -19,6 +19,7 @@ from .images import SUFFIXES, quoted, read_image
 
 Inputs = list[tuple[str, str]]  # (path, NAME)
 INPUTS = os.path.join("progress", "inputs.jsonl")  # in a folder of answers: what they answer (journal.py)
+PICTURE = re.compile(r"\.(png|tiff)$", re.I)  # a folder of that name would be in the way of a picture
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,8 @@ def find_inputs(
                 on_repeat(os.fspath(path))
             continue
         seen.add(place)
-        name = first = "/".join(_harmless(part) for part in below.with_suffix("").parts) or "image"
+        folders = [PICTURE.sub(r"_\1", _harmless(part)) for part in below.parent.parts]
+        name = first = "/".join([*folders, _harmless(below.stem)])
         while name.casefold() in taken:
             counts[first.casefold()] += 1
             name = f"{first}_{counts[first.casefold()]}"

@@ -62,7 +62,7 @@ def fit(
     options = {"epochs": epochs, "seed": seed, "image_size": image_size, "across_ranks": across_ranks}
     if preset or not resume:  # what is wrong with these is said before an old run is in the way
         choose_config(preset, options, settings)
-    from ..images import quoted
+    from ..images import UNREAD, quoted
     from ..inputs import walk
     from ..layouts import find_test, find_train
     from ..runs import CHECKPOINT, need_checkpoint, refuse_run
@@ -82,6 +82,10 @@ def fit(
         folder = images[0].parent
         if left := sum(path.parent != folder for path in walk(folder, strict=False)):
             say(f"Subfolders of {quoted(folder)} hold {left} images that are not read; to learn from them, move them.")
+        unread = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in UNREAD]
+        if unread:
+            kinds = " ".join(sorted({path.suffix.lower() for path in unread}))
+            say(f"{quoted(folder)} holds {len(unread)} files ({kinds}) that are not read; convert them to PNG.")
         for doubt in doubts(config, images):
             say(f"Of {doubt}")
     torch_device = choose_device(device)
@@ -127,6 +131,8 @@ def fit(
 
     on = f"on {detector.trained_on['normal images']} normal images."
     say(f"{out} was finished already: {config.epochs} epochs {on}" if finished else f"Fitted {on}")
+    if copies := detector.trained_on.get("copies"):
+        say(f"{copies} images are copies of others; each counts once for the threshold.")
     say(f"Patches of {detector.trained_on['patches']}.")
     say(f"Scores above {detector.threshold.value:.4g} are anomalous.")
     if detector.threshold.note:

@@ -387,6 +387,24 @@ def test_a_name_with_a_newline_is_one_line_of_what_fit_says(tmp_path, capsys):
     assert "\x1b" not in said
 
 
+def test_fit_says_what_it_does_not_read_and_what_is_there_twice(tmp_path, capsys):
+    for i in range(5):
+        save(tmp_path / "data" / f"{i}.png", texture(i))
+    save(tmp_path / "data" / "5.jfif", texture(5)).rename(tmp_path / "data" / "5.JPE")
+    shutil.copy(tmp_path / "data" / "0.png", tmp_path / "data" / "6.png")
+    (tmp_path / "data" / "notes.txt").touch()
+    fit = ["fit", str(tmp_path / "data"), *SET_TINY, "--epochs", "1", "--out"]
+    assert cli.run([*fit, str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "Fitted on 7 (" in said
+    assert "1 of 7 images are copies of others; each counts once for the threshold." in said
+    assert "not read" not in said
+    for name in ("7.DNG", "8.heic"):
+        (tmp_path / "data" / name).touch()
+    assert cli.run([*fit, str(tmp_path / "other")]) == 0
+    assert f"'{tmp_path / 'data'}' holds 2 files (.dng .heic) that are not read; convert" in capsys.readouterr().out
+
+
 def test_evaluate_points_at_images_without_light(fitted, tmp_path, capsys):
     dark = make_set(tmp_path / "data")
     assert cli.run(["evaluate", str(fitted), str(dark), "--out", str(tmp_path / "out")]) == 0

@@ -12,13 +12,14 @@ import pytest
 import torch
 from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import TypeCheckError
+from PIL import Image
 from safetensors.torch import load_file
 from samples import TINY_CONFIG, holed, make_set, texture
 from torch import nn
 
 from cpc_fast import detector as detectors
 from cpc_fast.config import Config
-from cpc_fast.detector import Detector, Threshold, prepare, split
+from cpc_fast.detector import Detector, Threshold, prepare, split, split_apart
 from cpc_fast.errors import CpcFastError, UsageError
 from cpc_fast.images import ImageCache
 from cpc_fast.model import CPC
@@ -57,6 +58,56 @@ def test_a_prediction_agrees_with_itself(detector):
     assert answer.score == answer.map.max()
     assert answer.flagged == bool(answer.mask.any()) == (answer.score > detector.threshold.value)
     assert sum(segment.area for segment in answer.segments) == answer.mask.sum()
+
+
+def test_a_fit_minds_neither_the_mode_nor_the_random_numbers_of_its_caller(detector, tmp_path):
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        torch.manual_seed(7)
+        before = torch.get_rng_state()
+        with mode:
+            other = Detector.fit(IMAGES, TINY_CONFIG)
+            other.save(tmp_path / "run")
+            loaded = Detector.load(tmp_path / "run")
+        assert torch.equal(torch.get_rng_state(), before)
+        assert other.threshold == loaded.threshold == detector.threshold
+        assert loaded.inspect(IMAGES[0]).map.tobytes() == detector.inspect(IMAGES[0]).map.tobytes()
+
+
+def test_another_default_dtype_is_refused(detector, tmp_path):
+    detector.save(tmp_path)
+    calls = [
+        partial(Detector.fit, IMAGES, TINY_CONFIG), partial(Detector.load, tmp_path),
+        partial(detector.predict, IMAGES[:1]), partial(detector.explain, IMAGES[0]),
+    ]  # fmt: skip
+    torch.set_default_dtype(torch.float64)
+    try:
+        for call in calls:
+            with pytest.raises(UsageError, match=r"dtype is torch\.float64.*call torch\.set_default_dtype\("):
+                call()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_answers_are_compared_by_being_the_same_object(detector):
+    one, other = detector.inspect(IMAGES[0]), detector.inspect(IMAGES[0])
+    assert one == one
+    assert one != other
+    assert len({one, other, detector.predict(IMAGES[:1])}) == 3
+
+
+def test_copies_are_learnt_from_or_held_out_once(tmp_path):
+    letters = [str(i) for i in range(30)]
+    assert split_apart(letters, TINY_CONFIG) == split(30, TINY_CONFIG)
+    learnt, held_out = split_apart([*letters, *letters, "0"], TINY_CONFIG)
+    assert held_out == split(30, TINY_CONFIG)[1]
+    assert not {i % 30 for i in learnt} & {i % 30 for i in held_out}
+    assert len(learnt) == sum((2, 3)[i == 0] for i in range(30) if i not in held_out)
+    of_arrays = Detector.fit([*IMAGES, *IMAGES[:3]], TINY_CONFIG, epochs=1)
+    assert of_arrays.threshold.count == 2
+    assert of_arrays.trained_on["copies"] == "3 of 13"
+    for i, image in enumerate([*IMAGES, *IMAGES[:3]]):
+        Image.fromarray(image[..., 0]).save(tmp_path / f"{i:02d}.{'png' if i < 10 else 'bmp'}")
+    assert Detector.fit(tmp_path, TINY_CONFIG, epochs=1).threshold == of_arrays.threshold
 
 
 def test_maps_have_the_resolution_of_the_image():

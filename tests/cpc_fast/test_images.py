@@ -1,6 +1,7 @@
 """What is on disk, as arrays; and one clear sentence for each thing that cannot be."""
 
 import os
+import signal
 import struct
 import tempfile
 import zlib
@@ -265,11 +266,26 @@ def test_values_that_do_not_fit(tmp_path):
 def test_things_that_are_not_files(tmp_path):
     (tmp_path / "folder.png").mkdir()
     refused(tmp_path / "folder.png", "is a folder", "rename or remove")
+    refused(tmp_path, "is a folder; name the images in it")
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     refused(tmp_path / "loop.png", "circle of links")
     refused(tmp_path / "nothing.png", "check the path")
     os.mkfifo(tmp_path / "pipe.png")
     refused(tmp_path / "pipe.png", "not a regular file")
+
+
+def test_a_process_forked_while_an_image_is_read_reads_too(tmp_path):
+    path = save(tmp_path / "x.png")
+    with images._quiet:
+        if (child := os.fork()) == 0:
+            signal.alarm(20)
+            os._exit(read_image(path).shape[2])
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+def test_channels_come_last():
+    with pytest.raises(UsageError, match=r"Got an array of uint8 \(3, 48, 48\)\. Channels come last: image\.transpose"):
+        images.check_pixels(np.zeros((3, 48, 48), np.uint8))
 
 
 def test_no_right_to_read(tmp_path, monkeypatch):

@@ -424,6 +424,13 @@ def test_names_are_text_and_each_is_once(tmp_path):
     assert names == ["x", "X_2", "x_3", "x_4", "x_3_2", "x_5"]
 
 
+def test_a_folder_that_is_called_as_a_picture_is_not_in_its_way(detector, tmp_path):
+    for name in ("a.bmp", "a.png/x.bmp", "b.TIFF/x.bmp"):
+        save(tmp_path / "images" / name, texture(0))
+    assert [name for _, name in find_inputs([tmp_path / "images"])] == ["a", "a_png/x", "b_TIFF/x"]
+    assert answers.predict(detector, [tmp_path / "images"], tmp_path / "out", tiff=True).images == 3
+
+
 def test_naming_many_images_of_one_name_takes_no_time(monkeypatch):
     monkeypatch.setattr("cpc_fast.inputs._need", lambda path: None)
     folders = [f"{i}/image.png" for i in range(20_000)]  # a minute, where each name is sought from _2 on
