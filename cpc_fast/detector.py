@@ -555,8 +555,8 @@ def need_float32() -> None:
 
 @contextlib.contextmanager
 def _by_itself(device: torch.device) -> Iterator[None]:
-    """To make a model whatever mode the caller is in: with gradients, without autocast (precision of the config says what is
-    rounded), and with the caller's random numbers as before at its end."""
+    """To make a model whatever mode the caller is in: with gradients, without autocast (precision of the config says
+    what is rounded), and with the caller's random numbers as before at its end."""
     seeded = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with (
         torch.random.fork_rng(seeded), torch.autocast(device.type, enabled=False),

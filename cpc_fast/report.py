@@ -43,7 +43,7 @@ CASING = (10, 12, 20)  # drawn under both, so that they show on any photograph
 
 PHOTO_BYTES = 40_000  # JPEG bytes per gallery image: 100 images stay under 6 MB of HTML with their maps
 ALL_PHOTO_BYTES = 16_000_000  # and what all images of a page share, however many there are
-# longest side in pixels and JPEG quality: the first that fits
+# longest side in pixels (_shrunk) and JPEG quality: the first that fits
 PHOTO_LADDER = ((640, 85), (480, 82), (320, 80), (320, 60), (240, 55), (160, 50))
 MAP_SIDE = 160  # anomaly maps are smooth: this many pixels show all there is
 PATH_POINTS = 600  # corners of the outlines of one mask
@@ -366,12 +366,20 @@ def _uri(kind: str, data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
+def _shrunk(picture: Image.Image, side: int, how: Image.Resampling) -> Image.Image:
+    """Its longest side is at most `side`; more where it is over twice as long as the other, so that no shape has fewer
+    pixels, up to 16 `side`, as formats have their limits."""
+    small, aspect = picture.copy(), max(picture.size) / min(picture.size)
+    longest = round(side * min(max(1, math.sqrt(aspect / 2)), 16))
+    small.thumbnail((longest, longest), how)
+    return small
+
+
 def _photo_uri(image: np.ndarray, budget: int) -> str:
     """The image as the best JPEG of the ladder that fits the budget (the last one if none does)."""
     picture, data = _picture(image), b""
     for side, quality in PHOTO_LADDER:
-        small = picture.copy()
-        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+        small = _shrunk(picture, side, Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=quality, optimize=True)
         data = buffer.getvalue()
@@ -381,8 +389,7 @@ def _photo_uri(image: np.ndarray, budget: int) -> str:
 
 
 def _map_uri(map: np.ndarray, low: float, high: float) -> str:
-    picture = Image.fromarray(map.astype(np.float32))
-    picture.thumbnail((MAP_SIDE, MAP_SIDE), Image.Resampling.BOX)
+    picture = _shrunk(Image.fromarray(map.astype(np.float32)), MAP_SIDE, Image.Resampling.BOX)
     buffer = io.BytesIO()
     Image.fromarray(_heat(np.asarray(picture), low, high)).save(buffer, "WEBP", quality=60, alpha_quality=70, method=2)
     return _uri("webp", buffer.getvalue())

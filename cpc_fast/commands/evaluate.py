@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -96,9 +98,12 @@ def evaluate(
     detector = Detector.load(run, torch_device)
     note_edited(run)
     evaluation = evaluate_run("evaluate", detector, data)
+    other = _data_of(out / "metrics.json")
     write_metrics(out / "metrics.json", evaluation.metrics)
     write_report(out / "report.html", [make_section(data.resolve().name, detector, evaluation)])
     _print_metrics(evaluation, detector.threshold)
+    if other and os.path.abspath(other) != os.path.abspath(data):
+        say(f"Replaced the results of {quoted(other)} in {out}; --out keeps several.")
     colours = sum(has_colour(item.image) for item in evaluation.scored)
     note_colour(colours, len(evaluation.scored), detector.config.channels)
     others = sum(detector.other_size(item.image.shape) for item in evaluation.scored)
@@ -108,6 +113,14 @@ def evaluate(
     _note_masks(evaluation.scored, detector.threshold.value)
     say(f"Open next: {out / 'report.html'}; the numbers are in {out / 'metrics.json'}")
     return 0
+
+
+def _data_of(metrics: Path) -> str:
+    """What the metrics.json of before is about; "" where there is none, or nobody knows."""
+    try:
+        return str(json.loads(metrics.read_text(encoding="utf-8"))["data"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return ""
 
 
 def _note_masks(scored: Sequence[Scored], threshold: float) -> None:

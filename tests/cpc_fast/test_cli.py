@@ -377,6 +377,17 @@ def test_evaluate_says_what_it_passes_over(fitted, tmp_path, capsys):
     assert "Pixel metrics are of the 5 of 6 images whose truth is known." in said
 
 
+def test_evaluate_says_whose_results_it_replaces(fitted, data, tmp_path, capsys):
+    other = make_set(tmp_path / "other")
+    for judged, before in ((data, None), (data, None), (other, data), (other, None)):
+        assert cli.run(["evaluate", str(fitted), str(judged), "--out", str(tmp_path / "out")]) == 0
+        said = capsys.readouterr().out
+        assert ("Replaced the results of" in said) == bool(before)
+        assert f"Replaced the results of '{before}' in {tmp_path / 'out'}; --out keeps several." in said or not before
+    (tmp_path / "out" / "metrics.json").write_text("[")
+    assert cli.run(["evaluate", str(fitted), str(data), "--out", str(tmp_path / "out")]) == 0
+
+
 def test_a_name_with_a_newline_is_one_line_of_what_fit_says(tmp_path, capsys):
     for i in range(4):
         save(tmp_path / "data" / f"{i}\n\x1b[31m.png", texture(i))

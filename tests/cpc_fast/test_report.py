@@ -274,6 +274,21 @@ def test_same_input_same_bytes(tmp_path):
     assert written(tmp_path / "a.html", *given) == written(tmp_path / "b.html", *given)
 
 
+@pytest.mark.parametrize(
+    ("size", "seen", "map_seen"),
+    [
+        ((1000, 1000), (640, 640), (160, 160)), ((1000, 2000), (320, 640), (80, 160)),
+        ((64, 4000), (57, 3578), (14, 894)), ((8, 40_000), (2, 10_240), (1, 2560)),
+    ],
+)  # fmt: skip
+def test_pictures_have_so_many_pixels_whatever_their_shape(size, seen, map_seen):
+    def shape(uri: str) -> tuple[int, int]:
+        return Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).size[::-1]
+
+    assert shape(report._photo_uri(np.zeros((*size, 1), np.uint8), 10**9)) == seen
+    assert shape(report._map_uri(np.zeros(size, np.float32), 0, 1)) == map_seen
+
+
 def test_hundred_images_stay_under_six_megabytes(tmp_path):
     [section, *_] = sections(good=40, each=20)
     big = [
