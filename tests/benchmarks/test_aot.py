@@ -107,7 +107,7 @@ def test_gates():
 
 def test_the_shortest_loop_with_a_product_counts():
     code = ["MOV", "IADD", "HGMMA", "BRA 0x10", "FADD", "BRA 0x40", "BRA 0x60", "BRA `(.L_1)", "BRA 0x0"]
-    lines = [(f"{16 * i:04x}", *(line.split(" ", 1) + [""])[:2]) for i, line in enumerate(code)]
+    lines = [(f"{16 * i:04x}", *[*line.split(" ", 1), ""][:2]) for i, line in enumerate(code)]
     assert aot._loop(lines) == 3
     assert aot._loop(lines[3:]) == 0
 
