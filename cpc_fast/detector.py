@@ -286,7 +286,7 @@ class Detector:
         sides = [min(shape) for shape in shapes]
         config = config.fitted_to(sides, names)
         check_sizes(shapes, names, config)
-        training, held_out = split_apart(digests, config)
+        training, held_out = split(len(images), config, digests)
         copies = len(images) - len(set(digests))
         rank, world = rank_and_world()
         lock = contextlib.nullcontext() if out is None or rank else locked(Path(out))
@@ -565,26 +565,23 @@ def _by_itself(device: torch.device) -> Iterator[None]:
         yield
 
 
-def split_apart(digests: Sequence[str], config: Config) -> tuple[list[int], list[int]]:
-    """split, by what tells images apart: the copies of one are all learnt from, or it is held out alone.
+def split(count: int, config: Config, digests: Sequence[str] = ()) -> tuple[list[int], list[int]]:
+    """Which normal images to learn from and which to hold out for calibration and threshold, drawn by the seed.
 
-    Copies would be calibrated by each other, and vouch for more than there is.
+    digests: what tells the images apart. The copies of one are all learnt from, or one is held out and the others are
+    left out: they would be calibrated by each other, and vouch for more than there is.
     """
-    firsts: dict[str, int] = {}
-    same = [firsts.setdefault(digest, i) for i, digest in enumerate(digests)]
-    different = list(firsts.values())
-    learnt, held_out = ([different[i] for i in part] for part in split(len(different), config))
-    known = set(learnt)
-    return [i for i, first in enumerate(same) if first in known], held_out
-
-
-def split(count: int, config: Config) -> tuple[list[int], list[int]]:
-    """Which normal images to learn from and which to hold out for calibration and threshold, drawn by the seed."""
-    held_out = max(2 if count >= 4 else 1, round(count * config.calibration_share))  # one would be judged by itself
-    if count - held_out < 2:
-        raise UsageError(f"{count} normal images are too few to learn from and to calibrate with; give at least 3.")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
-    return sorted(order[held_out:]), sorted(order[:held_out])
+    told = digests or list(map(str, range(count)))
+    firsts: dict[str, int] = {}
+    for i in order:
+        firsts.setdefault(told[i], i)
+    different = len(firsts)
+    share = round(different * config.calibration_share)
+    held_out = set(list(firsts)[: max(2 if different >= 4 else 1, share)])  # one would be judged by itself
+    if different - len(held_out) < 2:
+        raise UsageError(f"{different} normal images are too few to learn from and to calibrate with; give at least 3.")
+    return [i for i in range(count) if told[i] not in held_out], sorted(firsts[one] for one in held_out)
 
 
 def _highest(scores: Sequence[float], names: Sequence[str]) -> str:

@@ -40,7 +40,9 @@ def predict(
             metavar="I/N", help="Only every N-th image from the I-th on: 1/8 to 8/8. Under torchrun: its rank."
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last answer in OUT.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the last answer in OUT, and try again what was skipped.")
+    ] = False,
     device: Device = "auto",
 ) -> int:
     """Score and segment images whose truth nobody knows."""

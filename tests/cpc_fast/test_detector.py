@@ -19,7 +19,7 @@ from torch import nn
 
 from cpc_fast import detector as detectors
 from cpc_fast.config import Config
-from cpc_fast.detector import Detector, Threshold, prepare, split, split_apart
+from cpc_fast.detector import Detector, Threshold, prepare, split
 from cpc_fast.errors import CpcFastError, UsageError
 from cpc_fast.images import ImageCache
 from cpc_fast.model import CPC
@@ -97,11 +97,11 @@ def test_answers_are_compared_by_being_the_same_object(detector):
 
 def test_copies_are_learnt_from_or_held_out_once(tmp_path):
     letters = [str(i) for i in range(30)]
-    assert split_apart(letters, TINY_CONFIG) == split(30, TINY_CONFIG)
-    learnt, held_out = split_apart([*letters, *letters, "0"], TINY_CONFIG)
-    assert held_out == split(30, TINY_CONFIG)[1]
+    assert split(30, TINY_CONFIG, letters) == split(30, TINY_CONFIG)
+    learnt, held_out = split(61, TINY_CONFIG, [*letters, *letters, "0"])
+    assert len({i % 30 for i in held_out}) == len(held_out) == 6
     assert not {i % 30 for i in learnt} & {i % 30 for i in held_out}
-    assert len(learnt) == sum((2, 3)[i == 0] for i in range(30) if i not in held_out)
+    assert len(learnt) == sum((2, 3)[i == 0] for i in range(30) if i not in {i % 30 for i in held_out})
     of_arrays = Detector.fit([*IMAGES, *IMAGES[:3]], TINY_CONFIG, epochs=1)
     assert of_arrays.threshold.count == 2
     assert of_arrays.trained_on["copies"] == "3 of 13"
