@@ -572,7 +572,7 @@ def split(count: int, config: Config, digests: Sequence[str] = ()) -> tuple[list
     left out: they would be calibrated by each other, and vouch for more than there is.
     """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
-    told = digests or list(map(str, range(count)))
+    told = list(digests) or [str(i) for i in range(count)]
     firsts: dict[str, int] = {}
     for i in order:
         firsts.setdefault(told[i], i)
