@@ -420,8 +420,7 @@ def predicted() -> str:
         for case, op in dict.fromkeys((row["case"], row["op"]) for row in told["predictions"])
     ]
     parts = [
-        "Least milliseconds in bf16, and the unit that needs them: `matrix` products, `exp`, `issue` (the instructions "
-        "of the loop, one a cycle and scheduler; an upper bound, as rare branches count), the `L2` past which the "
+        "Least milliseconds in bf16, and the unit that needs them: `matrix` products, `exp`, the `L2` past which the "
         "other side streams, `HBM`.",
         table(("case", "kernel", *targets), rows),
         "The kernels as compiled, D padded to the next of 64, 128, 256, 512; `+ids`: with ids, in pieces; `tma`: rows "
@@ -437,7 +436,7 @@ def predicted() -> str:
 
 
 def bounding(row: Told) -> str:
-    return f"{row[row['bound']]:.3g} {row['bound']}"
+    return f"{row[row['bound']]:.3g} {row['bound']} ({row['issue']:.3g})"
 
 
 def take_predictions(file: Path) -> None:
@@ -513,12 +512,14 @@ def render(root: Path = ROOT) -> dict[Path, str]:
 
 def write_stale(files: dict[Path, str], check: bool = False) -> bool:
     """Write those that are other, or with `check` only name them; whether there were any."""
+    from cpc_fast.files import write_text
+
     stale = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
     for path in stale:
         print(f"{'stale' if check else 'written'}: {path}")
         if not check:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(files[path])
+            write_text(path, files[path])
     return bool(stale)
 
 

@@ -14,7 +14,9 @@ r_ij = <q_i, k_j> the raw score, s_ij = scale * r_ij. Candidate j is a negative 
 Above `tiles.one_pass_max_d` features a [rows, D] accumulator no longer fits: chunks of rows go through matrix products
 and one Triton kernel makes the exponentials in between; scores alone take features in steps. Memory: O (N, D) fp32, of
 each piece where the candidates are split (dk (M, D) alike); above that also one chunk x M of scores in fp32 and, of
-16-bit inputs, once more in 16 bits. Inputs that tiles cannot read as they lie are copied (`Launch.rows`).
+16-bit inputs, once more in 16 bits. Copied are inputs that tiles cannot read as they lie (`Launch.rows`), the
+candidates' ids, and for dk, where positives are indices, the anchors, without what ignored rows hold. dk also takes two
+numbers for each anchor, and its id.
 
 How the accuracy is kept. The positive never enters the sum, and is never subtracted from one. The gap is formed from
 raw scores, log2(sum) - fma(r_p, c, -m), and so does not see how large the scores are. The positive's score is the
@@ -23,7 +25,8 @@ The sign of the scale goes into the raw scores (exact), so that padding with -in
 maximum drops NaN but the sum keeps it: NaN reaches the loss.
 
 This file is long because a primitive is one file here: three matrix kernels (positive, forward, candidates' gradient),
-the combine, and the two elementwise kernels of the chunked schedule, with their launchers.
+what the last reads of each anchor, the combine, and the two elementwise kernels of the chunked schedule, with their
+launchers.
 """
 
 from collections.abc import Iterator
@@ -802,9 +805,9 @@ def backward_candidates(
     anchors, candidates = (launch.rows(t, features, descriptors) for t in (anchors, candidates))
     grad = candidates.new_empty((splits, m, d), dtype=launch.accumulator if splits > 1 else out_dtype)
     anchor_tiles = triton.cdiv(n, tile.columns) + 1  # the last of nothing: each reads one tile ahead
-    lse2, negative = lse.new_empty((2, anchor_tiles * tile.columns))
+    lse2, negative = (lse.new_empty(anchor_tiles * tile.columns) for _ in range(2))
     padded_ids = ids[0].new_empty(anchor_tiles * tile.columns if has_ids else 1)
-    first, last = rows.new_empty((2, anchor_tiles if indexed else 0), dtype=torch.int32)
+    first, last = (rows.new_empty(anchor_tiles if indexed else 0, dtype=torch.int32) for _ in range(2))
     launch(
         "weigh", weigh_kernel, (anchor_tiles,),
         rows, weights, lse, ids[0], lse2, negative, padded_ids, first, last, n,

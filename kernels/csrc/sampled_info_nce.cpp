@@ -7,8 +7,9 @@
 // Forward scores a row's negatives and keeps P, nothing else: O is never stored. Backward takes a block of anchors at a
 // time, lists what each reads (candidate, P), and sorts the same pairs by candidate. Then, one slice of the features
 // after another, it sums P z for each anchor into dq and w P q for each candidate into dz, from copies of the slice that
-// lie side by side and stay in the second-level cache (of a pool with more rows than are read, from the pool). A sum has one owner and one order, the anchors': nothing is
-// atomic, nothing depends on the number of threads. Memory: P, the gradients, 2 MB of pairs, one slice per thread.
+// lie side by side and stay in the second-level cache (of a pool with more rows than are read, from the pool). A sum has
+// one owner and one order, the anchors': nothing is atomic, nothing depends on the number of threads. Memory: P, the
+// gradients, 2 MB of pairs (4 in float64), one slice per thread, 4 bytes for each candidate and thread.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>

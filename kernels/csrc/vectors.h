@@ -53,7 +53,7 @@ static INLINE vec exponential(vec x) {
   return x < splat(-87.3f) ? splat(0.0f) : p * power;
 }
 
-// log(1 + exp(x)) with its digits, however small it is: log(1 + e) = 2 artanh(e / (2 + e)), as a series up to the 13th.
+// log(1 + exp(x)) with its digits, down to 1.2e-38: log(1 + e) = 2 artanh(e / (2 + e)), as a series up to the 13th.
 static INLINE vec softplus(vec x) {
   const vec e = exponential(x > splat(0) ? -x : x), y = e / (splat(2) + e), z = y * y;
   vec sum = splat(1.0f / 13);

@@ -110,6 +110,9 @@ def test_the_shortest_loop_with_a_product_counts():
     lines = [(f"{16 * i:04x}", *[*line.split(" ", 1), ""][:2]) for i, line in enumerate(code)]
     assert aot._loop(lines) == 3
     assert aot._loop(lines[3:]) == 0
+    stub = [*lines, ("0090", "EXIT", ""), ("00a0", "SYNCS", ""), ("00b0", "BRA", "0x20")]
+    assert aot._loop(stub) == 3
+    assert aot._loop([*lines[:3], *stub[-3:]]) == 0
 
 
 def test_predictions_name_the_bound():

@@ -313,7 +313,7 @@ def test_equal_rows_tie_whatever_the_number_of_features(d, dtype, level):
 
 @needs_cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_losses_of_any_size_keep_their_digits(dtype, level):
+def test_losses_down_to_the_least_normal_number_keep_their_digits(dtype, level):
     """One negative of score x beside a positive of score 0: softplus(x)."""
     scores = torch.cat([torch.linspace(-87, 88, 701), torch.tensor([0.0, -1e-7, 1e-7, 1e30])]).to(dtype)
     pool = torch.tensor([[1.0], [0.0]], dtype=dtype)
@@ -462,3 +462,16 @@ def test_triton_never_falls_back():
     anchors, pool, positives, negatives, _ = make()
     with pytest.raises(RuntimeError, match=r"needs tensors on a GPU.*Got tensors on cpu"):
         sampled_info_nce(anchors, pool, positives, negatives, impl="triton")
+
+
+@needs_cpp
+def test_the_pools_gradient_is_written_everywhere():
+    """In this mode what C++ has not written is NaN, too: candidates that nobody reads, several blocks and slices."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        for n, m, s, d in ((3, 4000, 2, 70), (700, 300, 200, 5), (5, 7, 3, 260)):
+            problem = make(n, 1, m, s, d)
+            ours, other = (run(problem, 1.0, torch.float64, "sum", impl) for impl in ("cpp", "gather"))
+            torch.testing.assert_close(ours, other)
+    finally:
+        torch.use_deterministic_algorithms(False)
