@@ -79,6 +79,7 @@ struct Pair {
 template <typename T>
 struct Block {
   int64_t first, rows;     // anchors
+  bool begun;              // dz holds sums or zeros: what nobody reads stays as it is
   T* weight;               // (rows)
   int32_t* count;          // (rows): pairs that the anchor reads, -1 if it has no gradient
   Pair<T>*reads, *adds;    // (rows, S + 1), (offsets[M])
@@ -214,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sampled_forward(
 }
 
 template <typename T>
-bool backward(const Problem<T>& p, const Upstream<T>& up, T* dq, T* dz, double* dscale) {
+bool backward(const Problem<T>& p, const Upstream<T>& up, T* dq, T* dz, bool zeroed, double* dscale) {
   const auto& loops = loops_for(T());
   const int64_t total = p.n * p.steps, width = p.s + 1, slices = (p.d + loops.lanes - 1) / loops.lanes;
   const int64_t rows = std::max<int64_t>(1, std::min({total, ROWS_AT_ONCE, PAIRS_AT_ONCE / width}));
@@ -226,7 +227,7 @@ bool backward(const Problem<T>& p, const Upstream<T>& up, T* dq, T* dz, double* 
   std::atomic<bool> right{true};
   for (int64_t first = 0; first < total; first += rows) {
     const int64_t now = std::min(rows, total - first), work = now * width * p.d;
-    const Block<T> b = {first, now, weight.data(), count.data(), read ? reads.get() : nullptr, adds.get(), offsets.data()};
+    const Block<T> b = {first, now, zeroed || first > 0, weight.data(), count.data(), read ? reads.get() : nullptr, adds.get(), offsets.data()};
     // Parts of the block, each counted and placed by one thread, if counters are fewer than pairs
     const int64_t parts = work < (1 << 16) ? 1 : std::max<int64_t>(1, std::min({threads, now, now * width / std::max<int64_t>(p.m, 1)}));
     const auto start = [&](int64_t part) { return first + now * part / parts; };
@@ -288,7 +289,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_backward(
   const Tensor grad = shared ? grad_ : grad_.contiguous();
   Tensor dq = at::empty(need_anchors ? anchors.sizes() : at::IntArrayRef{0}, options);
   Tensor dz = at::empty(need_pool ? pool.sizes() : at::IntArrayRef{0}, options);
-  if (lse.numel() == 0) dz.zero_();
+  const bool zeroed = lse.numel() * (probabilities.size(-1) + 1) < pool.size(0);  // few of its rows are read
+  if (zeroed || lse.numel() == 0) dz.zero_();
   Tensor dv = at::empty(need_positives ? anchors.sizes() : at::IntArrayRef{0}, options);
   Tensor dscale = at::zeros({need_scale ? 1 : 0}, options);
   bool right = true;
@@ -304,7 +306,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_backward(
     };
     double sum = 0;
     right = backward(p, up, need_anchors ? dq.data_ptr<scalar_t>() : nullptr,
-                     need_pool ? dz.data_ptr<scalar_t>() : nullptr, need_scale ? &sum : nullptr);
+                     need_pool ? dz.data_ptr<scalar_t>() : nullptr, zeroed, need_scale ? &sum : nullptr);
     if (need_scale) dscale.data_ptr<scalar_t>()[0] = scalar_t(sum);
   });
   if (!right) refuse(positives, negatives, pool.size(0));

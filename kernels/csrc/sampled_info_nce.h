@@ -363,18 +363,18 @@ static void add_anchors(const Problem<SCALAR>& p, const Block<SCALAR>& b, int64_
   }
 }
 
-// dz_j += sum of w P q over the block's pairs of j, for candidates [begin, end), features [i, i + LANES). The first block
-// finds nothing there.
+// dz_j += sum of w P q over the block's pairs of j, for candidates [begin, end), features [i, i + LANES), which the first
+// block writes.
 static void add_candidates(const Problem<SCALAR>& p, const Block<SCALAR>& b, int64_t i, int64_t begin, int64_t end,
                            SCALAR* dz, SCALAR* buffer) {
   const int64_t d = p.d, width = d - i < LANES ? d - i : LANES;
   pack(p.anchors + b.first * d + i, b.rows, d, width, buffer);
   for (int64_t j = begin; j < end; j++) {
     const Pair<SCALAR>*from = b.adds + b.offsets[j], *to = b.adds + b.offsets[j + 1];
-    if (from == to && b.first) continue;
+    if (from == to && b.begun) continue;
     vec v[4] = {};
     SCALAR* row = dz + j * d + i;
-    if (b.first) load_lanes(row, width, v);
+    if (b.begun) load_lanes(row, width, v);
     for (; from < to; from += CHAIN) mix(from, to - from < CHAIN ? to : from + CHAIN, buffer, LANES, LANES, v);
     store_lanes(row, width, v);
   }
