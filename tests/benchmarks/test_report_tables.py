@@ -101,7 +101,7 @@ def test_predictions_are_taken_over_and_told_apart(tmp_path, monkeypatch):
     (tmp_path / "told.json").write_text(json.dumps({"reports": [kernel], "predictions": [case]}))
     report.take_predictions(tmp_path / "told.json")
     told = report.predicted()
-    assert "| CLIP 32k, D 256 | forward | 1.11 matrix |" in told
+    assert "| CLIP 32k, D 256 | forward | 1.11 matrix (0.81) |" in told
     assert "| forward D=256 bf16 | 128x64 | 8 | 254 | 0 | 163,840 | 20 HGMMA | 714 | 1 |" in told
 
 
