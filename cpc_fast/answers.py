@@ -105,9 +105,9 @@ def predict(
         "folder": None if all(os.path.isabs(image) for image in images) else os.getcwd(),
     }  # fmt: skip
     refuse_among(images, out, kinds)  # before a lock makes a folder there
-    with journal(out, asked, lambda: plan(images, out, kinds), shard, resume) as (inputs, kept):
+    with journal(out, asked, lambda: plan(images, out, kinds), shard, resume, detector.config.depth) as (inputs, kept):
         mine = inputs[shard.number - 1 :: shard.count]
-        stopped = False
+        stopped = left = False
 
         def answer(i: int, tidy: bool) -> dict[str, Any]:
             path, name = mine[i]
@@ -124,13 +124,16 @@ def predict(
             return entry
 
         def answer_again(i: int) -> dict[str, Any] | None:
-            nonlocal stopped
+            nonlocal stopped, left
+            left = left or stopped
             entry = None if stopped else answer(i, tidy=True)
             stopped = stopped or bool(stop and stop())
             return entry
 
         try:
             kept.mend(answer_again)
+            if left:
+                raise Stopped(f"Stopped after {kept.done} of {kept.total} images, before all that were skipped.")
             first = kept.done
             for i in range(first, kept.total):
                 kept.add(answer(i, tidy=i == first))

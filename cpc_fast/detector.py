@@ -247,7 +247,7 @@ class Detector:
             on_step: called with a Progress after each training step.
             stop: asked after each step and each image whether to stop there.
 
-        The caller's random numbers are left as they were.
+        The caller's random numbers on the CPU are left as they were.
 
         Raises UsageError for a folder without images or a `resume` that does not fit, CpcFastError for images that
         cannot be used, a run folder that another process writes, or a loss that is not finite, Stopped where `stop`

@@ -174,12 +174,15 @@ def find_inputs(
     return inputs
 
 
-def need_readable(inputs: Sequence[tuple[str, str]], out: Path) -> None:
-    """Raises CpcFastError where none of the images can be read, before the answers in `out` are given up for theirs."""
+def need_readable(inputs: Sequence[tuple[str, str]], out: Path, depth: int | None = None) -> None:
+    """Raises CpcFastError where none of the images can be read, before the answers in `out` are given up for theirs.
+
+    depth: as of read_image.
+    """
     why: CpcFastError | None = None
     for path, _ in inputs:
         try:
-            read_image(path)
+            read_image(path, depth=depth)
             return
         except CpcFastError as error:
             why = why or error

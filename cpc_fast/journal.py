@@ -32,9 +32,9 @@ SYNC_SECONDS = 5.0  # what a power cut may cost; a killed process loses nothing 
 
 
 def _agree_on_inputs(
-    out: Path, asked: dict[str, Any], find: Callable[[], Inputs], shard: Shard, resume: bool
+    out: Path, asked: dict[str, Any], find: Callable[[], Inputs], shard: Shard, resume: bool, depth: int | None
 ) -> Inputs:
-    """The images to answer: written down once, and refused where a shard, or a run that goes on, finds others.
+    """The images to answer: written down once, and refused where a shard finds others, or a run that goes on new ones.
 
     Only under the locks of the inputs and of this shard; raises as journal does.
     """
@@ -45,7 +45,8 @@ def _agree_on_inputs(
         differ = ", ".join(SAID.get(name, name) for name in asked if was.get(name) != asked[name])
         if not differ and (found := find()) != inputs:
             before, now = ({path for path, _ in some} for some in (inputs, found))
-            differ = f"the images found, {len(now - before)} new and {len(before - now)} gone"
+            if not resume or now - before:
+                differ = f"the images found, {len(now - before)} new and {len(before - now)} gone"
         if differ:
             raise UsageError(
                 f"{quoted(out)} holds answers of another call (different: {differ}); choose another --out, or ask "
@@ -69,7 +70,7 @@ def _agree_on_inputs(
         for name in sorted(names - {str(shard)}):
             stack.enter_context(locked(folder, f"{name}.lock"))
         if path.exists():
-            need_readable(inputs, out)
+            need_readable(inputs, out, depth)
             _remove_answers(out, sources_in(out, inputs))
             path.unlink()  # so that whoever goes on where there was no room for the new one does not read this
         for name in names:
@@ -195,11 +196,16 @@ class Journal:
 
 @contextmanager
 def journal(
-    out: Path, asked: dict[str, Any], find: Callable[[], Inputs], shard: Shard, resume: bool
+    out: Path,
+    asked: dict[str, Any],
+    find: Callable[[], Inputs],
+    shard: Shard,
+    resume: bool,
+    depth: int | None = None,
 ) -> Iterator[tuple[Inputs, Journal]]:
     """The images to answer, of all shards, and the journal of one, held against other processes.
 
-    asked: what this call is about; find: finds the images where `out` does not say yet which they are.
+    asked: what this call is about; find: finds the images. depth: with which they are read.
 
     Raises UsageError where `out` holds answers that this call must not mix with its own: about something else, or of
     this shard to its end; CpcFastError where it would replace what another process is writing, or answers by none.
@@ -208,7 +214,7 @@ def journal(
     with ExitStack() as held:
         with locked(folder, "inputs.lock", wait=True):
             held.enter_context(locked(folder, f"{shard}.lock"))  # and kept: nobody comes between clearing and writing
-            inputs = _agree_on_inputs(out, asked, find, shard, resume)
+            inputs = _agree_on_inputs(out, asked, find, shard, resume, depth)
         path = folder / f"{shard}.jsonl"
         if not resume:
             path.unlink(missing_ok=True)

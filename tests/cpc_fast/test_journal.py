@@ -1,5 +1,6 @@
 """predict over many images: killed and resumed, cut into shards, images vanish; the lists come out the same."""
 
+import copy
 import errno
 import json
 import os
@@ -11,8 +12,10 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from samples import SET_TINY, TINY_CONFIG, make_set, save, texture
 
 from cpc_fast import answers, cli, journal
@@ -524,3 +527,28 @@ def test_masks_beside_the_images_are_no_images(tmp_path):
         save(tmp_path / "parts" / where / "0.png", texture(1))
     assert [name for _, name in find_inputs([tmp_path / "parts"])] == ["test/hole/0"]
     assert [name for _, name in find_inputs([tmp_path / "parts" / "ground_truth"])] == ["hole/0"]
+
+
+def test_what_is_gone_stays_answered_and_a_stop_among_the_retries_is_one(detector, folder, tmp_path):
+    images = Path(shutil.copytree(folder, tmp_path / "images"))
+    for name in ("0.png", "1.png"):
+        (images / name).write_bytes(b"no image")
+    first = answers.predict(detector, [images], tmp_path / "out")
+    (images / "7.png").unlink()
+    for name in ("0.png", "1.png"):
+        save(images / name, texture(0))
+    with pytest.raises(Stopped, match="before all that were skipped"):
+        answers.predict(detector, [images], tmp_path / "out", resume=True, stop=lambda: True)
+    found = answers.predict(detector, [images], tmp_path / "out", resume=True)
+    assert (found.images, found.skipped) == (first.images + 2, first.skipped - 2)
+
+
+def test_answers_stay_where_no_image_has_the_depth(detector, folder, tmp_path):
+    answers.predict(detector, [folder], tmp_path / "out")
+    before = lists(tmp_path / "out")
+    Image.fromarray(np.full((32, 32), 60000, np.uint16)).save(tmp_path / "deep.png")
+    deep = copy.copy(detector)
+    deep.config = detector.config.replace(depth=12)
+    with pytest.raises(CpcFastError, match="so the answers of before stay"):
+        answers.predict(deep, [tmp_path / "deep.png"], tmp_path / "out")
+    assert lists(tmp_path / "out") == before
