@@ -217,9 +217,8 @@ def _loop(lines: list[tuple[str, str, str]]) -> int:
     at = {int(address, 16): i for i, (address, _, _) in enumerate(lines)}
     end = max((i for i, (_, name, _) in enumerate(lines) if name == "EXIT"), default=len(lines))
     found = []
-    for i, (_, name, operands) in enumerate(
-        lines[:end]
-    ):  # behind it lie stubs that wait, and jump back into the middle
+    # behind the end lie stubs that wait, and jump back into the middle
+    for i, (_, name, operands) in enumerate(lines[:end]):
         to = re.search(r"0x([0-9a-f]+)\s*$", operands) if name == "BRA" else None
         start = at.get(int(to[1], 16), i) if to else i
         if start < i and any(re.fullmatch(PRODUCTS, other) for _, other, _ in lines[start:i]):
@@ -294,19 +293,15 @@ def predictions(reports: list[Report]) -> list[dict]:
                 times = {
                     "matrix": 2 * products * case.scores * bucket / (chip.tflops * 1e12),
                     "exp": case.scores / (16 * chip.units * chip.ghz * 1e9),
-                    "issue": case.scores
-                    / math.prod(kernel.tile)
-                    * kernel.loop
-                    * kernel.warps
-                    / 4
-                    / (chip.units * chip.ghz * 1e9),
                     "L2": math.ceil(rows / kernel.tile[0]) * streamed * case.d * 2 / (chip.l2 * 1e12),
                     "HBM": (2 * (case.n + case.m) * case.d + written) / (chip.hbm * 1e12),
                 }
-                issue = times.pop("issue")  # no lower bound: branches count that are rarely taken
                 bound = max(times, key=times.__getitem__)
+                # no lower bound: branches count that are rarely taken
+                issued = case.scores / math.prod(kernel.tile) * kernel.loop * kernel.warps / 4
+                times["issue"] = issued / (chip.units * chip.ghz * 1e9)
                 found.append({"arch": chip_name, "case": case.name, "op": op, "kernel": kernel.name, "bound": bound}
-                             | {unit: 1e3 * t for unit, t in (times | {"issue": issue}).items()})  # fmt: skip
+                             | {unit: 1e3 * t for unit, t in times.items()})  # fmt: skip
     return found
 
 

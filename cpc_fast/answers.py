@@ -44,8 +44,8 @@ COLUMNS = (
     "largest_area", "largest_top", "largest_left", "largest_bottom", "largest_right", "other_light",
 )  # fmt: skip
 ALL = Shard()
-LOST = {  # what a share that drops out says
-    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENXIO, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+LOST = {  # what a share that drops out says; a bad sector says EIO, and its folder can still be listed
+    errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENXIO, errno.EHOSTDOWN, errno.EHOSTUNREACH,
 }  # fmt: skip
 
 

@@ -233,13 +233,22 @@ def walk(folder: Path, out: Path | None = None, strict: bool = True) -> list[Pat
         if os.path.isfile(list_of := os.path.join(here, INPUTS)):
             kinds = _first_kinds(list_of)
             folders[:] = [name for name in folders if name not in kinds]
-        links = {name for name in folders if os.path.islink(os.path.join(here, name))}
-        starts += [os.path.join(here, name) for name in sorted(links)]
-        folders[:] = [name for name in folders if name not in links]
+        links = [name for name in sorted(folders) if os.path.islink(os.path.join(here, name))]
+        starts += [os.path.join(here, name) for name in links if not _astray(os.path.join(here, name), folder, answers)]
+        folders[:] = [name for name in sorted(folders) if name not in links]
         found += [
             Path(here, name) for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
         ]
     return found
+
+
+def _astray(link: str, root: Path, answers: str | None) -> bool:
+    """Whether a link leads to masks, to answers, or to a folder that `root` lies in."""
+    real, above = os.path.realpath(link), os.path.realpath(root)
+    parent, name = os.path.split(real)
+    pictures = os.path.isfile(list_of := os.path.join(parent, INPUTS)) and name in _first_kinds(list_of)
+    inside = answers is not None and os.path.commonpath([real, answers]) == answers
+    return "ground_truth" in Path(real).parts or pictures or inside or os.path.commonpath([real, above]) == real
 
 
 def _first_kinds(path: str) -> dict[str, str]:

@@ -108,7 +108,7 @@ def evaluate(
     note_colour(colours, len(evaluation.scored), detector.config.channels)
     others = sum(detector.other_size(item.image.shape) for item in evaluation.scored)
     note_size(others, len(evaluation.scored), detector)
-    unlit = [printable(item.name) for item in evaluation.scored if detector.other_light(item.image)]
+    unlit = [printable(f"{item.defect}/{item.name}") for item in evaluation.scored if detector.other_light(item.image)]
     note_light(len(unlit), len(evaluation.scored), detector, _some(unlit))
     _note_masks(evaluation.scored, detector.threshold.value)
     say(f"Open next: {out / 'report.html'}; the numbers are in {out / 'metrics.json'}")

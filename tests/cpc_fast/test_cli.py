@@ -425,7 +425,7 @@ def test_evaluate_points_at_images_without_light(fitted, tmp_path, capsys):
     assert cli.run(["evaluate", str(fitted), str(dark), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "2 of 7 images are much darker, brighter" in said
-    assert "check these apart (1.png, 2.png)." in said
+    assert "check these apart (good/1.png, good/2.png)." in said
 
 
 def test_a_share_that_drops_out_is_told_with_the_command_that_goes_on(fitted, data, tmp_path, capsys, monkeypatch):

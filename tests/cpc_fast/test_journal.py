@@ -162,13 +162,17 @@ def test_what_was_skipped_is_tried_again(detector, folder, tmp_path, shards):
     shutil.copy(folder / "0.png", images)
     shutil.copy(folder / "6.png", images)
 
-    def killed(*_: object) -> None:
-        raise RuntimeError("as good as killed")
+    real = os.replace
+
+    def killed(aside: str | Path, target: str | Path) -> None:
+        if Path(target) == journal_of:
+            raise RuntimeError("as good as killed")
+        real(aside, target)
 
     before = journal_of.read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", killed)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="as good as killed"):
             call(tmp_path / "out", True)
     assert journal_of.read_bytes().splitlines() == before.splitlines()[:-1]  # all but its end
     call(tmp_path / "out", True)
@@ -453,6 +457,26 @@ def test_linked_folders_are_followed_once(tmp_path):
     assert [name for _, name in find_inputs([images])] == ["a/deep/x", "z/y"]
     (tmp_path / "link").symlink_to(images)
     assert [name for _, name in find_inputs([tmp_path / "link"])] == ["a/deep/x", "z/y"]
+
+
+def test_links_to_masks_answers_and_upwards_are_not_followed(detector, folder, tmp_path):
+    images = Path(shutil.copytree(folder, tmp_path / "set" / "images"))
+    save(tmp_path / "set" / "secret.png", texture(0))
+    save(tmp_path / "set" / "ground_truth" / "hole" / "0.png", texture(0))
+    answers.predict(detector, [images], tmp_path / "out")
+    ups = (("up", tmp_path / "set"), ("masks", tmp_path / "set/ground_truth/hole"), ("seen", tmp_path / "out/overlays"))
+    for link, to in ups:
+        (images / link).symlink_to(to)
+    assert [name for _, name in find_inputs([images])] == [str(i) for i in range(9)]
+
+
+def test_a_bad_sector_costs_its_image_alone(detector, folder, tmp_path, monkeypatch):
+    def bad(path: Path, **_: object) -> os.stat_result:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("cpc_fast.images._size_of_file", bad)
+    found = answers.predict(detector, [folder], tmp_path)
+    assert (found.images, found.skipped) == (0, 9)
 
 
 def test_a_circle_of_links_ends(detector, folder, tmp_path):
