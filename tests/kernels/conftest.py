@@ -1,6 +1,8 @@
 """Uninitialised memory is NaN in every test here, so that an element nobody wrote cannot pass by luck; and it lies
 between sentinels, as zeros do, so that a write beyond the end shows."""
 
+import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -43,6 +45,15 @@ def poisoned_empty(monkeypatch, request):
             monkeypatch.setattr(owner, name, allocate)
     yield
     guarded.check()
+
+
+@pytest.fixture(autouse=True)
+def watched(monkeypatch):
+    """Every address that an interpreted kernel touches is looked at: see traffic.py."""
+    if importlib.util.find_spec("triton") and "TRITON_INTERPRET" in os.environ:
+        from traffic import Traffic
+
+        Traffic(monkeypatch)
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
