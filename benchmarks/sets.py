@@ -35,8 +35,6 @@ class Bed:
         siblings: for a preset, the one of its family that is made for such a set.
         halved: whether its test images are split into a half to choose on and a half to report.
         free: whether its pictures may be published.
-        ragged: whether its images are no whole number of strides long, so that results depend on where the last patches
-            lie; they name that (trials.py).
     """
 
     name: str
@@ -45,7 +43,6 @@ class Bed:
     siblings: dict[str, str] = field(default_factory=dict)
     halved: bool = False
     free: bool = False
-    ragged: bool = False
 
     def sibling(self, name: str) -> str:
         """The preset that meets this set in place of another."""
@@ -107,7 +104,7 @@ BEDS = {
             )
             for name in TEXTURES
         ),
-        Bed("magnetic tiles", _tiles, SAME_PATCHES, halved=True, ragged=True),
+        Bed("magnetic tiles", _tiles, SAME_PATCHES, halved=True),
         Bed("solar cells", _elpv, SAME_PATCHES | {"image_size": 128}, siblings={"quality": "aligned"}, halved=True),
     )
 }

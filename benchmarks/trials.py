@@ -42,7 +42,6 @@ OnStep = Callable[[Progress], None] | None
 STORE, RUNS, SHEETS = RESULTS / "quality", ROOT / "runs" / "quality", ROOT / "docs" / "sheets"
 CPC, DEFAULT = "cpc", "quality"
 METHODS = (CPC, *BASELINES)
-CUT_PATCHES = (CPC, "latent neighbour", "patch PCA")
 
 
 class Reading(Protocol):
@@ -96,8 +95,6 @@ class Job:
             settings = config | {"neighbours of": "our latents"}
         else:
             settings = {name: config[name] for name in ("image_size", "channels", "seed")} | self.baseline().settings()
-        if self.bed.ragged and not self.reading and self.method in CUT_PATCHES:
-            settings |= {"grid": "edge to edge"}
         tests = self.bed.tests(self.data, self.part)
         return {
             "variant": self.variant, "set": self.bed.name, "method": self.method, "seed": self.config.seed,
@@ -114,8 +111,7 @@ class Job:
 
 
 def completed(settings: Record) -> Record:
-    """Stored settings with the fields that a Config has got since, at their defaults, which change nothing; but for
-    `members`, whose coming was also that of the median, which changed all scores.
+    """Stored settings with the fields that a Config has got since, at their defaults, which change nothing.
 
     >>> completed({"image_size": 128, "channels": 1, "seed": 0}), completed({"patch_size": 32})["directions"]
     ({'image_size': 128, 'channels': 1, 'seed': 0}, 4)
@@ -124,8 +120,7 @@ def completed(settings: Record) -> Record:
         return settings | {"of": [completed(one) for one in settings["of"]]}
     if "patch_size" not in settings:
         return settings
-    since = {name: value for name, value in Config().to_json().items() if name != "members"}
-    return json.loads(json.dumps(since)) | settings
+    return json.loads(json.dumps(Config().to_json())) | settings
 
 
 def detector_of(

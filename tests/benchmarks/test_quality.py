@@ -97,19 +97,6 @@ def test_other_settings_and_other_images_are_other_results(harness, data):
     assert fingerprint(data, find_test(data)) != fingerprint(data, find_test(data)[1:])
 
 
-def test_results_of_ragged_images_name_the_grid(data):
-    """Those of before it ended with the image are other results; methods that cut no patches do not mind."""
-    plain, ragged = (
-        {
-            method: trials.Job("quality", Bed("x", lambda _: data, ragged=told), data, method, SMALL).identity()
-            for method in trials.METHODS
-        }
-        for told in (False, True)
-    )
-    assert {method for method in trials.METHODS if plain[method] != ragged[method]} == set(trials.CUT_PATCHES)
-    assert ragged["cpc"]["settings"] == plain["cpc"]["settings"] | {"grid": "edge to edge"}
-
-
 def test_halves_are_whole_and_apart(data):
     found = find_test(data)
     parts = halves(found)
