@@ -21,6 +21,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,8 @@ def predict(
         min_area: regions of fewer pixels are left out, and an image with no region left is not flagged.
         tiff, pictures: whether to write maps, and overlays and masks.
         shard: which of the images; the process that ends last writes the lists of all shards.
-        resume: go on after the last answer in `out`, with the same images; what was skipped is tried again. The lists
-            come out as without the interruption.
+        resume: go on after the last answer in `out`, with the same images; what was skipped is tried again at the
+            end. The lists come out as without the interruption.
         on_image, on_skip: called with how many are done of how many, and with why an image was skipped.
         stop: asked after each image whether to stop there.
 
@@ -107,7 +108,6 @@ def predict(
     refuse_among(images, out, kinds)  # before a lock makes a folder there
     with journal(out, asked, lambda: plan(images, out, kinds), shard, resume, detector.config.depth) as (inputs, kept):
         mine = inputs[shard.number - 1 :: shard.count]
-        stopped = left = False
 
         def answer(i: int, tidy: bool) -> dict[str, Any]:
             path, name = mine[i]
@@ -123,24 +123,17 @@ def predict(
                 remove_asides(picture)  # what a kill may have left
             return entry
 
-        def answer_again(i: int) -> dict[str, Any] | None:
-            nonlocal stopped, left
-            left = left or stopped
-            entry = None if stopped else answer(i, tidy=True)
-            stopped = stopped or bool(stop and stop())
-            return entry
-
         try:
-            kept.mend(answer_again)
-            if left:
-                raise Stopped(f"Stopped after {kept.done} of {kept.total} images, before all that were skipped.")
-            first = kept.done
-            for i in range(first, kept.total):
-                kept.add(answer(i, tidy=i == first))
-                if on_image:
+            again, first = sorted(kept.skipped), kept.done
+            left = kept.total - first + len(again)
+            for i in chain(range(first, kept.total), again):
+                kept.add(i, answer(i, tidy=i <= first))
+                left -= 1
+                if on_image and i >= first:
                     on_image(kept.done, kept.total)
-                if stop and stop() and kept.done < kept.total:
-                    raise Stopped(f"Stopped after {kept.done} of {kept.total} images.")
+                if left and stop and stop():
+                    untried = f", {left} of them to be tried again" if kept.done == kept.total else ""
+                    raise Stopped(f"Stopped after {kept.done} of {kept.total} images{untried}.")
             kept.finish()
         except (KeyboardInterrupt, Stopped, Unreachable):
             if shard.count == 1 and kept.done:

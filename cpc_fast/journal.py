@@ -1,10 +1,11 @@
 """What predict has answered so far: on disk line by line, so that it can be killed at any moment and go on.
 
     OUT/progress/inputs.jsonl    what was asked for, then [path, NAME] of every image
-    OUT/progress/2-of-8.jsonl    an answer for every eighth image from the second on, in order; after the last an end
+    OUT/progress/2-of-8.jsonl    an answer for every eighth image from the second on, in order; among and after them
+                                 {"again": N, ...}, a later answer for the N-th of these, from 0; after the last an end
 
-A line is written by one call, and what a kill or a full disk left of one is cut off before anything is added. Nothing
-here grows in memory with the answers.
+A line is written by one call, and what a kill or a full disk left of one is cut off before anything is added. In memory
+there is a number for each image that was skipped or tried again, and nothing that grows with the answers.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import CpcFastError, NotWritten, UsageError
-from .files import locked, remove_asides, write_whole
+from .files import locked, write_whole
 from .images import quoted
 from .inputs import INPUTS, Inputs, Shard, left_in, need_readable, read_inputs, sources_in
 
@@ -98,15 +98,11 @@ def _remove_answers(out: Path, spare: set[str]) -> None:
 
 
 class Journal:
-    """The answers of one shard. `done` of its images are answered."""
+    """The answers of one shard. `done` of its images are answered, or skipped: those with indices in `skipped`."""
 
     def __init__(self, path: Path, total: int) -> None:
-        self.path, self.total = path, total
-        self._open()
-        self._synced = time.monotonic()
-
-    def _open(self) -> None:
-        self.done = 0
+        self.path, self.total, self.done = path, total, 0
+        self.skipped: set[int] = set()
         self.counts = dict.fromkeys(("images", "flagged", "skipped", "in_colour", "other_size", "other_light"), 0)
         self._end = 0  # bytes
         with self._told():
@@ -114,40 +110,26 @@ class Journal:
             try:
                 with open(self.path, "rb") as lines:
                     for line in lines:
-                        if self.done == self.total or (entry := _parse(line)) is None:
+                        entry = _parse(line) or {"end": None}
+                        i = entry.get("again", self.done)
+                        if "end" in entry or i >= self.total:
                             break
-                        self._count(entry)
+                        self._count(i, entry)
                         self._end += len(line)
                 os.ftruncate(file, self._end)
             except BaseException:
                 os.close(file)
                 raise
         self._file = file
+        self._synced = time.monotonic()
 
-    def mend(self, answer: Callable[[int], dict[str, Any] | None]) -> None:
-        """Ask `answer` anew about each image that was skipped, by its index; None: it stays so.
+    def add(self, i: int, entry: dict[str, Any]) -> None:
+        """The answer for the i-th image: the next one, or one that was skipped before.
 
-        All lines are written to a new file, which takes this one's place once it is whole.
+        Raises CpcFastError, and leaves the file as it was, where it cannot be written.
         """
-        remove_asides(self.path)
-        if not self.counts["skipped"]:
-            return
-
-        def write(aside: Path) -> None:
-            with open(self.path, "rb") as before, open(aside, "wb") as file:
-                for i, line in enumerate(islice(before, self.done)):
-                    entry = answer(i) if "reason" in (_parse(line) or {}) else None
-                    file.write(line if entry is None else _line(entry))
-
-        write_whole(self.path, write)
-        before = self._file
-        self._open()
-        os.close(before)
-
-    def add(self, entry: dict[str, Any]) -> None:
-        """Raises CpcFastError, and leaves the file as it was, where it cannot be written."""
-        self._write(entry)
-        self._count(entry)
+        self._write(entry if i == self.done else {"again": i, **entry})
+        self._count(i, entry)
         if time.monotonic() - self._synced > SYNC_SECONDS:
             with self._told():
                 os.fsync(self._file)
@@ -164,10 +146,10 @@ class Journal:
         finally:
             os.close(self._file)
 
-    def _count(self, entry: dict[str, Any]) -> None:
-        self.done += 1
-        skipped = "reason" in entry
-        self.counts["skipped" if skipped else "images"] += 1
+    def _count(self, i: int, entry: dict[str, Any]) -> None:
+        self.done = max(self.done, i + 1)
+        (self.skipped.add if "reason" in entry else self.skipped.discard)(i)
+        self.counts |= {"skipped": len(self.skipped), "images": self.done - len(self.skipped)}
         for what in ("flagged", "in_colour", "other_size", "other_light"):
             self.counts[what] += bool(entry.get(what))
 
@@ -233,16 +215,35 @@ def whole(out: Path, count: int) -> bool:
 def entries(out: Path, count: int) -> Iterator[dict[str, Any]]:
     """The answers of all shards in the order of the images, one at a time; up to the first that is missing."""
     with ExitStack() as stack:
-        files = []
-        for n in range(1, count + 1):
-            path = out / "progress" / f"{Shard(n, count)}.jsonl"
-            files.append(stack.enter_context(open(path, "rb")))  # closed by the stack
+        paths = [out / "progress" / f"{Shard(n, count)}.jsonl" for n in range(1, count + 1)]
+        shards = [_latest(stack.enter_context(open(path, "rb"))) for path in paths]
         while True:
-            for file in files:
-                entry = _parse(next(iter(islice(file, 1)), b""))
-                if entry is None or "end" in entry:
+            for shard in shards:
+                if (entry := next(shard, None)) is None:
                     return
                 yield entry
+
+
+def _latest(file: BinaryIO) -> Iterator[dict[str, Any]]:
+    """The answers of one shard in the order of its images; of one that was tried again, the last."""
+    again, at = {}, 0  # of each of those, where its last line lies
+    for line in file:
+        if line.startswith(b'{"again": ') and (entry := _parse(line)):
+            again[entry["again"]] = (len(line), at)
+        at += len(line)
+    file.seek(0)
+    i = 0
+    for line in file:
+        entry = _parse(line)
+        if entry is None or "end" in entry:
+            return
+        if "again" in entry:
+            continue
+        if i in again:
+            entry = json.loads(os.pread(file.fileno(), *again[i]))
+            del entry["again"]
+        yield entry
+        i += 1
 
 
 def _line(entry: dict[str, Any]) -> bytes:
@@ -256,6 +257,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     good = isinstance(entry, dict) and ("end" in entry or {"path", "reason"} <= entry.keys() or "score" in entry)
+    good = good and type(entry.get("again", 0)) is int
     return entry if good else None
 
 
