@@ -115,15 +115,16 @@ def note_size(others: int, count: int, detector: Detector) -> None:
         say("To have all images scaled alike: cpc-fast fit ... --image-size N")
 
 
-def note_light(others: int, count: int, detector: Detector, where: str) -> None:
-    """A sentence where images are lit as none of the fit; where: what tells which."""
-    if others and detector.light:
-        least, most, flattest, hardest = detector.light
-        say(
-            f"{others} of {count} images are much darker, brighter, flatter or harder than those of the fit (mean grey "
-            f"{least:.0f} to {most:.0f}, contrast {flattest:.0f} to {hardest:.0f}): their scores say little. A frame "
-            f"without light or without a part can pass as good; check these apart ({where})."
-        )
+def light_note(others: int, count: int, detector: Detector, where: str) -> str:
+    """A sentence where images are lit as none of the fit, else an empty string; where: what tells which."""
+    if not (others and detector.light):
+        return ""
+    least, most, flattest, hardest = detector.light
+    return (
+        f"{others} of {count} images are much darker, brighter, flatter or harder than those of the fit (mean grey "
+        f"{least:.0f} to {most:.0f}, contrast {flattest:.0f} to {hardest:.0f}): their scores say little. A frame "
+        f"without light or without a part can pass as good; check these apart ({where})."
+    )
 
 
 def number(value: float | None, digits: int = 3) -> str:

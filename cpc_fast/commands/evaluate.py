@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError
-from .console import note_colour, note_edited, note_light, note_size, number, print_table, say, stopping
+from .console import light_note, note_colour, note_edited, note_size, number, print_table, say, stopping
 from .options import Device, Settings, check_device, choose_device
 
 if TYPE_CHECKING:
@@ -93,14 +93,15 @@ def evaluate(
     torch_device = choose_device(device)
     from ..detector import Detector
     from ..evaluate import write_metrics
-    from ..report import printable, write_report
+    from ..report import write_report
 
     detector = Detector.load(run, torch_device)
     note_edited(run)
     evaluation = evaluate_run("evaluate", detector, data)
     other = _data_of(out / "metrics.json")
     write_metrics(out / "metrics.json", evaluation.metrics)
-    write_report(out / "report.html", [make_section(data.resolve().name, detector, evaluation)])
+    section = make_section(data.resolve().name, detector, evaluation)
+    write_report(out / "report.html", [section])
     _print_metrics(evaluation, detector.threshold)
     if other and os.path.abspath(other) != os.path.abspath(data):
         say(f"Replaced the results of {quoted(other)} in {out}; --out keeps several.")
@@ -108,8 +109,8 @@ def evaluate(
     note_colour(colours, len(evaluation.scored), detector.config.channels)
     others = sum(detector.other_size(item.image.shape) for item in evaluation.scored)
     note_size(others, len(evaluation.scored), detector)
-    unlit = [printable(f"{item.defect}/{item.name}") for item in evaluation.scored if detector.other_light(item.image)]
-    note_light(len(unlit), len(evaluation.scored), detector, _some(unlit))
+    if light := section.trained_on.get("light"):
+        say(light)
     _note_masks(evaluation.scored, detector.threshold.value)
     say(f"Open next: {out / 'report.html'}; the numbers are in {out / 'metrics.json'}")
     return 0
@@ -145,12 +146,14 @@ def evaluate_run(name: str, detector: Detector, data: Path, stop: Callable[[], b
 
 
 def make_section(title: str, detector: Detector, evaluation: Evaluation) -> Section:
-    from ..report import Section
+    from ..report import Section, printable
 
-    threshold, note = detector.threshold.value, detector.threshold.note
+    scored, threshold = evaluation.scored, detector.threshold.value
+    unlit = [printable(f"{item.defect}/{item.name}") for item in scored if detector.other_light(item.image)]
+    light = light_note(len(unlit), len(scored), detector, _some(unlit))
     about = {name: said for name, said in detector.trained_on.items() if name != "digest"}
-    about |= {"threshold": note} if note else {}
-    return Section(title, evaluation.metrics, evaluation.scored, threshold, threshold, about)
+    about |= {name: note for name, note in (("threshold", detector.threshold.note), ("light", light)) if note}
+    return Section(title, evaluation.metrics, scored, threshold, threshold, about)
 
 
 def _print_metrics(evaluation: Evaluation, threshold: Threshold) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..torchrun import launched, own_gpu
-from .console import complain, going_on, note_colour, note_edited, note_light, note_size, say, terminable
+from .console import complain, going_on, light_note, note_colour, note_edited, note_size, say, terminable
 from .options import Device, again_as, check_device, choose_device
 
 
@@ -97,7 +97,8 @@ def predict(
             say(detector.threshold.note)
         note_colour(found.in_colour, found.images, detector.config.channels)
         note_size(found.other_size, found.images, detector)
-        note_light(found.other_light, found.images, detector, "other_light in scores.csv")
+        if light := light_note(found.other_light, found.images, detector, "other_light in scores.csv"):
+            say(light)
     if not found.listed:
         say(f"Shard {part.number} of {part.count} is done; the last one to end writes {out / 'scores.csv'}.")
     elif found.images:

@@ -426,6 +426,8 @@ def test_evaluate_points_at_images_without_light(fitted, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "2 of 7 images are much darker, brighter" in said
     assert "check these apart (good/1.png, good/2.png)." in said
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<dt>light</dt><dd><bdi>2 of 7 images are much darker, brighter" in page
 
 
 def test_a_share_that_drops_out_is_told_with_the_command_that_goes_on(fitted, data, tmp_path, capsys, monkeypatch):
