@@ -84,7 +84,7 @@ def evaluate(
         "version": __version__,
         "config": detector.config.to_json(),
         "device": device_name(detector.bank.device),
-        "data": os.fspath(data),
+        "data": os.path.abspath(data),
         **measure(scored),
         "threshold": {
             "value": threshold.value,

@@ -103,7 +103,7 @@ def evaluate(
     section = make_section(data.resolve().name, detector, evaluation)
     write_report(out / "report.html", [section])
     _print_metrics(evaluation, detector.threshold)
-    if other and os.path.abspath(other) != os.path.abspath(data):
+    if other and os.path.realpath(other) != os.path.realpath(data):
         say(f"Replaced the results of {quoted(other)} in {out}; --out keeps several.")
     colours = sum(has_colour(item.image) for item in evaluation.scored)
     note_colour(colours, len(evaluation.scored), detector.config.channels)

@@ -377,13 +377,19 @@ def test_evaluate_says_what_it_passes_over(fitted, tmp_path, capsys):
     assert "Pixel metrics are of the 5 of 6 images whose truth is known." in said
 
 
-def test_evaluate_says_whose_results_it_replaces(fitted, data, tmp_path, capsys):
+def test_evaluate_says_whose_results_it_replaces(fitted, data, tmp_path, capsys, monkeypatch):
     other = make_set(tmp_path / "other")
-    for judged, before in ((data, None), (data, None), (other, data), (other, None)):
+    (tmp_path / "link").symlink_to(other)
+    monkeypatch.chdir(tmp_path)
+    calls = ((data, None), (data, None), (other, data), (other, None), ("link", None), ("other", None))
+    for judged, before in calls:
         assert cli.run(["evaluate", str(fitted), str(judged), "--out", str(tmp_path / "out")]) == 0
         said = capsys.readouterr().out
         assert ("Replaced the results of" in said) == bool(before)
         assert f"Replaced the results of '{before}' in {tmp_path / 'out'}; --out keeps several." in said or not before
+    monkeypatch.chdir(data)
+    assert cli.run(["evaluate", str(fitted), str(other), "--out", str(tmp_path / "out")]) == 0
+    assert "Replaced the results of" not in capsys.readouterr().out
     (tmp_path / "out" / "metrics.json").write_text("[")
     assert cli.run(["evaluate", str(fitted), str(data), "--out", str(tmp_path / "out")]) == 0
 
