@@ -78,9 +78,10 @@ class Checkpoint:
             return Position()
         with _best_named(run):
             tensors, about = read_tensors(self.path, "checkpoint to resume from", self._expected)
-        self.model.load_state_dict(
-            {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-        )
+        with torch.inference_mode():  # as a frozen encoder may have been made
+            self.model.load_state_dict(
+                {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+            )
         state = self.optimizer.state_dict()
         state["state"] = {}
         for name, value in tensors.items():

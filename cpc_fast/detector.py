@@ -261,6 +261,11 @@ class Detector:
         config = (preset(config) if isinstance(config, str) else config).replace(**changes)
         if encoder is not None:  # a frozen one is run once for each image, not on mirror images
             learns = any(weight.requires_grad for weight in encoder.parameters())
+            if learns and any(value.is_inference() for value in (*encoder.parameters(), *encoder.buffers())):
+                raise UsageError(
+                    "The encoder was made under torch.inference_mode, so it cannot learn; make it outside, or freeze "
+                    "it: encoder.requires_grad_(False)."
+                )
             config = config.replace(members=1, mirrored=config.mirrored and learns)
         device = torch.device(device)
         if isinstance(data, (str, os.PathLike)):
@@ -420,7 +425,8 @@ class Detector:
             ) from None
         with _by_itself(device):
             model = CPC(config, encoder).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        model.load_state_dict({n.removeprefix("model."): v for n, v in tensors.items() if n.startswith("model.")})
+        with torch.inference_mode():  # as an encoder may have been made
+            model.load_state_dict({n.removeprefix("model."): v for n, v in tensors.items() if n.startswith("model.")})
         calibration = Calibration(
             **{name: tensors[f"calibration.{name}"].to(device) for name in Calibration.__dataclass_fields__}
         )

@@ -8,7 +8,7 @@ from torch import nn
 
 from cpc_fast.config import Config
 from cpc_fast.detector import Detector
-from cpc_fast.errors import CpcFastError
+from cpc_fast.errors import CpcFastError, UsageError
 from cpc_fast.latent_cache import LatentCache
 from cpc_fast.model import CPC, IMAGENET
 from cpc_fast.patches import extract_patches, patch_starts
@@ -118,6 +118,19 @@ def test_saved_loaded_and_resumed(tmp_path):
     assert len(scores) == 1
     with pytest.raises(CpcFastError, match="hand the same one to load"):
         Detector.load(tmp_path / "whole")
+
+
+def test_one_made_under_inference_mode_is_frozen_or_refused(tmp_path):
+    with torch.inference_mode():
+        encoder, again = Backbone(), Backbone()
+    with pytest.raises(UsageError, match=r"made under torch\.inference_mode, so it cannot learn; make it outside"):
+        Detector.fit(IMAGES, TINY_CONFIG, encoder=encoder, epochs=1)
+    fitted = Detector.fit(IMAGES, TINY_CONFIG, encoder=encoder.requires_grad_(False), epochs=1, out=tmp_path)
+    loaded = Detector.load(tmp_path, encoder=again)
+    resumed = Detector.fit(
+        IMAGES, TINY_CONFIG, encoder=again.requires_grad_(False), epochs=1, out=tmp_path, resume=True
+    )
+    assert len({detector.inspect(IMAGES[0]).score for detector in (fitted, loaded, resumed)}) == 1
 
 
 def test_an_encoder_that_learns_is_trained_along():
