@@ -247,7 +247,7 @@ class Detector:
             on_step: called with a Progress after each training step.
             stop: asked after each step and each image whether to stop there.
 
-        The caller's random numbers on the CPU are left as they were.
+        The caller's random numbers are left as they were.
 
         Raises UsageError for a folder without images or a `resume` that does not fit, CpcFastError for images that
         cannot be used, a run folder that another process writes, or a loss that is not finite, Stopped where `stop`
@@ -296,7 +296,9 @@ class Detector:
         rank, world = rank_and_world()
         lock = contextlib.nullcontext() if out is None or rank else locked(Path(out))
         with lock, _by_itself(device):
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)  # torch.manual_seed would seed all GPUs, too
+            if device.type == "cuda":  # as an encoder with dropout draws there
+                torch.cuda.manual_seed_all(config.seed)
             model = CPC(config, encoder).to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             optimizer = make_optimizer(model, config)
             checkpoint = None if out is None else Checkpoint(Path(out), model, optimizer, config, given)
@@ -563,7 +565,7 @@ def need_float32() -> None:
 def _by_itself(device: torch.device) -> Iterator[None]:
     """To make a model whatever mode the caller is in: with gradients, without autocast (precision of the config says
     what is rounded), and with the caller's random numbers as before at its end."""
-    seeded = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    seeded = range(torch.cuda.device_count()) if device.type == "cuda" else ()
     with (
         torch.random.fork_rng(seeded), torch.autocast(device.type, enabled=False),
         torch.inference_mode(False), torch.enable_grad(),

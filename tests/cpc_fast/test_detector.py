@@ -60,11 +60,12 @@ def test_a_prediction_agrees_with_itself(detector):
     assert sum(segment.area for segment in answer.segments) == answer.mask.sum()
 
 
-def test_a_fit_minds_neither_the_mode_nor_the_random_numbers_of_its_caller(detector, tmp_path):
+def test_a_fit_minds_neither_the_mode_nor_the_random_numbers_of_its_caller(detector, tmp_path, monkeypatch):
     for mode in (torch.no_grad(), torch.inference_mode()):
         torch.manual_seed(7)
         before = torch.get_rng_state()
-        with mode:
+        with mode, monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("GPUs are seeded, too"))
             other = Detector.fit(IMAGES, TINY_CONFIG)
             other.save(tmp_path / "run")
             loaded = Detector.load(tmp_path / "run")
