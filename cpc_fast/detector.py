@@ -588,7 +588,11 @@ def split(count: int, config: Config, digests: Sequence[str] = ()) -> tuple[list
     share = round(different * config.calibration_share)
     held_out = set(list(firsts)[: max(2 if different >= 4 else 1, share)])  # one would be judged by itself
     if different - len(held_out) < 2:
-        raise UsageError(f"{different} normal images are too few to learn from and to calibrate with; give at least 3.")
+        copies = f", {different} of them different and the others copies," if different < count else ""
+        raise UsageError(
+            f"{count} normal images{copies} are too few to learn from and to calibrate with; give at least 3"
+            f"{' different ones' if copies else ''}."
+        )
     return [i for i in range(count) if told[i] not in held_out], sorted(firsts[one] for one in held_out)
 
 

@@ -99,6 +99,10 @@ def test_answers_are_compared_by_being_the_same_object(detector):
 def test_copies_are_learnt_from_or_held_out_once(tmp_path):
     letters = [str(i) for i in range(30)]
     assert split(30, TINY_CONFIG, letters) == split(30, TINY_CONFIG)
+    with pytest.raises(UsageError, match=r"^10 normal images, 2 of them different and the others copies, are"):
+        split(10, TINY_CONFIG, ["a"] * 4 + ["b"] * 6)
+    with pytest.raises(UsageError, match=r"^2 normal images are too few to learn from .*; give at least 3\.$"):
+        split(2, TINY_CONFIG)
     learnt, held_out = split(61, TINY_CONFIG, [*letters, *letters, "0"])
     assert len({i % 30 for i in held_out}) == len(held_out) == 6
     assert not {i % 30 for i in learnt} & {i % 30 for i in held_out}
