@@ -148,7 +148,7 @@ def read_image(path: str | os.PathLike, data: bytes | None = None, depth: int | 
     Example: `read_image("tile.png").shape` -> `(420, 260, 1)`.
     """
     path = Path(path)
-    pixels = _decode(path, data)
+    pixels = _decode(path, data, depth or 16)
     if pixels.dtype != np.uint8:
         pixels = pixels >> ((depth or 16) - 8)
         if pixels.max() > 255:
@@ -517,8 +517,8 @@ class Chosen(Sequence[np.ndarray]):
         return self.images[self.indices[i]]
 
 
-def _decode(path: Path, data: bytes | None = None) -> np.ndarray:
-    """uint8 (H, W, C), or uint16 (H, W, 1), of any size within the limit."""
+def _decode(path: Path, data: bytes | None = None, depth: int = 16) -> np.ndarray:
+    """uint8 (H, W, C), or uint16 (H, W, 1) of `depth` bits, of any size within the limit."""
     try:
         if (size := _size_of_file(path) if data is None else len(data)) == 0:
             raise ImageError(f"{quoted(path)} is empty ({size} bytes); copy it again, or remove it.")
@@ -527,7 +527,7 @@ def _decode(path: Path, data: bytes | None = None) -> np.ndarray:
             with Image.open(source, formats=FORMATS) as picture:  # a path is mapped, and grey TIFFs turned wrong
                 _check(path, picture)
                 picture.load()
-                return _turned(_to_array(path, picture), picture)
+                return _turned(_to_array(path, picture, depth), picture)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -589,8 +589,8 @@ def _tiff_tag(picture: Image.Image, tag: int) -> Any:
     return None if tags is None else tags.get(tag)
 
 
-def _to_array(path: Path, picture: Image.Image) -> np.ndarray:
-    """uint8 (H, W, C) of a loaded picture of any mode, uint16 (H, W, 1) of 16-bit grey."""
+def _to_array(path: Path, picture: Image.Image, depth: int) -> np.ndarray:
+    """uint8 (H, W, C) of a loaded picture of any mode, uint16 (H, W, 1) of grey with `depth` bits in 16."""
     mode = picture.mode
     if mode.startswith("I"):  # I;16 and its byte orders, or I, which 16 bits may come as, too
         values = np.asarray(picture)
@@ -602,7 +602,7 @@ def _to_array(path: Path, picture: Image.Image) -> np.ndarray:
             )
         values = values.astype(np.uint16)[..., None]
         white_is_0 = _tiff_tag(picture, 262) == 0  # Pillow minds that at 8 bits only
-        return 65535 - values if white_is_0 else values
+        return np.uint16((1 << depth) - 1) - values if white_is_0 else values  # more than these bits stay more
     if mode == "F":
         raise ImageError(f"{quoted(path)} holds floating-point values; save it with 8 or 16 bits.")
     if mode in ("P", "PA", "RGBa", "La"):

@@ -83,6 +83,11 @@ def test_where_zero_is_white(tmp_path):
     for values in (ramp()[..., 0], ramp()[..., 0].astype(np.uint16) * 257):
         tifffile.imwrite(tmp_path / "x.tif", values, photometric="miniswhite")
         np.testing.assert_array_equal(read_image(tmp_path / "x.tif"), 255 - ramp())
+    values = ramp()[..., 0].astype(np.uint16) << 4
+    tifffile.imwrite(tmp_path / "x.tif", values, photometric="miniswhite")
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif", depth=12), 255 - ramp())
+    tifffile.imwrite(tmp_path / "x.tif", values + np.uint16(4096), photometric="miniswhite")
+    refused(tmp_path / "x.tif", "holds values above 4095", read=lambda path: read_image(path, depth=12))
 
 
 def test_palette_alpha_one_bit_and_cmyk(tmp_path):
