@@ -507,9 +507,11 @@ class Detector:
             [a.flagged for a in answers], [a.other_light for a in answers],
         )  # fmt: skip
 
-    def explain(self, image: np.ndarray) -> Explanation:
-        """Which patch, and which direction and step or its place, made the score of an image such as inspect takes;
-        raises what inspect raises."""
+    def explain(self, image: str | os.PathLike | np.ndarray) -> Explanation:
+        """Which patch, and which direction and step or its place, made the score of an image, a path or such as inspect
+        takes; raises what inspect raises, and ImageError for a file that cannot be used."""
+        if isinstance(image, (str, os.PathLike)):
+            image = read_image(image, depth=self.config.depth)
         need_float32()
         prepared = prepare(image, self.config)
         with torch.autocast(self.bank.device.type, enabled=False):

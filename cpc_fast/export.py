@@ -206,6 +206,7 @@ def export(
     program = Program(detector, size)
     about = {
         "cpc_fast": __version__, "input": "uint8 images (batch, channels, height, width)", "channels": config.channels,
+        "depth": config.depth or 16,  # grey of 16 bits, v, becomes uint8 as v >> (depth - 8)
         "height": size[0], "width": size[1], "outputs": ["scores", "maps"], "threshold": detector.threshold.value,
     }  # fmt: skip
     write, load = (_as_torch, _torch_runner) if format == "torch" else (_as_onnx, _onnx_runner)

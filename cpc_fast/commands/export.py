@@ -68,7 +68,9 @@ def export(
     worst = write(detector, out, format, (height, width))
     load, call, refusal = CALLS[format]
     say(f"Wrote {out}; on random images it differs from torch here by {worst:.1e} at most.")
-    say(f"images: uint8 (batch, {detector.config.channels}, {height}, {width})")
+    depth = detector.config.depth
+    deep = f", of values of {depth} bits the upper 8: v >> {depth - 8}" if depth else ""
+    say(f"images: uint8 (batch, {detector.config.channels}, {height}, {width}){deep}")
     say(f"  {load.format(str(out))}")
     say(f"  {call}  # float32 (batch,), (batch, {height}, {width})")
     say(f"Other channels, heights and widths are refused ({refusal}); for another size: --size HxW.")

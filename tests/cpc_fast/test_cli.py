@@ -313,6 +313,7 @@ def test_16_bit_files_of_12_bits_are_pointed_at_and_read(tmp_path, capsys):
     assert "grey levels" not in capsys.readouterr().out
     detector = Detector.load(tmp_path / "run")
     wanted = [detector.inspect(texture(i)).score for i in range(6)]
+    assert detector.explain(tmp_path / "data" / "test" / "good" / "0.png") == detector.explain(texture(0))
     assert detector.predict([tmp_path / "data" / "test" / "good" / f"{i}.png" for i in range(6)]).scores == wanted
     command = ["predict", str(tmp_path / "run"), str(tmp_path / "data" / "test"), "--out", str(tmp_path / "out")]
     assert cli.run(command) == 0

@@ -61,13 +61,13 @@ print(float(scores[4]), about["about.json"])
 
 def test_the_torch_program_needs_torch_alone(tmp_path, capsys):
     run = tmp_path / "run"
-    options = [*SET_TINY, "--set", "precision=float32", "--epochs", "1"]
+    options = [*SET_TINY, "--set", "precision=float32", "--set", "depth=12", "--epochs", "1"]
     assert cli.run(["fit", str(make_set(tmp_path / "data")), "--out", str(run), *options]) == 0
     capsys.readouterr()
     assert cli.run(["export", str(run)]) == 0
     said = capsys.readouterr().out
     assert "detector.pt2; on random images it differs from torch here by " in said
-    assert "images: uint8 (batch, 1, 48, 48)\n" in said
+    assert "images: uint8 (batch, 1, 48, 48), of values of 12 bits the upper 8: v >> 4\n" in said
     assert f"program = torch.export.load('{run / 'detector.pt2'}').module()\n" in said
     assert "scores, maps = program(images)  # float32 (batch,), (batch, 48, 48)\n" in said
     assert f"Scores above {Detector.load(run).threshold.value:.4g} are anomalous." in said
@@ -80,6 +80,7 @@ def test_the_torch_program_needs_torch_alone(tmp_path, capsys):
     score, about = done.stdout.split(" ", 1)
     detector = Detector.load(run)
     assert json.loads(about)["threshold"] == detector.threshold.value
+    assert json.loads(about)["depth"] == 12
     expected = detector.inspect(np.full((48, 48, 1), 77, np.uint8)).score
     assert float(score) == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
 
