@@ -560,7 +560,7 @@ def test_what_is_gone_stays_answered_and_a_stop_among_the_retries_is_one(detecto
     (images / "7.png").unlink()
     for name in ("0.png", "1.png"):
         save(images / name, texture(0))
-    for left in (2, 1):  # the first is answered before the first stop
+    for left in (2, 1):
         with pytest.raises(Stopped, match=f"Stopped after 9 of 9 images, {left} of them to be tried again"):
             answers.predict(detector, [images], tmp_path / "out", resume=True, stop=lambda: True)
     found = answers.predict(detector, [images], tmp_path / "out", resume=True)
