@@ -211,10 +211,11 @@ def forward_kernel(
             b_w = _load_tile(p_maps, i_k * d + o_d, o_d < d, o_c, c, 1, c, 0, False, True)
             b_made = _dot(b_x, tl.trans(b_w), b_made, PRECISION, UPCAST)
         b_q = b_made.to(p_maps.dtype.element_ty)  # [BN, BD] rounded as in memory
-        b_v = _load_tile(candidates, b_p.to(tl.int64), m_kept, o_d, stride_cm, stride_cd, d, 0, False, EVEN_D)
+        m_v = m_kept & (b_p < m)
+        b_v = _load_tile(candidates, b_p.to(tl.int64), m_v, o_d, stride_cm, stride_cd, d, 0, False, EVEN_D)
         b_all = _dot(b_q, tl.trans(b_v), tl.zeros([BN, BN], dtype=ACC), PRECISION, UPCAST)
         m_diagonal = tl.arange(0, BN)[:, None] == tl.arange(0, BN)[None, :]
-        b_beaten = tl.sum(tl.where(m_diagonal, b_all, 0.0), 1) * sign
+        b_beaten = tl.where(b_p < m, tl.sum(tl.where(m_diagonal, b_all, 0.0), 1) * sign, float("nan"))
     elif not STREAMED:
         b_q = _load_tile(anchors, o_n, m_n, o_d, stride_an, stride_ad, d, i_n * BN, DESCRIPTORS, EVEN_D)
 
@@ -705,7 +706,8 @@ def forward_projected(
     if loss.numel() == 0:
         return loss, lse, positive, rank
     features, scale = max(16, triton.next_power_of_2(d)), scale.contiguous()
-    contexts, maps = (launch.rows(t, tile.features, False) for t in (contexts, maps.reshape(steps * d, c)))
+    maps = maps.reshape(steps * d, c).contiguous()  # rows that lie as far apart as they are wide
+    contexts, maps = (launch.rows(t, tile.features, False) for t in (contexts, maps))
     candidates = launch.rows(candidates, features, False)
     ids = (anchor_ids.repeat(steps), _ahead(candidate_ids, tile)) if has_ids else (scale, scale)
     row_tiles, split_size = triton.cdiv(n, tile.rows), launch.split(1, m, tile.columns, 1)[0]

@@ -598,6 +598,24 @@ def test_predictions_made_inside_the_kernel(dtype, scale, ids):
     torch.testing.assert_close(mean, ours.loss.sum() / (positives >= 0).sum())
 
 
+def test_predictions_inside_the_kernel_from_maps_that_lie_apart():
+    """Every second half of wider rows, which tiles read as they lie where they are aligned."""
+    g = torch.Generator().manual_seed(1)
+    wide = torch.randn(3, 16, 64, generator=g)
+    contexts, candidates = torch.randn(9, 64, generator=g)[:, 32:], torch.randn(20, 16, generator=g)
+    where = contexts, wide[..., 32:], candidates, torch.randint(-1, 20, (9, 3), generator=g)
+    ours, truth = (bilinear_info_nce_stats(*where, impl=impl) for impl in ("fused", "reference"))
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_predictions_inside_the_kernel_read_no_positive_past_the_candidates():
+    where = torch.randn(9, 8), torch.randn(2, 16, 8), torch.randn(20, 16), torch.zeros(2, 9, dtype=torch.int64)
+    where[-1][1, 4] = 20
+    loss, *_ = triton_info_nce.forward_projected(*where, torch.ones(1))
+    assert loss.isnan().nonzero().tolist() == [[1, 4]]
+
+
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (0, 3), (3, 0)])
 def test_predictions_inside_the_kernel_of_one_and_of_none(n, m):
     where = torch.ones(n, 4), torch.ones(2, 3, 4), torch.ones(m, 3), torch.full((n, 2), min(m, 1) - 1)
