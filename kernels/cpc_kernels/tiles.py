@@ -49,6 +49,13 @@ def projected_max_d(width: int) -> int:
     return min(PROJECTED_MAX_D, one_pass_max_d(width))
 
 
+def chunk(rows: int, columns: int) -> int:
+    """Rows of scores, of so many columns, that the chunked schedule holds at once: 16 or a multiple where they fit, as
+    Triton compiles once more for slices that are not aligned alike."""
+    fit = CHUNK_ELEMENTS // max(columns, 1)
+    return max(1, min(rows, fit // 16 * 16 or fit))
+
+
 class Tile(NamedTuple):
     """Block sizes of one kernel and how to compile it."""
 

@@ -627,7 +627,7 @@ def forward(
         )  # fmt: skip
     if chunked:
         # [rows, M] of raw scores, then of P
-        size = max(1, min(n, tiles.CHUNK_ELEMENTS // m))
+        size = tiles.chunk(n, m)
         tile = launch.tile("exponentials", d)
         for i in range(0, n, size):
             part = slice(i, min(i + size, n))
@@ -780,7 +780,7 @@ def backward_candidates(
     if d > tiles.one_pass_max_d(launch.width):
         anchors = anchors.where((positives >= 0)[:, None], 0.0) if indexed else anchors
         grad = candidates.new_empty((m, d), dtype=out_dtype)
-        size = max(1, min(m, tiles.CHUNK_ELEMENTS // n))
+        size = tiles.chunk(m, n)
         tile = launch.tile("coefficients", d)
         columns = min(tile.columns, triton.next_power_of_2(n))
         for i in range(0, m, size):

@@ -546,7 +546,7 @@ class Problem:
 
     def chunks(self) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor]]:
         """Of the dense schedule: rows n, rows (n, k), counts, anchors (R, D) and raw scores (R, M)."""
-        size = max(1, min(self.n, tiles.CHUNK_ELEMENTS // max(self.m * self.steps, 1)))
+        size = tiles.chunk(self.n, self.m * self.steps)
         for start in range(0, self.n, size):
             part = slice(start, min(start + size, self.n))
             rows = slice(part.start * self.steps, part.stop * self.steps)

@@ -527,6 +527,14 @@ def test_splits_fill_the_device_and_no_more():
     assert tiles.splits(0, 0, 132) == 1
 
 
+def test_chunks_begin_where_slices_are_aligned_alike():
+    for rows, columns in ((45360, 3969), (100_000, 12_543), (5, 7), (1, 1 << 30), (64, 1 << 25), (9, 0)):
+        size = tiles.chunk(rows, columns)
+        assert 1 <= size <= rows
+        assert size == rows or size % 16 == 0 or 16 * columns > tiles.CHUNK_ELEMENTS
+        assert size == 1 or size * columns <= tiles.CHUNK_ELEMENTS
+
+
 def test_every_op_has_a_tile_everywhere():
     for arch in (*tiles.ARCHITECTURES, "interpreter"):
         for op in (
