@@ -123,7 +123,7 @@ def rows_gradients(
         dk = launch(weight * scale, lse, anchors, candidates, positives, scale, anchor_ids, candidate_ids)
         dk = dk.to(candidates.dtype)
     if need_positives:
-        dv = (anchors.to(dtype) * (weight * -scale)[:, None]).to(positives.dtype)
+        dv = (anchors.to(dtype) * (weight * -scale)[:, None]).to(positives.dtype).contiguous()  # as its fake says
     return dq, dk, dv, dscale
 
 

@@ -134,7 +134,7 @@ def gather_forward(problem: Gathered, need_expectation: bool, need_rank: bool):
 def gather_backward_pool(problem: Gathered, weight: Tensor, lse: Tensor) -> Tensor:
     """dz (M, D) from w (N, K)."""
     pool = problem.pool
-    dz = torch.zeros_like(pool)
+    dz = pool.new_zeros(pool.shape)
     if pool.numel() == 0:
         return dz
     lse = lse.where(lse != -torch.inf, 0.0)
@@ -289,7 +289,7 @@ def rows_gradients(
             dz = gather_backward_pool(Gathered(*where), rows[..., 0], lse)
         dz = dz.to(pool.dtype)
     if need_positives:
-        dv = (anchors.to(dtype) * -rows).to(positives.dtype)
+        dv = (anchors.to(dtype) * -rows).to(positives.dtype).contiguous()  # as its fake says
     return dq, dz, dv, dscale
 
 

@@ -420,6 +420,15 @@ def test_opcheck(vectors, unpoisoned):
     torch.library.opcheck(ops.info_nce_sum, (q, k, positives, scale, *ids, True))
 
 
+def test_gradients_lie_as_their_fakes_say(unpoisoned):
+    """However the inputs lie; what is compiled stops at others."""
+    *vectors, _ = make(vectors=True)
+    given = [t.T.contiguous().T for t in vectors] + [torch.ones(1), None, None, "chunked"]
+    loss, lse, _, _, expectation = ops.info_nce_op(*given, True, False)
+    grads = ops.info_nce_backward(torch.ones(len(loss)), loss, lse, expectation, *given, True, True, True, True)
+    assert all(grad.is_contiguous() for grad in grads)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
 def test_compile_fullgraph(unpoisoned):
     anchors, candidates, positives, _ = make(vectors=False)

@@ -357,6 +357,23 @@ def test_retain_graph_and_strides(impl):
 
 
 @both
+def test_gradients_lie_as_their_fakes_say(impl, unpoisoned):
+    """However the inputs lie; what is compiled stops at others."""
+    anchors, pool, positives, negatives, _ = make(vectors=True)
+    q, z, v = (t.permute(*range(t.ndim)[::-1]).contiguous().permute(*range(t.ndim)[::-1])
+               for t in (anchors, pool, positives))  # fmt: skip
+    given, options = (q, z, v, torch.ones(1)), (0, False, impl)
+    _, lse, positive, _, *kept = module.sampled_op(
+        *given, negatives, None, 0, False, None, None, impl, True, True, False
+    )
+    ones = torch.ones(lse.shape)
+    grads = module.sampled_backward(
+        ones, lse, positive, *kept, *given, negatives, None, None, None, *options, True, True, True, True
+    )
+    assert all(grad.is_contiguous() for grad in grads)
+
+
+@both
 def test_opcheck(impl, unpoisoned):
     anchors, pool, positives, negatives, tags = make(ids=True)
     q, z, scale = anchors.requires_grad_(), pool.requires_grad_(), torch.tensor([0.5], requires_grad=True)
