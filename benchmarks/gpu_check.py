@@ -19,6 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
             "gpu_check: torch sees no GPU here. --dry runs tiny shapes through Triton's interpreter.", file=sys.stderr
         )
         return 2
-    if not args.dry and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        print(
-            "gpu_check: Triton builds its launchers with a C compiler, and there is none. Install gcc, or set CC.",
-            file=sys.stderr,
-        )
+    if not args.dry and (lacking := lacks()):
+        print(f"gpu_check: Triton builds its launchers with {lacking}", file=sys.stderr)
         return 2
     if args.verb == "sanitize":
         return sanitize(args.dry)
@@ -72,6 +70,23 @@ def main(arguments: list[str] | None = None) -> int:
     if args.out is None:
         parser.error("--out DIR says where the results go")
     return check(args)
+
+
+def lacks() -> str:
+    """What Triton compiles its launchers with and does not find, and what helps; "" where nothing is lacking."""
+    compiler = next(filter(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang"))), None)
+    if compiler is None:
+        return "a C compiler, and there is none. Install gcc, or set CC."
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton asks on Debian
+    include = sysconfig.get_paths(scheme=scheme)["include"]
+    command = [compiler, "-fsyntax-only", f"-I{include}", "-x", "c", "-"]
+    done = subprocess.run(command, input="#include <Python.h>\n", capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return ""
+    return (
+        f"Python's headers, and {compiler} finds no Python.h in {include}. Install those of Python "
+        f"{sys.version_info[0]}.{sys.version_info[1]} (python3-dev on Debian)."
+    )
 
 
 class Budget:

@@ -92,8 +92,8 @@ def truth(case: Case, problem: Problem, seeded: bool = False) -> dict[str, Tenso
     """The reference in float64, some rows at a time: loss, dq, and dk unless the candidates are a bank."""
     q = problem.anchors.detach().double().requires_grad_()
     k = problem.candidates.detach().double().requires_grad_(problem.candidates.requires_grad)
-    width = case.m if not case.s else case.s * case.d
-    rows = max(1, (2**24 if q.device.type == "cpu" else 2**27) // width)
+    width = case.k * case.s * case.d if case.s else case.m
+    rows = max(1, (2**24 if q.device.type == "cpu" else 2**25) // width)  # about 2 GB of a GPU
     total = torch.zeros((), dtype=torch.float64, device=q.device)
     for part in torch.arange(case.n, device=q.device).split(rows):
         if case.s:

@@ -88,6 +88,14 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert "--dry" in done.stderr
 
 
+def test_what_launchers_are_built_with_is_looked_for_first(monkeypatch):
+    assert gpu_check.lacks() == ""
+    monkeypatch.setenv("CC", "false")  # a compiler that finds nothing
+    assert "false finds no Python.h" in gpu_check.lacks()
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "a C compiler, and there is none" in gpu_check.lacks()
+
+
 class Silent:
     """A worker that answers everything in the same way."""
 
