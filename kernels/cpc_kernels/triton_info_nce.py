@@ -512,7 +512,7 @@ def exponentials_kernel(
     gap, lse = _logs(top, total, raw_p, scale2)
     _finish(p_loss, p_lse, p_positive, gap, lse, raw_p * sign * scale, kept, i_r, True)
     if RANK:
-        tl.store(p_rank + i_r, rank)
+        tl.store(p_rank + i_r, tl.where(scale == 0, 0, rank))
     if EXPECTATION:
         ref, _ = _rescaled(top, top, scale2)
         total = tl.where(total == 0, 1.0, total)
