@@ -178,7 +178,7 @@ def gathered_forward_kernel(
     total = tl.sum(b_sum * b_share, 0)
     gap, lse = _logs(top, total, raw_p, scale2)
     _finish(p_loss, p_lse, p_positive, gap, lse, raw_p * sign * scale, kept, row, True)
-    tl.store(p_rank + row, tl.where(scale == 0, 0, tl.sum(b_rank, 0)))  # raw scores differ where scores do not
+    tl.store(p_rank + row, tl.where(scale == 0, 0, tl.sum(b_rank, 0)))
     if EXPECTATION:
         b_e = tl.sum(b_o * b_share[:, None], 0) / tl.where(total == 0, 1.0, total)
         b_e = tl.where(total == 0, 0.0, b_e)
@@ -302,7 +302,8 @@ def steps_forward_kernel(
 
     b_gap, b_lse = _logs(b_max, b_sum, b_raw_p, scale2)
     _finish(p_loss, p_lse, p_positive, b_gap, b_lse, b_raw_p * sign * scale, m_kept, o_row, m_k)
-    tl.store(p_rank + o_row, tl.where(m_kept, tl.where(scale == 0, 0, b_rank), 0), mask=m_k)
+    m_ranked = m_kept & (tl.zeros([BK], ACC) + scale != 0)  # raw scores differ where scores do not
+    tl.store(p_rank + o_row, tl.where(m_ranked, b_rank, 0), mask=m_k)
     if EXPECTATION:
         m_empty = (b_sum == 0) | (m_kept == 0)
         b_o = b_o * (1.0 / tl.where(m_empty, 1.0, b_sum))[:, None]
