@@ -74,8 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def lacks() -> str:
     """What Triton compiles its launchers with and does not find, and what helps; "" where nothing is lacking."""
-    compiler = next(filter(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang"))), None)
-    if compiler is None:
+    compiler = os.environ.get("CC", shutil.which("gcc") or shutil.which("clang"))
+    if not (compiler and shutil.which(compiler)):
         return "a C compiler, and there is none. Install gcc, or set CC."
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton asks on Debian
     include = sysconfig.get_paths(scheme=scheme)["include"]

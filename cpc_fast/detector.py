@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.parameter import is_lazy
 
 from cpc_kernels.exchange import rank_and_world
 
@@ -261,7 +262,10 @@ class Detector:
         config = (preset(config) if isinstance(config, str) else config).replace(**changes)
         if encoder is not None:  # a frozen one is run once for each image, not on mirror images
             learns = any(weight.requires_grad for weight in encoder.parameters())
-            if learns and any(value.is_inference() for value in (*encoder.parameters(), *encoder.buffers())):
+            if any(
+                weight.requires_grad and not is_lazy(weight) and weight.is_inference()
+                for weight in encoder.parameters()
+            ):
                 raise UsageError(
                     "The encoder was made under torch.inference_mode, so it cannot learn; make it outside, or freeze "
                     "it: encoder.requires_grad_(False)."
@@ -511,7 +515,8 @@ class Detector:
         """Which patch, and which direction and step or its place, made the score of an image, a path or such as inspect
         takes; raises what inspect raises, and ImageError for a file that cannot be used."""
         if isinstance(image, (str, os.PathLike)):
-            image = read_image(image, depth=self.config.depth)
+            with naming(image):
+                return self.explain(read_image(image, depth=self.config.depth))
         need_float32()
         prepared = prepare(image, self.config)
         with torch.autocast(self.bank.device.type, enabled=False):

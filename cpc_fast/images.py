@@ -166,14 +166,14 @@ def read_image(path: str | os.PathLike, data: bytes | None = None, depth: int | 
 
 
 def highest_value(path: str | os.PathLike) -> int | None:
-    """The highest value of a 16-bit grey image; None of others, of which only the header is read."""
+    """The highest value stored in a 16-bit grey image; None of others, of which only the header is read."""
     try:
         with Image.open(path, formats=FORMATS) as picture:
             if not picture.mode.startswith("I"):
                 return None
     except Exception:  # read_image says what is wrong with it
         return None
-    return int(_decode(Path(path)).max())
+    return int(_decode(Path(path), depth=None).max())
 
 
 def read_mask(path: str | os.PathLike, size: tuple[int, int], labels: bool = False) -> np.ndarray:
@@ -517,8 +517,8 @@ class Chosen(Sequence[np.ndarray]):
         return self.images[self.indices[i]]
 
 
-def _decode(path: Path, data: bytes | None = None, depth: int = 16) -> np.ndarray:
-    """uint8 (H, W, C), or uint16 (H, W, 1) of `depth` bits, of any size within the limit."""
+def _decode(path: Path, data: bytes | None = None, depth: int | None = 16) -> np.ndarray:
+    """uint8 (H, W, C), or uint16 (H, W, 1) of `depth` bits (None: as stored), of any size within the limit."""
     try:
         if (size := _size_of_file(path) if data is None else len(data)) == 0:
             raise ImageError(f"{quoted(path)} is empty ({size} bytes); copy it again, or remove it.")
@@ -589,7 +589,7 @@ def _tiff_tag(picture: Image.Image, tag: int) -> Any:
     return None if tags is None else tags.get(tag)
 
 
-def _to_array(path: Path, picture: Image.Image, depth: int) -> np.ndarray:
+def _to_array(path: Path, picture: Image.Image, depth: int | None) -> np.ndarray:
     """uint8 (H, W, C) of a loaded picture of any mode, uint16 (H, W, 1) of grey with `depth` bits in 16."""
     mode = picture.mode
     if mode.startswith("I"):  # I;16 and its byte orders, or I, which 16 bits may come as, too
@@ -601,8 +601,9 @@ def _to_array(path: Path, picture: Image.Image, depth: int) -> np.ndarray:
                 "with 8 or 16 bits, from 0 on."
             )
         values = values.astype(np.uint16)[..., None]
-        white_is_0 = _tiff_tag(picture, 262) == 0  # Pillow minds that at 8 bits only
-        return np.uint16((1 << depth) - 1) - values if white_is_0 else values  # more than these bits stay more
+        if depth is None or _tiff_tag(picture, 262) != 0:
+            return values
+        return np.uint16((1 << depth) - 1) - values  # white is 0, which Pillow minds at 8 bits only; too much stays so
     if mode == "F":
         raise ImageError(f"{quoted(path)} holds floating-point values; save it with 8 or 16 bits.")
     if mode in ("P", "PA", "RGBa", "La"):

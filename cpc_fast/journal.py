@@ -112,7 +112,7 @@ class Journal:
                     for line in lines:
                         entry = _parse(line) or {"end": None}
                         i = entry.get("again", self.done)
-                        if "end" in entry or i >= self.total:
+                        if "end" in entry or i >= self.total or ("again" in entry and not 0 <= i < self.done):
                             break
                         self._count(i, entry)
                         self._end += len(line)

@@ -89,6 +89,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 
 def test_what_launchers_are_built_with_is_looked_for_first(monkeypatch):
+    monkeypatch.setenv("CC", "true")  # a compiler that finds everything
     assert gpu_check.lacks() == ""
     monkeypatch.setenv("CC", "false")  # a compiler that finds nothing
     assert "false finds no Python.h" in gpu_check.lacks()

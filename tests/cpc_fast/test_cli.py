@@ -21,7 +21,7 @@ from cpc_fast import answers, cli, datasets
 from cpc_fast.commands import console
 from cpc_fast.detector import Detector
 from cpc_fast.doctor import examine
-from cpc_fast.errors import Stopped, UsageError
+from cpc_fast.errors import CpcFastError, Stopped, UsageError
 from cpc_fast.images import read_image
 from cpc_fast.version import __version__
 
@@ -296,9 +296,15 @@ def test_colour_that_a_model_cannot_see_is_said(fitted, data, tmp_path, capsys):
     assert "in colour" not in capsys.readouterr().out
 
 
-def test_16_bit_files_of_12_bits_are_pointed_at_and_read(tmp_path, capsys):
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_files_of_12_bits_are_pointed_at_and_read(tmp_path, capsys, suffix):
     def deep(place: str, i: int) -> Path:
-        return save(tmp_path / place / f"{i}.png", texture(i).astype(np.uint16) << 4)
+        values, path = texture(i).astype(np.uint16) << 4, tmp_path / place / f"{i}.{suffix}"
+        if suffix == "png":
+            return save(path, values)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(path, 4095 - values, photometric="miniswhite")
+        return path
 
     for i in range(6):
         deep("data/train/good", i)
@@ -306,15 +312,19 @@ def test_16_bit_files_of_12_bits_are_pointed_at_and_read(tmp_path, capsys):
     fit = ["fit", str(tmp_path / "data"), *SET_TINY, "--epochs", "1", "--out"]
     assert cli.run([*fit, str(tmp_path / "dark")]) == 0
     said = capsys.readouterr().out
-    top = max(texture(i).max() for i in range(6)).item() << 4
+    stored = [texture(i).astype(np.uint16) << 4 for i in range(6)]
+    top = max((values if suffix == "png" else 4095 - values).max() for values in stored)
     assert f"Of 6 images, 6 are of 16 bits, with values up to {top} of 65535: {(top >> 8) + 1} grey levels are" in said
     assert "--set depth=12." in said
     assert cli.run([*fit, str(tmp_path / "run"), "--set", "depth=12"]) == 0
     assert "grey levels" not in capsys.readouterr().out
     detector = Detector.load(tmp_path / "run")
     wanted = [detector.inspect(texture(i)).score for i in range(6)]
-    assert detector.explain(tmp_path / "data" / "test" / "good" / "0.png") == detector.explain(texture(0))
-    assert detector.predict([tmp_path / "data" / "test" / "good" / f"{i}.png" for i in range(6)]).scores == wanted
+    tests = [tmp_path / "data" / "test" / "good" / f"{i}.{suffix}" for i in range(6)]
+    assert detector.explain(tests[0]) == detector.explain(texture(0))
+    assert detector.predict(tests).scores == wanted
+    with pytest.raises(CpcFastError, match=r"small\.png"):
+        detector.explain(save(tmp_path / "small.png", texture(0)[:8, :8]))
     command = ["predict", str(tmp_path / "run"), str(tmp_path / "data" / "test"), "--out", str(tmp_path / "out")]
     assert cli.run(command) == 0
     told = json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]

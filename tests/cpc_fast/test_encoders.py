@@ -122,7 +122,7 @@ def test_saved_loaded_and_resumed(tmp_path):
 
 def test_one_made_under_inference_mode_is_frozen_or_refused(tmp_path):
     with torch.inference_mode():
-        encoder, again = Backbone(), Backbone()
+        encoder, again, trunk = Backbone(), Backbone(), nn.Conv2d(1, 4, 3, 2).requires_grad_(False)
     with pytest.raises(UsageError, match=r"made under torch\.inference_mode, so it cannot learn; make it outside"):
         Detector.fit(IMAGES, TINY_CONFIG, encoder=encoder, epochs=1)
     fitted = Detector.fit(IMAGES, TINY_CONFIG, encoder=encoder.requires_grad_(False), epochs=1, out=tmp_path)
@@ -131,6 +131,8 @@ def test_one_made_under_inference_mode_is_frozen_or_refused(tmp_path):
         IMAGES, TINY_CONFIG, encoder=again.requires_grad_(False), epochs=1, out=tmp_path, resume=True
     )
     assert len({detector.inspect(IMAGES[0]).score for detector in (fitted, loaded, resumed)}) == 1
+    behind = nn.Sequential(trunk, nn.Flatten(), nn.LazyLinear(8))  # what is behind a frozen one may learn
+    Detector.fit(IMAGES, TINY_CONFIG, encoder=behind, epochs=1)
 
 
 def test_an_encoder_that_learns_is_trained_along():

@@ -90,7 +90,10 @@ def test_ctrl_c_and_sigterm_leave_the_same_lists(detector, folder, tmp_path):
     assert lists(tmp_path / "part") == {}
 
 
-@pytest.mark.parametrize("tail", [b'{"path": "', b'{"path": "x", "sco\n', b"\0\0\0\0", b"[1]\n"])
+AGAIN = [b'{"again": %d, "path": "x", "reason": "y"}\n' % i for i in (-1, 3)]  # of images without an answer
+
+
+@pytest.mark.parametrize("tail", [b'{"path": "', b'{"path": "x", "sco\n', b"\0\0\0\0", b"[1]\n", *AGAIN])
 def test_a_line_that_was_cut_is_written_again(detector, folder, whole, tmp_path, tail):
     with pytest.raises(Stopped):
         answers.predict(detector, [folder], tmp_path, stop=iter([False, False, True]).__next__)

@@ -1,8 +1,9 @@
-"""What interpreted kernels do to memory, address by address: what compute-sanitizer would find on a GPU, without one.
+"""What interpreted kernels do to memory, address by address: accesses out of bounds and races between programs.
 
-A launch may touch only what lies between the ends of the arrays that it was given. Programs run in any order and at
-once, so an address is written by one program, once, and read in the same launch by that program alone, before. What
-atomics add to may meet, and is neither read nor written.
+A launch may touch only what lies between the ends of the arrays that it was given (of views side by side in one
+storage: of all of them). Programs run in any order and at once, so an address is written by one program, once, and read
+in the same launch by that program alone, before. What atomics add to may meet, and is neither read nor written. Not
+seen: races inside a program, and elements of different sizes that overlap.
 """
 
 import numpy as np
@@ -15,7 +16,7 @@ class Traffic:
 
     def __init__(self, monkeypatch):
         self.spans = None
-        for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw"):
+        for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas"):
             monkeypatch.setattr(InterpreterBuilder, name, self._watched(name, getattr(InterpreterBuilder, name)))
         begin, end = GridExecutor._init_args_hst, GridExecutor._restore_args_dev
 
@@ -35,8 +36,8 @@ class Traffic:
         kind = name.rsplit("_", 1)[1]
 
         def call(builder, *args, **kwargs):
-            pointers, mask = {"rmw": (1, 3), "load": (0, 1), "store": (0, 2)}[kind]
-            self.touch(kind, args[pointers], args[mask], builder.grid_idx)
+            pointers, mask = {"rmw": (1, 3), "load": (0, 1), "store": (0, 2), "cas": (0, None)}[kind]
+            self.touch("rmw" if kind == "cas" else kind, args[pointers], mask and args[mask], builder.grid_idx)
             return real(builder, *args, **kwargs)
 
         return call
@@ -58,7 +59,9 @@ class Traffic:
         self.touched = {kind: [] for kind in ("load", "store", "rmw")}
 
     def touch(self, kind, pointers, mask, program):
-        addresses = np.asarray(pointers.data)[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
+        addresses = np.asarray(pointers.data)
+        if mask is not None:
+            addresses = addresses[np.broadcast_to(mask.data, addresses.shape).astype(bool)]
         addresses = addresses.ravel().astype(np.uint64)
         size = np.uint64(max(1, pointers.dtype.scalar.element_ty.primitive_bitwidth // 8))
         at = np.searchsorted(self.spans[:, 0], addresses, "right").astype(np.int64) - 1
