@@ -40,6 +40,9 @@ def need_tensors(op: str, **given: object) -> None:
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor. {spell_other(name, value)}")
+        if value.layout is not torch.strided or value.is_nested:
+            kind = "a nested tensor; pad it" if value.is_nested else f"{value.layout}; write {name}.to_dense()"
+            raise TypeError(f"{op}: {name} must be an ordinary, dense tensor. Got {kind}.")
 
 
 def check_reduction(op: str, reduction: str) -> None:

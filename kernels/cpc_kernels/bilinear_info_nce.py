@@ -38,7 +38,7 @@ from .arguments import (
     spell,
 )
 from .autograd import as_written, learns, once_differentiable, refuse_transforms, undisturbed
-from .capabilities import triton_module
+from .capabilities import interpreting, triton_module
 from .info_nce import info_nce, info_nce_stats
 from .negatives import Negatives, draw_negatives
 from .ranges import stage
@@ -184,6 +184,7 @@ def fused(op, contexts, weights, candidates, positives, scale, anchor_ids, candi
     learning = learns(contexts, weights, candidates, scale)
     limit = tiles.projected_max_d(16 if contexts.dtype.itemsize == 2 else 32)
     for wrong, why in (
+        (contexts.device.type == "cpu" and not interpreting(), "runs on a CUDA or ROCm GPU alone"),
         (not plain, "takes every context with every step, all candidates and indices as positives"),
         (learning, "makes no gradients, which would need the predictions stored"),
         (weights.shape[1] > limit, f"holds up to {limit} features D of {contexts.dtype}, not {weights.shape[1]}"),

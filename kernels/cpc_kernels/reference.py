@@ -55,10 +55,10 @@ def info_nce_rows(anchors, candidates, positives, *, scale=1.0, anchor_ids=None,
         own = positives.to(dtype)
     else:
         active = positives >= 0
-        negative &= torch.arange(m, device=q.device) != positives[:, None]
+        negative = negative & (torch.arange(m, device=q.device) != positives[:, None])  # not in place: vmap
         own = None
     if anchor_ids is not None:
-        negative &= anchor_ids[:, None] != candidate_ids
+        negative = negative & (anchor_ids[:, None] != candidate_ids)
     q = q.where(active[:, None], 0.0)  # whatever an ignored row holds reaches nobody
     scores = scale * (q @ k.T)
     if own is not None:

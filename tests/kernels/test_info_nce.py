@@ -641,6 +641,10 @@ def test_what_is_no_tensor_is_named():
         TypeError, match=r"candidates must be a torch\.Tensor\. Got ndarray; write torch\.tensor\(candidat"
     ):
         info_nce(q, q.numpy(), torch.arange(4))
+    with pytest.raises(TypeError, match=r"anchors must be an ordinary, dense tensor\. Got torch\.sparse_coo; write"):
+        info_nce(torch.eye(3).to_sparse(), torch.eye(3), torch.arange(3))
+    with pytest.raises(TypeError, match=r"candidates must be an ordinary, dense tensor\. Got a nested tensor; pad it"):
+        info_nce(torch.eye(3), torch.nested.nested_tensor([torch.ones(2, 3)], layout=torch.jagged), torch.arange(3))
     with pytest.raises(TypeError, match=r"candidates must be a torch\.Tensor\. Got NoneType\.$"):
         info_nce(q, None, torch.arange(4))
     with pytest.raises(

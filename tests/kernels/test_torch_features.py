@@ -145,6 +145,16 @@ def test_the_spec_takes_every_derivative(name):
     assert torch.func.hessian(loss)(anchors, pool).isfinite().all()
 
 
+@pytest.mark.parametrize("ids", [None, torch.arange(6) % 2])
+def test_the_spec_takes_vmap_over_every_argument(ids):
+    several = torch.randn(3, 6, 8), torch.randn(3, 6, 8), torch.stack([torch.randperm(6) for _ in range(3)])
+
+    def loss(*given):
+        return info_nce(*given, anchor_ids=ids, candidate_ids=ids, impl="reference")
+
+    torch.testing.assert_close(torch.func.vmap(loss)(*several), torch.stack(list(map(loss, *several))))
+
+
 @every
 def test_vmap_loops(name):
     loss, (anchors, pool, *_) = loss_of(name), make()
