@@ -6,8 +6,9 @@
     python3 -m benchmarks.gpu_check sanitize                     small shapes under NVIDIA's compute-sanitizer
 
 Needs torch and triton (and numpy); peers are measured where they can be imported. In this order: the two ceilings (a
-copy, matrix products), correctness of every op, the cases of `cases.py` by importance, one training step and the
-scoring of one image. DIR/<device>.json is written after each of them, so that a run that is cut off keeps what it has.
+copy, matrix products), correctness of every op, the cases of `cases.py` by importance (compiled before, side by side),
+one training step and the scoring of one image. DIR/<device>.json is written after each of them, so that a run that is
+cut off keeps what it has; where it lies there already, cases that it has from the same code come last.
 All of it runs in processes of their own: what crashes, hangs or runs out of memory is recorded as that, and the next
 goes on; a case is tried again without the provider that broke it. Exits 1 when anything of ours is wrong.
 """
@@ -21,13 +22,14 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_work
 from benchmarks.workers import Answer, Worker, spread
 
-SHARE_CORRECTNESS, SHARE_CASES = 0.35, 0.8  # of the minutes, counted from the start
+SHARE_CORRECTNESS, SHARE_COMPILING, SHARE_CASES = 0.35, 0.5, 0.8  # of the minutes, counted from the start
 PROBE_SECONDS, LANE_SECONDS = 150.0, 100.0  # the longest that a probe (the first of a process imports, and compiles
 # launchers), or a provider of a case, may take
 OVER = "no minutes left"  # the only reason for a missing figure that is no fault
@@ -119,6 +121,9 @@ def check(args: argparse.Namespace) -> int:
         ceilings = find_ceilings(worker, dry, book)
         wrong = check_correctness(args, worker, book, budget)
         measured = [case for case in cases.for_gpu() if all(part in case.name for part in args.only)]
+        earlier = {name: record["environment"] for name, record in book.told.get("cases", {}).items()}
+        measured.sort(key=lambda case: same_code(earlier.get(case.name, {}), environment))
+        compile_ahead(args, measured, budget)
         for i, case in enumerate(measured):
             if budget.left(SHARE_CASES) < 0:
                 say(f"no time for {len(measured) - i} cases: {', '.join(c.name for c in measured[i:])}")
@@ -203,6 +208,18 @@ def failed(provider: str, answer: Answer) -> dict[str, Any]:
     return {
         "provider": provider or "ours", "ours": ours, "status": "failed", "why": f"{answer.kind}: {answer.value}"
     }  # fmt: skip
+
+
+def compile_ahead(args: argparse.Namespace, measured: Sequence[Any], budget: Budget) -> None:
+    """What the cases compile, into the caches on disk, in several processes: one after the other it takes longer than
+    all that is measured. What fails here fails there, too, and is said there."""
+
+    def seconds() -> float:
+        return min(LANE_SECONDS, budget.left(SHARE_COMPILING))
+
+    for case, answer in spread(args.jobs, measured, seconds, gpu_work.compile_case, gpu_work.prepare, args.dry):
+        if answer.kind in ("died", "late") and answer.value != "not begun":
+            say(f"compiling {case.name}: {answer.said or 'ours'} {answer.kind}")
 
 
 def check_case(case, worker: Worker, dry: bool, book, budget: Budget, ceilings: dict[str, Any]) -> int:

@@ -6,6 +6,7 @@ crashed is known, and left out when the case is tried again.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -68,19 +69,39 @@ def check_probe(probe) -> dict[str, Any]:
     return correctness.check(probe, device(os.environ.get("TRITON_INTERPRET") == "1"))
 
 
+def wanted(provider, case, dry: bool) -> bool:
+    """chunked and gather run on a GPU too, and are there to be beaten; compilers take longer than a dry run has, and
+    FlexAttention's heads are not made for more features."""
+    wide = provider.name == "FlexAttention" and case.d > 256
+    return not (provider.compiles and (dry or wide))
+
+
+def compile_case(case) -> None:
+    """One step of each provider that compiles, ours first: what it made is on disk then, for whoever measures it."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # there are enough processes
+    from benchmarks import measure, providers
+
+    dry = os.environ.get("TRITON_INTERPRET") == "1"
+    problem = providers.make_problem(case.tiny() if dry else case, 0, device(dry))
+    for provider in providers.PROVIDERS[case.op]:
+        small = provider.memory(case) < measure.free_bytes(device(dry)) / 16  # others are at it, too
+        if (provider.compiles or provider.name == "ours: triton") and small and wanted(provider, case, dry):
+            tell(provider.name)
+            with contextlib.suppress(Exception):
+                problem.clear()
+                provider.build(case, device(dry))(problem).backward()
+
+
 def measure_case(case, dry: bool, ceilings: dict[str, Any], left_out: list[str]) -> dict[str, Any]:
     """The record of one case, and whether the process is sound; `left_out` providers are not tried."""
     import torch
 
     from benchmarks import measure
 
-    def wanted(provider) -> bool:
-        # chunked and gather run on a GPU too, and are there to be beaten; compilers take longer than a dry run has, and
-        # FlexAttention's heads are not made for more features
-        wide = provider.name == "FlexAttention" and case.d > 256
-        return provider.name not in left_out and not (provider.compiles and (dry or wide))
+    def asked(provider) -> bool:
+        return provider.name not in left_out and wanted(provider, case, dry)
 
-    race = measure.Race(case, device(dry), 0.2 if dry else CASE_SECONDS, only=wanted, memory=not dry)
+    race = measure.Race(case, device(dry), 0.2 if dry else CASE_SECONDS, only=asked, memory=not dry)
     if race.base is not None:
         race.run()
     sound = race.capture()

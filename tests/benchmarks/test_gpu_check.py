@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, gpu_check, gpu_work, report
+from benchmarks import cases, gpu_check, gpu_work, providers, report
 from benchmarks.ledger import Ledger
 from benchmarks.workers import Answer
 
@@ -175,3 +175,22 @@ def test_no_minutes_left_is_no_fault(book):
     worker = Silent(Answer("done", None))
     assert gpu_check.check_end_to_end(worker, True, book, gpu_check.Budget(0.0)) == 0
     assert "end_to_end" not in book.told
+
+
+def test_who_does_not_compile_ahead_keeps_nobody_else_from_it(monkeypatch):
+    built = []
+
+    def build(case, device):
+        built.append(case.name)
+        raise RuntimeError("no such compiler")
+
+    case = cases.find("dense 8192, D 256")
+    chunked, ours, peer = (
+        providers.Provider(name, build, compiles=compiles)
+        for name, compiles in (("ours: chunked", False), ("ours: triton", False), ("a peer", True))
+    )
+    monkeypatch.setitem(providers.PROVIDERS, case.op, (chunked, ours, ours))
+    gpu_work.compile_case(case)
+    assert len(built) == 2
+    assert gpu_work.wanted(peer, case, dry=False)
+    assert not gpu_work.wanted(peer, case, dry=True)
