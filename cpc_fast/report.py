@@ -65,6 +65,8 @@ class Section:
         image_threshold: images with a score above it are flagged. Not finite: none is, until the reader moves it.
         pixel_threshold: pixels with a map value above it are marked.
         trained_on: what the model learned from, as label and text.
+        vouched: where good images were held out for the threshold, but too few for metrics["threshold"]["target_fpr"]:
+            how many, and the share of false alarms that they can vouch for (1 for none), such as (2, 1 / 3).
     """
 
     title: str
@@ -73,6 +75,7 @@ class Section:
     image_threshold: float
     pixel_threshold: float
     trained_on: Mapping[str, str]
+    vouched: tuple[int, float] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
@@ -480,6 +483,7 @@ def _section(section: Section, budget: int) -> dict[str, Any]:
 
     return {
         "title": section.title, "metrics": section.metrics, "trained_on": section.trained_on,
+        "vouched": section.vouched,
         "low": low, "high": high, "digits": digits, "threshold": threshold, "undecided": undecided,
         "shown": f"{threshold:.{digits}f}", "across": across(threshold), "bin": round(100 / BINS, 3),
         "ticks": [(across(t), f"{t:g}") for t in _ticks(low, high)],

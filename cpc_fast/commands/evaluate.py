@@ -153,7 +153,9 @@ def make_section(title: str, detector: Detector, evaluation: Evaluation) -> Sect
     light = light_note(len(unlit), len(scored), detector, _some(unlit))
     about = {name: said for name, said in detector.trained_on.items() if name != "digest"}
     about |= {name: note for name, note in (("threshold", detector.threshold.note), ("light", light)) if note}
-    return Section(title, evaluation.metrics, scored, threshold, threshold, about)
+    asked = detector.threshold
+    vouched = (asked.count, asked.guaranteed_fpr) if asked.guaranteed_fpr > asked.target_fpr else None
+    return Section(title, evaluation.metrics, scored, threshold, threshold, about, vouched)
 
 
 def _print_metrics(evaluation: Evaluation, threshold: Threshold) -> None:

@@ -161,7 +161,8 @@ def test_evaluate_writes_metrics_table_and_report(fitted, data, tmp_path, capsys
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["data"] == str(data)
     assert metrics["speed"]["train_images_per_s"] > 0
-    assert "<title>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "1.0% was asked for, but the 2 good images kept out of training can vouch for 33.3% only.</p>" in page
     assert cli.run(["evaluate", str(fitted), str(data)]) == 0
     assert (fitted / "metrics.json").is_file()
     report = (fitted / "report.html").read_text(encoding="utf-8")

@@ -334,6 +334,21 @@ def test_without_masks_it_says_so(tmp_path):
     assert "ground truth (dashed)" not in text
 
 
+@pytest.mark.parametrize(
+    ("target", "vouched", "said"),
+    [
+        (0.01, None, "; it was set for 1.0%, on good images kept out of training."),
+        (0.01, (3, 0.25), ". 1.0% was asked for, but the 3 good images kept out of training can vouch for 25.0% only."),
+        (0.05, (1, 1.0), ". 5.0% was asked for, but the one good image kept out of training can vouch for no rate."),
+        (None, None, "."),
+    ],
+)  # fmt: skip
+def test_false_alarms_are_promised_as_far_as_held_out_images_vouch(tmp_path, target, vouched, said):
+    section = Section("tiles", {"threshold": {"target_fpr": target}}, [plain()], 1.0, 1.0, {}, vouched)
+    text = " ".join(written(tmp_path / "report.html", section).split())
+    assert f"0 of 1 good images are flagged at that threshold{said}</p>" in text
+
+
 @pytest.mark.parametrize("kinds", [("good",), ("crack",), ("good", "crack")])
 @pytest.mark.parametrize("threshold", [0.5, float("inf"), float("nan")])
 def test_small_and_odd_sections(tmp_path, kinds, threshold):
