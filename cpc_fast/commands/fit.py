@@ -152,14 +152,14 @@ def fit(
 
 def doubts(config: Config, paths: Sequence[Path]) -> list[str]:
     """What some of the images say against the config."""
-    from ..images import ImageError, highest_value, read_image
+    from ..images import ImageError, highest_value, quoted, read_image
     from ..inputs import has_colour
 
     some, said = paths[:: -(-len(paths) // LOOKED_AT)], []
     try:
         images = (read_image(path, depth=config.depth) for path in some)
         seen = [(has_colour(pixels), pixels.shape[:2]) for pixels in images]
-        tops = [] if config.depth else [top for path in some if (top := highest_value(path)) is not None]
+        tops = [] if config.depth else [(top, path) for path in some if (top := highest_value(path)) is not None]
     except ImageError:  # the fit names all that are no use
         return []
     coloured, shapes = sum(colour for colour, _ in seen), sorted({shape for _, shape in seen})
@@ -168,11 +168,19 @@ def doubts(config: Config, paths: Sequence[Path]) -> list[str]:
         said.append(
             f"{looked_at}{coloured} are in colour; this fit sees grey values only. --set channels=3 sees colour."
         )
-    if tops and (top := max(tops)) < 1 << 14:
-        said.append(
-            f"{looked_at}{len(tops)} are of 16 bits, with values up to {top} of 65535: {(top >> 8) + 1} grey levels "
-            f"are left of them. If that is all their camera gives: --set depth={max(8, top.bit_length())}."
-        )
+    if low := [(top, path) for top, path in tops if top < 1 << 14]:
+        top, path = max(low)
+        begin, levels = f"{looked_at}{len(tops)} are of 16 bits, ", f"{(top >> 8) + 1} grey levels are left of them. "
+        if len(low) == len(tops):
+            said.append(
+                f"{begin}with values up to {top} of 65535: {levels}If that is all their camera gives: "
+                f"--set depth={max(8, top.bit_length())}."
+            )
+        else:
+            said.append(
+                f"{begin}{len(low)} of these with values up to {top} of 65535 only, such as {quoted(path)}: {levels}If "
+                "that is all their camera gives, bring all images to the same depth before the fit."
+            )
     if config.place and _differ(shapes, config.image_size is not None):
         sizes = " to ".join(f"{h} x {w}" for h, w in (shapes[0], shapes[-1]))
         said.append(

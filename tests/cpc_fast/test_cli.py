@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from samples import SET_TINY, make_set, save, texture
+from samples import SET_TINY, TINY_CONFIG, make_set, save, texture
 
 from cpc_fast import answers, cli, datasets
 from cpc_fast.commands import console
+from cpc_fast.commands.fit import doubts
 from cpc_fast.detector import Detector
 from cpc_fast.doctor import examine
 from cpc_fast.errors import CpcFastError, Stopped, UsageError
@@ -335,6 +336,18 @@ def test_16_bit_files_of_12_bits_are_pointed_at_and_read(tmp_path, capsys, suffi
     capsys.readouterr()
     assert cli.run([*command[:2], str(tmp_path / "data" / "test" / "good" / "7.png"), *command[3:]]) == 1
     assert "holds values above 4095, the most of 12 bits; choose the depth" in capsys.readouterr().err
+
+
+def test_12_bits_are_pointed_at_beside_files_of_16(tmp_path):
+    paths = [save(tmp_path / f"{i}.png", texture(i).astype(np.uint16) << (8 if i in (1, 4) else 4)) for i in range(6)]
+    top, lowest = max((int(texture(i).max()) << 4, paths[i]) for i in (0, 2, 3, 5))
+    [said] = doubts(TINY_CONFIG, paths)
+    assert said == (
+        f"6 images, 6 are of 16 bits, 4 of these with values up to {top} of 65535 only, such as '{lowest}': "
+        f"{(top >> 8) + 1} grey levels are left of them. If that is all their camera gives, bring all images to the "
+        "same depth before the fit."
+    )
+    assert doubts(TINY_CONFIG, [paths[1], paths[4], save(tmp_path / "grey.png", texture(6))]) == []
 
 
 def test_fit_looks_for_colour_beyond_the_first_image(data, tmp_path, capsys):
