@@ -163,8 +163,8 @@ class Prediction:
         segments: the connected regions of the mask, highest peak first.
         flagged: whether the score is above the threshold, and a region of min_area pixels, too.
         why: of a flagged image, what made its score; None for others (Detector.explain tells of any).
-        other_light: whether the image is much darker, brighter, flatter or harder than all of the fit, so that its
-            score says little; False where an older run does not know.
+        other_light: whether the image is much darker, brighter, or of less or more contrast than all of the fit, so
+            that its score says little; False where an older run does not know.
     """
 
     score: float
@@ -477,7 +477,7 @@ class Detector:
         return Prediction(score, map, mask, segments, flagged, why, self._other_light(prepared))
 
     def other_light(self, image: np.ndarray) -> bool:
-        """Whether an image such as inspect takes is much darker, brighter, flatter or harder than those of the fit."""
+        """Whether an image such as inspect takes is lit as none of the fit; see Prediction."""
         return self._other_light(prepare(image, self.config))
 
     def _other_light(self, prepared: np.ndarray) -> bool:

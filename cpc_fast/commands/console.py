@@ -121,9 +121,9 @@ def light_note(others: int, count: int, detector: Detector, where: str) -> str:
         return ""
     least, most, flattest, hardest = detector.light
     return (
-        f"{others} of {count} images are much darker, brighter, flatter or harder than those of the fit (mean grey "
-        f"{least:.0f} to {most:.0f}, contrast {flattest:.0f} to {hardest:.0f}): their scores say little. A frame "
-        f"without light or without a part can pass as good; check these apart ({where})."
+        f"{others} of {count} images are much darker, brighter, or of less or more contrast than those of the fit "
+        f"(mean grey {least:.0f} to {most:.0f}, contrast {flattest:.0f} to {hardest:.0f}): their scores say little. A "
+        f"frame without light or without a part can pass as good; check these apart ({where})."
     )
 
 

@@ -109,8 +109,8 @@ def evaluate(
     note_colour(colours, len(evaluation.scored), detector.config.channels)
     others = sum(detector.other_size(item.image.shape) for item in evaluation.scored)
     note_size(others, len(evaluation.scored), detector)
-    if light := section.trained_on.get("light"):
-        say(light)
+    if section.light:
+        say(section.light)
     _note_masks(evaluation.scored, detector.threshold.value)
     say(f"Open next: {out / 'report.html'}; the numbers are in {out / 'metrics.json'}")
     return 0
@@ -149,13 +149,15 @@ def make_section(title: str, detector: Detector, evaluation: Evaluation) -> Sect
     from ..report import Section, printable
 
     scored, threshold = evaluation.scored, detector.threshold.value
-    unlit = [printable(f"{item.defect}/{item.name}") for item in scored if detector.other_light(item.image)]
+    other_light = [detector.other_light(item.image) for item in scored]
+    unlit = [printable(f"{item.defect}/{item.name}") for item, is_so in zip(scored, other_light, strict=True) if is_so]
     light = light_note(len(unlit), len(scored), detector, _some(unlit))
     about = {name: said for name, said in detector.trained_on.items() if name != "digest"}
-    about |= {name: note for name, note in (("threshold", detector.threshold.note), ("light", light)) if note}
+    if note := detector.threshold.note:
+        about["threshold"] = note
     asked = detector.threshold
     vouched = (asked.count, asked.guaranteed_fpr) if asked.guaranteed_fpr > asked.target_fpr else None
-    return Section(title, evaluation.metrics, scored, threshold, threshold, about, vouched)
+    return Section(title, evaluation.metrics, scored, threshold, threshold, about, vouched, light, other_light)
 
 
 def _print_metrics(evaluation: Evaluation, threshold: Threshold) -> None:

@@ -458,7 +458,13 @@ def test_evaluate_points_at_images_without_light(fitted, tmp_path, capsys):
     assert "2 of 7 images are much darker, brighter" in said
     assert "check these apart (good/1.png, good/2.png)." in said
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<dt>light</dt><dd><bdi>2 of 7 images are much darker, brighter" in page
+    assert "<dt>light</dt>" not in page
+    assert '<p class="card-box remark"><bdi>2 of 7 images are much darker, brighter' in page
+    cards = re.findall(r'<li class="card.*?</li>', page, re.DOTALL)
+    marked = [card for card in cards if ">other light<" in card]
+    assert len(cards) == 7
+    assert len(marked) == 2
+    assert all('title="1.png"' in card or 'title="2.png"' in card for card in marked)
 
 
 def test_a_share_that_drops_out_is_told_with_the_command_that_goes_on(fitted, data, tmp_path, capsys, monkeypatch):
@@ -485,7 +491,7 @@ def test_images_without_light_are_pointed_at(fitted, data, tmp_path, capsys):
     images = [str(tmp_path / "black.png"), str(tmp_path / "flat.png"), str(data / "test")]
     assert cli.run(["predict", str(fitted), *images, "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert "2 of 7 images are much darker, brighter, flatter or harder than those of the fit (mean grey 1" in said
+    assert "2 of 7 images are much darker, brighter, or of less or more contrast than those of the fit (mean" in said
     told = json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]
     assert [Path(one["path"]).name for one in told if one["other_light"]] == ["black.png", "flat.png"]
     with open(tmp_path / "out" / "scores.csv", newline="", encoding="utf-8") as file:

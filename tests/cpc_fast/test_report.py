@@ -509,6 +509,24 @@ def test_a_defect_that_was_flagged_beside_its_mask_is_caught_elsewhere(tmp_path,
     assert page.locator(".card .badge").all_text_contents() == ["Caught"] * 3 + ["Passed"]
 
 
+def test_images_in_other_light_are_marked_whatever_the_threshold(tmp_path, open_page):
+    items = [plain("a.png", score=0.1), plain("b.png", score=0.9), plain("c.png", "crack", 0.4)]
+    section = Section("tiles", {}, items, 0.5, 0.5, {}, light="1 of 3 is dark.", other_light=[True, False, False])
+    text = written(tmp_path / "report.html", section)
+    assert text.index("Time per image") < text.index("1 of 3 is dark.") < text.index("By kind of defect")
+    page = open_page(tmp_path / "report.html")
+    exact = page.get_by_label("Threshold, exact value")
+    for value, badge in (("0.5", "✓Passed"), ("0.05", "!False alarm")):
+        exact.fill(value)
+        exact.press("Enter")
+        marked = page.locator(".card", has=page.locator(".mark:visible"))
+        assert marked.locator(".name").all_text_contents() == ["a.png"]
+        assert marked.locator(".badge").inner_text() == badge[1:]
+    assert "of less or more contrast" in (page.locator(".mark").get_attribute("title") or "")
+    page.locator(".mark").click()
+    assert "Other light" in page.locator(".enlarged-text").inner_text()
+
+
 def test_slider_by_keyboard_changes_one_decision_at_a_time(demo, open_page):
     path, [section, *_] = demo
     page = open_page(path)
