@@ -74,11 +74,12 @@ def export(
     say(f"  {load.format(str(out))}")
     say(f"  {call}  # float32 (batch,), (batch, {height}, {width})")
     say(f"Other channels, heights and widths are refused ({refusal}); for another size: --size HxW.")
-    say(f"Scores above {detector.threshold.value:.4g} are anomalous.")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    if rounded := [name for name in devices if in_bfloat16(torch.device(name), detector.config.precision)]:
-        say(
-            f"predict computes in bfloat16 on {' and '.join(rounded)} here and this file in float32, so scores "
-            "differ by some percent; a fit with --set precision=float32 has the same ones."
-        )
+    rounded = [name for name in devices if in_bfloat16(torch.device(name), detector.config.precision)]
+    caveat = (
+        f" But predict computes in bfloat16 on {' and '.join(rounded)} here and this file in float32, so scores differ "
+        "by some percent, and those near the threshold may fall on its other side; a fit with --set precision=float32 "
+        "has the same ones."
+    )
+    say(f"Scores above {detector.threshold.value:.4g} are anomalous.{caveat if rounded else ''}")
     return 0
