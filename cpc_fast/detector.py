@@ -495,7 +495,7 @@ class Detector:
         Raises UsageError for one image that is not in a list, and for what is no image, CpcFastError for a file that
         cannot be used.
         """
-        if is_one_image(images):
+        if is_one_image(images) or (not hasattr(images, "__iter__") and not hasattr(images, "__getitem__")):
             raise UsageError(
                 f"predict takes a list of images. Got {described(images)}; for one, write predict([image])."
             )

@@ -1,4 +1,4 @@
-"""A detector as one program for other runtimes: images in, scores and maps out, any batch.
+"""A detector as one program for other runtimes: images in, scores and maps out, in batches of one or more.
 
     uint8 (b, c, h, w) -> scores float32 (b,), maps float32 (b, h, w)
 

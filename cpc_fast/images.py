@@ -124,12 +124,22 @@ def check_pixels(image: object) -> None:
         if image.dtype == np.uint8 and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))):
             return
         advice = ' Of values in 0 to 1: (255 * image).round().astype("uint8").' if image.dtype.kind == "f" else ""
+        if image.dtype == np.uint16:
+            advice = (
+                ' Of 16 bits: (image >> 8).astype("uint8"), of fewer in 16: (image >> (depth - 8)).astype("uint8").'
+            )
         if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3):
             advice += " Channels come last: image.transpose(1, 2, 0)."
     elif isinstance(image, (str, os.PathLike)):
         advice = " Read it first: cpc_fast.images.read_image(path)."
-    else:  # most likely torch's, (c, h, w)
+    elif isinstance(image, Image.Image):
+        plain = image.mode in ("L", "RGB", "F") or image.mode.startswith("I")
+        eight = "image" if plain else 'image.convert("RGB")'  # a palette's numbers are no grey values
+        advice = f" Of Pillow's: numpy.asarray({eight})."
+    elif hasattr(image, "shape"):  # most likely torch's, (c, h, w)
         advice = " Of a tensor (c, h, w) in 0 to 1: (255 * image).round().byte().permute(1, 2, 0).cpu().numpy()."
+    else:
+        advice = ""
     raise UsageError(
         "An image must be a NumPy array of uint8 (0 to 255), its shape (h, w), (h, w, 1) or (h, w, 3). "
         f"Got {described(image)}.{advice}"

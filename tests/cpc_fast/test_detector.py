@@ -137,6 +137,8 @@ def test_what_is_no_list_and_no_image_is_told_how_to_become_one(detector):
         "an array of uint8 (48, 48, 1)": texture(1),
         "an array of uint8 (48, 48)": texture(1)[..., 0],
         "a tensor of torch.float32 (3, 48, 48)": torch.zeros(3, 48, 48),
+        "NoneType": None,
+        "Image": Image.new("L", (48, 48)),
     }
     for got, one in ones.items():
         says = f"predict takes a list of images. Got {got}; for one, write predict([image])."
@@ -147,6 +149,9 @@ def test_what_is_no_list_and_no_image_is_told_how_to_become_one(detector):
         "an array of float64 (8, 8, 1). Of values in 0 to 1: (255 * image).round().as": np.zeros((8, 8, 1)),
         "an array of uint8 (48, 48, 4).": texture(1).repeat(4, 2),
         "int.": 7,
+        "an array of uint16 (8, 8). Of 16 bits: (image >> 8).astype": np.zeros((8, 8), np.uint16),
+        "Image. Of Pillow's: numpy.asarray(image).": Image.new("L", (48, 48)),
+        'Image. Of Pillow\'s: numpy.asarray(image.convert("RGB")).': Image.new("P", (48, 48)),
     }
     for got, no_image in none.items():
         with pytest.raises(UsageError, match=f"array of uint8 .* Got {re.escape(got)}"):

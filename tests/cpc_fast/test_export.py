@@ -1,4 +1,4 @@
-"""A detector as a program: the same scores and maps in torch.export and in onnxruntime, for any batch."""
+"""A detector as a program: the same scores and maps in torch.export and in onnxruntime, for batches of one or more."""
 
 import json
 import os
