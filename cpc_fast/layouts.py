@@ -103,26 +103,50 @@ def find_categories(root: str | os.PathLike) -> list[Path]:
     Raises UsageError where there is none. Example: `find_categories("data/btad")[0].name` -> `"01"`.
     """
     root = Path(root)
-    images.find_images(root)  # refuses what is no folder
-    found = [
-        folder
-        for folder in sorted(root.iterdir())
-        if os.path.isdir(folder)
-        and not folder.name.startswith(".")
-        and (
-            _is_visa(folder)
-            or (
-                any(os.path.isdir(folder / "train" / name) for name in ("good", "ok"))
-                and any(os.path.isdir(folder / name) for name in ("test", "test_public"))
-            )
-        )
-    ]
+    found = [folder for folder in _subfolders(root) if not _lacks(folder)]
     if not found:
         raise UsageError(
             f"{quoted(root)} holds no category: a subfolder with train/good and test (MVTec AD, LOCO), test_public "
             "(MVTec AD 2), train/ok and test (BTAD), or Data/Images and split_csv/1cls.csv beside it (VisA)."
         )
     return found
+
+
+def left_out(root: str | os.PathLike) -> str:
+    """A sentence about the subfolders with images that are no categories, and what they lack; empty without any."""
+    others = [
+        f"{folder.name!r} ({lacks})"
+        for folder in _subfolders(Path(root))
+        if (lacks := _lacks(folder)) and _has_images(folder)
+    ]
+    more = f" and {len(others) - 9} more" if len(others) > 9 else ""
+    return f"Left out, as they are no categories: {', '.join(others[:9])}{more}." if others else ""
+
+
+def _subfolders(root: Path) -> list[Path]:
+    find_images(root)  # refuses what is no folder
+    return [entry for entry in sorted(root.iterdir()) if os.path.isdir(entry) and not entry.name.startswith(".")]
+
+
+def _has_images(folder: Path) -> bool:
+    """Whether it holds one, however deep; what cannot be listed holds none."""
+    return any(Path(name).suffix.lower() in images.SUFFIXES for _, _, files in os.walk(folder) for name in files)
+
+
+def _lacks(folder: Path) -> str:
+    """What makes a folder no category; empty for one that is."""
+    if _is_visa(folder):
+        return ""
+    ways = ("train/good", "train/ok"), ("test", "test_public")
+    missing = [names for names in ways if not any(os.path.isdir(folder / name) for name in names)]
+    return " and ".join(f"no {names[0]}{_called(folder, names)}" for names in missing)
+
+
+def _called(folder: Path, names: Sequence[str]) -> str:
+    """What comes near to one of these names, but for small and capital letters."""
+    entries = sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern) if os.path.isdir(path))
+    near = [said for path in entries if (said := path.relative_to(folder).as_posix()).lower() in names]
+    return f", but {near[0]}" if near else ""
 
 
 def _filled(folder: Path) -> list[Path]:

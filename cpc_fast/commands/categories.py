@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .console import complain, going_on_with_sets, print_table, say, stopping, terminable
-from .evaluate import evaluate_run, make_section
+from .evaluate import black_masks, evaluate_run, make_section
 from .fit import fit_or_go_on, set_runs_aside
 from .options import again_as, choose_config, choose_device
 
@@ -29,11 +29,13 @@ def evaluate_all(
     """
     from ..errors import CpcFastError, Stopped, UsageError
     from ..images import ImageError, quoted
-    from ..layouts import find_categories, find_private, find_test, find_train, passed_over
+    from ..layouts import find_categories, find_private, find_test, find_train, left_out, passed_over
     from ..runs import need_writable
 
     config = choose_config(preset, {}, settings)
     categories = find_categories(root)
+    if others := left_out(root):
+        say(others)
     for category in categories:  # a folder that is amiss is found before hours are spent on the others
         find_train(category)
         for left in passed_over(category, find_test(category)):
@@ -81,8 +83,7 @@ def evaluate_all(
                 amiss.append(name)
                 continue
             metrics[name] = evaluation.metrics
-            if detector.threshold.note:
-                notes.append(f"{name}: {detector.threshold.note}")
+            notes += [f"{name}: {said}" for said in (detector.threshold.note, black_masks(evaluation.scored)) if said]
             if stop():
                 raise Stopped(f"Stopped after {name}.")
         if amiss:
@@ -92,8 +93,11 @@ def evaluate_all(
             )
         rows = summary(metrics)
         write_metrics(runs / "summary.json", mean_metrics(list(metrics.values())))
-        write_text(runs / "table.md", markdown(rows))
+        some = of_some(metrics)
+        write_text(runs / "table.md", markdown(rows) + (f"\n{some}\n" if some else ""))
     print_table("Percent", ("category", *COLUMNS), rows)
+    if some:
+        say(some)
     for note in notes:
         say(note)
     say(f"Open next: {runs / 'table.md'}; each category has its metrics.json and report.html beside it.")
@@ -103,7 +107,8 @@ def evaluate_all(
 
 
 def summary(metrics: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A row for each category and for the means, in percent with one digit; "-" where a set has no such figure.
+    """A row for each category and for the means, in percent with one digit; "-" where a set has no such figure, and "*"
+    after a mean that lacks one.
 
     >>> one = {"image": {"auroc": 0.5, "ap": 1, "f1_max": None}, "pixel": dict.fromkeys(
     ...     ("auroc", "ap", "au_pro_0.30", "au_pro_0.05"))}
@@ -121,9 +126,23 @@ def summary(metrics: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
         cells = []
         for part, key in COLUMNS.values():
             known = [metrics[name][part][key] for name in names if metrics[name][part][key] is not None]
-            cells.append(f"{100 * sum(known) / len(known):.1f}" if known else "-")
+            star = "*" if len(known) < len(names) else ""
+            cells.append(f"{100 * sum(known) / len(known):.1f}{star}" if known else "-")
         rows.append((title, *cells))
     return rows
+
+
+def of_some(metrics: dict[str, dict[str, Any]]) -> str:
+    """A sentence about the means that are not over all categories, else an empty string."""
+    counts = {
+        title: sum(one[part][key] is not None for one in metrics.values()) for title, (part, key) in COLUMNS.items()
+    }
+    fewer: dict[int, list[str]] = {}
+    for title, count in counts.items():
+        if 0 < count < len(metrics):
+            fewer.setdefault(count, []).append(title)
+    said = "; ".join(f"{', '.join(titles)} of {count} of {len(metrics)}" for count, titles in fewer.items())
+    return f"* Not over all categories, as the others have no such figure: {said}." if said else ""
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:

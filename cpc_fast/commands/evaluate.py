@@ -134,6 +134,23 @@ def _note_masks(scored: Sequence[Scored], threshold: float) -> None:
     wide = sum(float(truth.mean()) > 0.5 for _, truth in masked)
     if 2 * wide > len(masked):
         say(f"{wide} of {len(masked)} masks call more than half of their image a defect; white must be the defect.")
+    if black := black_masks(scored):
+        say(black)
+
+
+def black_masks(scored: Sequence[Scored]) -> str:
+    """A sentence where masks of defective images show no defect, else an empty string."""
+    from ..report import printable
+
+    known = [item for item in scored if not item.good and item.truth is not None]
+    black = [item for item in known if item.truth is not None and not item.truth.any()]
+    if not black:
+        return ""
+    return (
+        f"{len(black)} of {len(known)} masks of defective images are black all over (the first: that of "
+        f"{printable(f'{black[0].defect}/{black[0].name}')}), so pixel metrics take these images for normal ones; "
+        "mend those masks."
+    )
 
 
 def evaluate_run(name: str, detector: Detector, data: Path, stop: Callable[[], bool] = lambda: False) -> Evaluation:

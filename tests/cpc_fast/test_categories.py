@@ -52,6 +52,26 @@ def test_every_category_is_fitted_once_and_told(tmp_path, capsys, monkeypatch):
     assert "bolt' has no test_private: only MVTec AD 2 takes --submission" in capsys.readouterr().err
 
 
+def test_what_the_table_is_not_of_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_set(tmp_path / "parts" / "bolt", train=6, good=2, holes=2)
+    make_set(tmp_path / "parts" / "nut", train=6, good=2, holes=2, masks=False)
+    save(tmp_path / "parts" / "bolt" / "ground_truth" / "hole" / "001_mask.png", np.zeros((48, 48), np.uint8))
+    save(tmp_path / "parts" / "pin" / "train" / "good" / "000.png", texture(1))
+    assert run(["evaluate", "--all", "parts", *OPTIONS]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Left out, as they are no categories: 'pin' (no test).\n")
+    assert "bolt: 1 of 2 masks of defective images are black all over (the first: that of hole/001.png)" in said
+    note = (
+        "* Not over all categories, as the others have no such figure: pixel AUROC, pixel AP, AU-PRO 0.30, AU-PRO 0.05 "
+        "of 1 of 2.\n"
+    )
+    assert note in said
+    table = (tmp_path / "runs" / "parts" / "table.md").read_text()
+    assert table.endswith(f"* |\n\n{note}")
+    assert table.count("* |") == 4
+
+
 def test_a_run_of_another_dataset_is_not_taken_for_this_ones(tmp_path, capsys, monkeypatch):
     """Two datasets of one name, with a category of one name, have the same runs by default."""
     monkeypatch.chdir(tmp_path)

@@ -538,7 +538,14 @@ def test_masks_that_call_the_part_a_defect_are_doubted(fitted, tmp_path, capsys)
     for path in (tests / "ground_truth" / "hole").iterdir():
         save(path, 255 - np.asarray(Image.open(path)))
     assert cli.run(["evaluate", str(fitted), str(tests), "--out", str(tmp_path / "out")]) == 0
-    assert "2 of 2 masks call more than half of their image a defect; white must be the" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 of 2 masks call more than half of their image a defect; white must be the" in said
+    assert "black all over" not in said
+    save(tests / "ground_truth" / "hole" / "001_mask.png", np.zeros((48, 48), np.uint8))
+    assert cli.run(["evaluate", str(fitted), str(tests), "--out", str(tmp_path / "out")]) == 0
+    assert "1 of 2 masks of defective images are black all over (the first: that of hole/001.png), so" in (
+        capsys.readouterr().out
+    )
 
 
 def test_what_a_test_set_lacks_is_said(fitted, data, tmp_path, capsys):

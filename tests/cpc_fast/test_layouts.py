@@ -10,7 +10,7 @@ from cpc_fast.detector import Detector
 from cpc_fast.errors import UsageError
 from cpc_fast.evaluate import evaluate
 from cpc_fast.images import ImageError, TestImage, read_mask
-from cpc_fast.layouts import find_categories, find_private, find_test, find_train, passed_over
+from cpc_fast.layouts import find_categories, find_private, find_test, find_train, left_out, passed_over
 
 COUNT = 4  # normal images to learn from
 
@@ -174,6 +174,19 @@ def test_what_is_passed_over_is_said(layout, tmp_path):
     assert read.startswith(f"2 images in '{test}' are not read: they lie beside the folders of the defects, or deeper.")
     assert f"'{masks}' has folders that '{test}' has not: 'Hole'." in called
     assert f"1 images in '{masks}' are not read" in loose
+
+
+def test_folders_that_are_no_categories_are_named(tmp_path):
+    make_visa(tmp_path)
+    make_mvtec(tmp_path)
+    (tmp_path / "notes").mkdir()
+    assert left_out(tmp_path) == ""
+    for place in ("nut/train/Good", "nut/test/good", "pin/train/good", "loose"):
+        save(tmp_path / place / "000.png", texture(0))
+    assert left_out(tmp_path) == (
+        "Left out, as they are no categories: 'loose' (no train/good and no test), 'nut' (no train/good, but "
+        "train/Good), 'pin' (no test)."
+    )
 
 
 def test_labels_are_masks_only_where_they_are_expected(tmp_path):
