@@ -5,18 +5,23 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from samples import SET_TINY, TINY_CONFIG, make_set, texture
+from PIL import Image
+from samples import SET_TINY, TINY_CONFIG, holed, make_set, texture
 
 from cpc_fast import cli
-from cpc_fast.detector import Detector
+from cpc_fast.detector import Detector, prepare
 from cpc_fast.errors import CpcFastError, UsageError
-from cpc_fast.export import TOLERANCE, Program, export
+from cpc_fast.export import FORMATS, TOLERANCE, Program, export
+from cpc_fast.images import read_image
 from cpc_kernels.capabilities import Capability
 
+RELIABILITY = Path(__file__).parents[2] / "docs" / "reliability.md"
 IMAGES = [texture(i) for i in range(8)]
 CHOICES = [
     {},
@@ -126,6 +131,56 @@ def test_onnxruntime_says_the_same(tmp_path, changes, caplog):
     with pytest.raises(Exception, match="Got invalid dimensions"):  # as the command says
         session.run(None, {"images": np.zeros((1, 1, 40, 48), np.uint8)})
     assert [p.name for p in tmp_path.iterdir()] == ["detector.onnx"]
+
+
+SNIPPETS = re.findall(r"^```python\n(# not run here.*?)^```", RELIABILITY.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def write_pictures() -> list[str]:
+    """Grey, colour, palette and 12 bits, all of them to be turned."""
+    stripes, hole = texture(50), holed(51)[0]
+    colour = Image.fromarray(stripes.repeat(3, 2) // np.array([1, 2, 3], np.uint8))
+    pictures = {
+        "grey.jpg": Image.fromarray(stripes[..., 0]), "hole.png": Image.fromarray(hole[..., 0]), "colour.jpg": colour,
+        "palette.png": colour.convert("P"), "deep.png": Image.fromarray(stripes[..., 0].astype(np.uint16) * 16 + 7),
+    }  # fmt: skip
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for name, picture in pictures.items():
+        picture.save(name, exif=turned)
+    return list(pictures)
+
+
+def test_the_document_goes_from_a_file_to_the_decision_of_predict(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    detector = Detector.fit(IMAGES, TINY_CONFIG, epochs=1, precision="float32", depth=12)
+    for format, path in FORMATS.items():
+        export(detector, path, format)
+    names: dict[str, object] = {}
+    for name in write_pictures():
+        expected = detector.predict([name])
+        for code in SNIPPETS:
+            capsys.readouterr()
+            exec(code.replace("part.png", name), names)
+            score, said = capsys.readouterr().out.split()
+            assert float(score) == pytest.approx(expected.scores[0], rel=TOLERANCE, abs=TOLERANCE)
+            assert said == ("anomalous" if expected.flagged[0] else "normal")
+
+
+@pytest.mark.parametrize("changes", [{}, {"channels": 3}, {"image_size": 40}], ids=str)
+def test_the_document_reads_as_predict_does(tmp_path, monkeypatch, changes):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    config = TINY_CONFIG.replace(depth=12, **changes)
+    names: dict[str, Any] = {}
+    exec(SNIPPETS[0].partition("session = ")[0], names)
+    side = config.image_size or 48
+    about = {"depth": 12, "channels": config.channels, "height": side, "width": side}
+    for name in write_pictures():
+        mine = names["read"](name, about, scaled=config.image_size is not None)
+        assert np.array_equal(mine[0].transpose(1, 2, 0), prepare(read_image(name, depth=12), config))
 
 
 def test_the_name_says_the_format(tmp_path, capsys, monkeypatch):
