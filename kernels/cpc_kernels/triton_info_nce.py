@@ -192,8 +192,6 @@ def forward_kernel(
     stop = tl.minimum(start + split_size, m)
 
     scale, sign, scale2 = _scales(p_scale, ACC)
-    if RANK and not PROJECTED:
-        b_beaten = tl.load(p_raw + o_n, mask=m_n, other=0.0) * sign
     m_kept = m_n
     if INDEXED:
         b_p = tl.load(p_index + o_n, mask=m_n, other=-1).to(tl.int32)
@@ -215,9 +213,12 @@ def forward_kernel(
         b_v = _load_tile(candidates, b_p.to(tl.int64), m_v, o_d, stride_cm, stride_cd, d, 0, False, EVEN_D)
         b_all = _dot(b_q, tl.trans(b_v), tl.zeros([BN, BN], dtype=ACC), PRECISION, UPCAST)
         m_diagonal = tl.arange(0, BN)[:, None] == tl.arange(0, BN)[None, :]
-        b_beaten = tl.where(b_p < m, tl.sum(tl.where(m_diagonal, b_all, 0.0), 1) * sign, float("nan"))
+        b_raw_p = tl.where(b_p < m, tl.sum(tl.where(m_diagonal, b_all, 0.0), 1) * sign, float("nan"))
     elif not STREAMED:
         b_q = _load_tile(anchors, o_n, m_n, o_d, stride_an, stride_ad, d, i_n * BN, DESCRIPTORS, EVEN_D)
+    if RANK:
+        b_beaten = b_raw_p if PROJECTED else tl.load(p_raw + o_n, mask=m_n, other=0.0) * sign
+        b_beaten = tl.where(scale == 0, float("inf"), b_beaten)  # raw scores differ there where scores do not
 
     b_max = tl.full([BN], float("-inf"), dtype=ACC)  # of raw scores
     b_sum = tl.zeros([BN], dtype=ACC)
@@ -266,7 +267,8 @@ def forward_kernel(
         b_max = b_new
 
     # not held over the loop where it lies in memory: registers
-    b_raw_p = b_beaten if PROJECTED else tl.load(p_raw + o_n, mask=m_n, other=0.0) * sign
+    if not PROJECTED:
+        b_raw_p = tl.load(p_raw + o_n, mask=m_n, other=0.0) * sign
     b_gap, b_lse = _logs(b_max, b_sum, b_raw_p, scale2)
     o_out = i_split.to(tl.int64) * n + o_n
     if SPLIT:
@@ -644,7 +646,7 @@ def forward(
             )  # fmt: skip
             with launch.range("expectation"):
                 expectation[part] = launch.product(probabilities, candidates)
-        return loss, lse, positive, _ranked(rank, scale), expectation
+        return loss, lse, positive, rank, expectation
 
     op = "forward" if need_expectation else "scores" if one_pass else "streamed"
     tile = launch.tile(op, d, ids=has_ids)
@@ -678,7 +680,7 @@ def forward(
             INDEXED=indexed, RANK=need_rank, EXPECTATION=need_expectation, ACC=launch.acc,
             BN=tile.rows, BD=tile.columns, **tile.options(),
         )  # fmt: skip
-    return loss, lse, positive, _ranked(rank, scale), expectation
+    return loss, lse, positive, rank, expectation
 
 
 def forward_projected(
@@ -720,17 +722,12 @@ def forward_projected(
         SPLIT=False, EVEN_D=True, DESCRIPTORS=False, **launch.dot(),
         BN=tile.rows, BM=tile.columns, BD=features, **tile.options(),
     )  # fmt: skip
-    return loss, lse, positive, _ranked(rank, scale)
+    return loss, lse, positive, rank
 
 
 def _ahead(ids: Tensor, tile: tiles.Tile) -> Tensor:
     """With room for whole tiles and one more: each reads one tile ahead, and without masks."""
     return torch.nn.functional.pad(ids, (0, tile.columns + -len(ids) % tile.columns))
-
-
-def _ranked(rank: Tensor, scale: Tensor) -> Tensor:
-    """Kernels compare raw scores; at scale 0 all scores are equal and nothing beats the positive."""
-    return rank.mul_(scale != 0) if rank.numel() else rank
 
 
 def backward_candidates(

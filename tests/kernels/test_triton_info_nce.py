@@ -229,6 +229,7 @@ def test_empty(n, m, d):
         (-1.0, 9, 1),
         (-30.0, 9, 3),
         (0.0, 9, 1),
+        (0.0, 9, 3),
         (100.0, 70, 1),
         (-30.0, 70, 1),
         (0.0, 70, 1),
@@ -580,7 +581,7 @@ def test_every_kernel_compiles_for_sizes_of_one():
 
 
 @pytest.mark.parametrize("ids", [False, True])
-@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 0.7), (torch.float16, -0.3)])
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 0.7), (torch.float16, -0.3), (torch.float32, 0.0)])
 def test_predictions_made_inside_the_kernel(dtype, scale, ids):
     """Ragged in every size, several tiles of rows, columns and features of a context."""
     g = torch.Generator().manual_seed(0)
