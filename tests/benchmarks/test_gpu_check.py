@@ -1,6 +1,8 @@
 """The GPU check runs to its end with no GPU, so that it works on the day there is one."""
 
 import argparse
+import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -136,6 +138,32 @@ def test_whoever_breaks_a_case_is_recorded_and_ours_is_missed(book):
     assert [(row["provider"], row["ours"]) for row in rows] == [("Liger", False), ("ours", True)]
 
 
+def test_cases_come_first_that_no_run_of_the_same_code_has(tmp_path, book, monkeypatch):
+    a, b, c = cases.for_gpu()[:3]
+    for case, commit in ((a, "0123abcd"), (b, "4567cdef")):
+        book.add("cases", case.name, {"environment": book.told["environment"] | {"commit": commit}, "rows": []})
+    order = []
+    monkeypatch.setattr(cases, "for_gpu", lambda: [a, b, c])
+    monkeypatch.setattr(gpu_check, "Worker", lambda *_: contextlib.nullcontext(Silent(Answer("done", told))))
+    monkeypatch.setattr(gpu_check, "compile_ahead", lambda _, measured, budget: order.extend(measured))
+    monkeypatch.setattr(gpu_check, "check_case", lambda case, *_: order.append(case) or 0)
+    for name in ("find_ceilings", "check_correctness", "check_end_to_end"):
+        monkeypatch.setattr(gpu_check, name, lambda *_: 0)
+    monkeypatch.setattr(Ledger, "table", lambda _: "")
+    told = book.told["environment"]
+    given = argparse.Namespace(minutes=1.0, dry=False, out=tmp_path, only=[], jobs=1)
+    assert gpu_check.check(given) == 0
+    assert order == [b, c, a, b, c, a]
+
+
+def test_compiling_ahead_names_what_broke_and_goes_on(monkeypatch, capsys):
+    a, b, c = cases.for_gpu()[:3]
+    answers = [(a, Answer("died", "exit code 7", "Liger")), (b, Answer("late", "not begun")), (c, Answer("raised", ""))]
+    monkeypatch.setattr(gpu_check, "spread", lambda *_: answers)
+    gpu_check.compile_ahead(argparse.Namespace(jobs=2, dry=False), [a, b, c], gpu_check.Budget(1.0))
+    assert capsys.readouterr().out == f"compiling {a.name}: Liger died\n"
+
+
 def test_a_run_that_reaches_no_probe_keeps_what_another_found(book):
     worker, args = Silent(Answer("done", probes("a"))), argparse.Namespace(dry=True, jobs=1)
     book.add("correctness", None, {"passed": 7, "failed": 0, "not_reached": 0, "rows": []})
@@ -180,17 +208,21 @@ def test_no_minutes_left_is_no_fault(book):
 def test_who_does_not_compile_ahead_keeps_nobody_else_from_it(monkeypatch):
     built = []
 
-    def build(case, device):
-        built.append(case.name)
+    def build(name, case, device):
+        built.append(name)
         raise RuntimeError("no such compiler")
 
     case = cases.find("dense 8192, D 256")
     chunked, ours, peer = (
-        providers.Provider(name, build, compiles=compiles)
+        providers.Provider(name, functools.partial(build, name), compiles=compiles)
         for name, compiles in (("ours: chunked", False), ("ours: triton", False), ("a peer", True))
     )
-    monkeypatch.setitem(providers.PROVIDERS, case.op, (chunked, ours, ours))
-    gpu_work.compile_case(case)
-    assert len(built) == 2
+    monkeypatch.setitem(providers.PROVIDERS, case.op, (chunked, ours, peer))
+    monkeypatch.setattr(gpu_work, "device", lambda dry: torch.device("cpu"))
+    for interpreted, tried in (("0", ["ours: triton", "a peer"]), ("1", ["ours: triton"])):
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+        built.clear()
+        gpu_work.compile_case(case)
+        assert built == tried
     assert gpu_work.wanted(peer, case, dry=False)
     assert not gpu_work.wanted(peer, case, dry=True)
