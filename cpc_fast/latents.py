@@ -51,9 +51,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Not a convolution with a stride: oneDNN's on AVX2 writes past its memory for fewer than 8 channels.
         shortcut = x if self.shortcut is None else self.shortcut(x[..., :: self.stride, :: self.stride])
-        fresh = isinstance(
-            self.norm1, nn.GroupNorm
-        )  # what it returns nobody else reads: in place saves memory and time
+        # what a group norm returns nobody else reads: in place saves memory and time
+        fresh = isinstance(self.norm1, nn.GroupNorm)
         x = F.relu(self.norm2(self.conv1(F.relu(self.norm1(x), fresh))), fresh)
         return self.conv2(x).add_(shortcut) if fresh else shortcut + self.conv2(x)
 

@@ -76,10 +76,14 @@ def export(
     say(f"Other channels, heights and widths are refused ({refusal}); for another size: --size HxW.")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rounded = [name for name in devices if in_bfloat16(torch.device(name), detector.config.precision)]
-    caveat = (
-        f" But predict computes in bfloat16 on {' and '.join(rounded)} here and this file in float32, so scores differ "
-        "by some percent, and those near the threshold may fall on its other side; a fit with --set precision=float32 "
-        "has the same ones."
-    )
-    say(f"Scores above {detector.threshold.value:.4g} are anomalous.{caveat if rounded else ''}")
+    apart = []
+    if rounded:
+        apart.append(
+            f"predict computes in bfloat16 on {' and '.join(rounded)} here and this file in float32 (a fit with --set "
+            "precision=float32 knows no such difference)"
+        )
+    if detector.config.image_size:
+        apart.append(f"predict looks for the maximum at an image's own size, this file at {height} x {width}")
+    caveat = f" But {', and '.join(apart)}: scores differ by some percent, and one near the threshold may fall on its "
+    say(f"Scores above {detector.threshold.value:.4g} are anomalous.{f'{caveat}other side.' if apart else ''}")
     return 0

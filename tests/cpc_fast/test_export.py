@@ -91,12 +91,18 @@ def test_the_torch_program_needs_torch_alone(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("cpu", "gpu", "where"),
-    [(True, None, "cpu"), (False, True, "cuda"), (True, True, "cpu and cuda"), (False, False, "")],
+    ("cpu", "gpu", "where", "size"),
+    [
+        (True, None, "cpu", None),
+        (False, True, "cuda", None),
+        (True, True, "cpu and cuda", 40),
+        (False, False, "", None),
+        (False, False, "", 40),
+    ],
 )
-def test_export_says_where_predict_computes_in_another_precision(tmp_path, capsys, monkeypatch, cpu, gpu, where):
+def test_export_says_where_predict_computes_otherwise(tmp_path, capsys, monkeypatch, cpu, gpu, where, size):
     """gpu: whether there is one that is fast at bfloat16; None: there is none."""
-    Detector.fit(IMAGES, TINY_CONFIG, epochs=1, out=tmp_path)
+    Detector.fit(IMAGES, TINY_CONFIG.replace(image_size=size), epochs=1, out=tmp_path)
     monkeypatch.setattr(sys.modules["cpc_fast.export"], "export", lambda *_: 0.0)
     monkeypatch.setattr(sys.modules["cpc_fast.train"], "FAST_BF16", Capability("bf16", cpu, "as told", ""))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
@@ -106,6 +112,8 @@ def test_export_says_where_predict_computes_in_another_precision(tmp_path, capsy
     (threshold,) = (line for line in said.splitlines() if line.startswith("Scores above "))
     assert (f"predict computes in bfloat16 on {where} here and this file in float32" in threshold) == bool(where)
     assert ("bfloat16" in said) == bool(where)
+    assert ("maximum at an image's own size, this file at 40 x 40: scores differ" in threshold) == bool(size)
+    assert ("differ" in threshold) == bool(where or size)
     assert f"session = onnxruntime.InferenceSession('{tmp_path / 'detector.onnx'}')\n" in said
     assert 'scores, maps = session.run(["scores", "maps"], {"images": images})  # float32' in said
     assert "are refused (Got invalid dimensions); for another size: --size HxW." in said

@@ -121,6 +121,9 @@ def test_the_private_images_are_those_of_both_parts(tmp_path):
 def test_what_is_amiss_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"holds no category: a subfolder with train/good and test \(MVTec AD, LOCO\)"):
         find_categories(tmp_path)
+    (tmp_path / "bolts" / "train" / "Good").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"\(VisA\)\. 'bolts' has no train/good, but train/Good and no test\.$"):
+        find_categories(tmp_path)
     candle = make_visa(tmp_path)
     table = tmp_path / "split_csv" / "1cls.csv"
     whole = table.read_text()
