@@ -56,8 +56,10 @@ def steps(op: str, d: int, width: int, arch: str) -> Tile:
     few = arch == "interpreter" or (d > 256 and arch == "gfx942")
     few |= op == "backward" and (d > 128 or (width == 32 and arch == "sm_90"))
     columns = 16 if few else 32
-    many = d > 256 or (d > 128 and op == "backward" and arch == "sm_100")  # with 4 warps it spills 16 bytes
-    return Tile(16, columns, 8 if many else 4, 2, _features(d))
+    warps = 8 if d > 256 and arch != "gfx942" else 4  # gfx942 has the registers: with 8 it uses scratch memory
+    if op == "backward" and arch == "sm_100":  # with fewer, one of Triton 3.6 and 3.9 spills 8 or 16 bytes
+        warps = 8 if width == 32 or d > 256 else 16 if d > 128 else 4
+    return Tile(16, columns, warps, 2, _features(d))
 
 
 def resolve(arch: str) -> Tile:
