@@ -571,6 +571,15 @@ def test_profiler_sees_each_stage():
     assert {f"cpc_kernels/info_nce/{stage}" for stage in ("positive", "forward", "combine")} <= names
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="nothing is interpreted here")
+def test_an_old_interpreter_beside_a_new_numpy_says_so(monkeypatch):
+    launching._arch.cache_clear()
+    monkeypatch.setattr(launching.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(launching.numpy, "__version__", "2.4.6")
+    with pytest.raises(RuntimeError, match=r"Triton 3\.6\.0 and NumPy 2\.4\.6; pip install 'numpy<2\.4'"):
+        launching.Launch("info_nce", torch.ones(2, 2))
+
+
 @pytest.mark.slow
 def test_every_kernel_compiles_for_sizes_of_one():
     """On a GPU an integer argument of 1 is a constant to the compiler, which has fewer methods than a tensor."""
