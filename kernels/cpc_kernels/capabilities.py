@@ -69,7 +69,7 @@ def find_triton() -> Capability:
         return Capability(name, True, 'TRITON_INTERPRET=1: impl="triton" runs on CPU tensors, slowly')
     if torch.cuda.is_available():
         return Capability(name, True, f"on {torch.cuda.get_device_name()}")
-    return Capability(name, False, "no GPU that torch can see, and TRITON_INTERPRET=1 is not set", cost)
+    return Capability(name, False, "no GPU that torch can see, and TRITON_INTERPRET=1 is not set")
 
 
 def device_name(device: torch.device) -> str:
