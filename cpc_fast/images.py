@@ -16,6 +16,7 @@ import tempfile
 import threading
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -377,6 +378,16 @@ def find_test(
             several = {path.name: path for path in known.iterdir() if os.path.isdir(path) and find_images(path)}
         images = find_images(folder)
         refuse_masks(images)
+        if images and folder.name != good and folder.name.casefold() in ("good", "ok", "normal"):
+            raise UsageError(
+                f"{quoted(folder)} would count as a defect. If its images are normal, they go into "
+                f"{quoted(folders / good)}; if not, call it by another name."
+            )
+        if masks is not None and (twice := [path for path in images if path.stem in _twice(images)]):
+            raise UsageError(
+                f"{quoted(twice[0])} and {quoted(twice[1])} have one name, so nothing says whose mask "
+                f"{twice[0].stem}_mask is; rename one of them, and its mask."
+            )
         for path in images:
             mask, labels = None, False
             if masks is not None:
@@ -391,6 +402,10 @@ def find_test(
     if not found:
         raise UsageError(f"{quoted(folders)} holds no images; expected {test}/{good}/*.png and {test}/<defect>/*.png.")
     return found
+
+
+def _twice(paths: Sequence[Path]) -> list[str]:
+    return [stem for stem, count in Counter(path.stem for path in paths).items() if count > 1]
 
 
 def of_each(paths: Sequence[str | os.PathLike], read: Callable[[int], T]) -> list[T]:

@@ -58,7 +58,8 @@ def find_test(root: str | os.PathLike) -> list[TestImage]:
         ]
     if os.path.isdir(root / "test_public"):
         return images.find_test(root, test="test_public", truth="test_public/ground_truth")
-    if os.path.isdir(root / "test" / "ok") and not os.path.isdir(root / "test" / "good"):
+    ok, good = root / "test" / "ok", root / "test" / "good"
+    if os.path.isdir(ok) and not (os.path.isdir(good) and find_images(good)):
         return images.find_test(root, good="ok")
     return images.find_test(root)
 
