@@ -29,13 +29,13 @@ DEVICE_SHARE = 0.5  # of a GPU's free memory; a larger bank stays outside and is
 class StreamedBank:
     """Rows (m, d) that stay where they are and come to the device one block at a time.
 
-    On a GPU the next block is copied while one is scored: with the one before, which the caller holds until it is
-    given the next, three blocks are on the device. across_ranks: every rank of
-    torch.distributed reads its share of the blocks, and all of them score the same image together.
+    On a GPU up to three blocks are there at once: the one that is scored, the one before it, and the one being copied.
 
     Args:
         rows: a tensor on the CPU, or what StreamedBank.open reads.
         device: where they are scored.
+        across_ranks: every rank of torch.distributed reads its share of the blocks, and all score the same image
+            together.
     """
 
     def __init__(self, rows: Any, device: str | torch.device = "cpu", across_ranks: bool = False) -> None:

@@ -30,11 +30,9 @@ class MemoryBank(nn.Module):
         super().__init__()
         shape = (size,) if isinstance(size, int) else tuple(size)
         if shape != (0,) and len(shape) != 2:
+            hint = f"; for {shape[0]} rows of 128 features say ({shape[0]}, 128)" if len(shape) == 1 else ""
             raise ValueError(
-                f"NTXentLoss: memory_bank_size must be (rows, features), or 0 for no bank. Got {size}; "
-                f"for {shape[0]} rows of 128 features say ({shape[0]}, 128)."
-                if len(shape) == 1
-                else f"NTXentLoss: memory_bank_size must be (rows, features), or 0 for no bank. Got {size}."
+                f"NTXentLoss: memory_bank_size must be (rows, features), or 0 for no bank. Got {size}{hint}."
             )
         if min(shape) < 0:
             raise ValueError(f"NTXentLoss: memory_bank_size cannot be negative. Got {size}.")
