@@ -160,9 +160,9 @@ def fingerprint(detector: Detector) -> str:
 def _answer(detector: Detector, path: str, name: str, min_area: int, pictures: dict[str, Path]) -> dict[str, Any]:
     """One image in predictions.json, or why it was skipped; its pictures are written by then.
 
-    segments[].outline: closed polygons of [y, x] (segments.py). most_surprising: of a flagged image, the patch that is,
-    its box, the direction and step, or "place" (`worst`), that found it so, and the mean loss of each of them in units
-    of its normal spread. Raises Unreachable where the folder of the image is.
+    segments[].outline: closed polygons of [y, x] (segments.py). most_surprising: of a flagged image, the patch that
+    made its score, its box, the direction and step, or "place" (`worst`), that found it strange, and the mean loss of
+    each of them in units of its normal spread. Raises Unreachable where the folder of the image is.
     """
     try:
         with naming(path):

@@ -25,6 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from cpc_kernels.exchange import rank_and_world
 
+from .anomaly_map import pixel_weights
 from .bank import Bank, StreamedBank, host_rows, place_bank, reservoir
 from .checkpoint import Checkpoint
 from .config import Config, preset
@@ -141,9 +142,9 @@ class Explanation:
 
     Attributes:
         losses: for each direction and step, and the place, the mean loss over the image in units of its normal spread.
-        patch: (row, column) of the most surprising patch in the grid.
+        patch: (row, column) in the grid of the patch that adds most to the peak of the map, which is the score.
         box: (top, left, bottom, right) of that patch in pixels of the original image.
-        worst: the direction and step, or "place", that found that patch most surprising.
+        worst: the direction and step, or "place", that found it most surprising.
     """
 
     losses: dict[str, float]
@@ -274,7 +275,7 @@ class Detector:
         device = torch.device(device)
         if isinstance(data, (str, os.PathLike)):
             paths = find_train(data)
-            given = origin(str(data), paths)
+            given = origin(os.path.abspath(data), paths)
             cache = ImageCache(paths, size=config.image_size, channels=config.channels, depth=config.depth)
             images: Sequence[np.ndarray] = cache
             shapes, originals = cache.shapes(), cache.originals
@@ -385,7 +386,6 @@ class Detector:
             "train_images_per_s": self.train_images_per_s,
             "sides": self.sides,
             "light": self.light,
-            "features": self.bank.shape[1],
         }
         save_run(run, tensors, self.config, about)
 
@@ -473,15 +473,9 @@ class Detector:
         mask, segments = find_segments(map, self.threshold.value, min_area)
         score = float(map.max())
         flagged = score > self.threshold.value and bool(segments)
-        why = self._explanation(surprise, image.shape, prepared.shape) if flagged else None
-        return Prediction(score, map, mask, segments, flagged, why, self._other_light(prepared))
-
-    def other_light(self, image: np.ndarray) -> bool:
-        """Whether an image such as inspect takes is lit as none of the fit; see Prediction."""
-        return self._other_light(prepare(image, self.config))
-
-    def _other_light(self, prepared: np.ndarray) -> bool:
-        return self.light is not None and self.light.other(prepared)
+        why = self._explanation(surprise, map, prepared.shape) if flagged else None
+        other_light = self.light is not None and self.light.other(prepared)
+        return Prediction(score, map, mask, segments, flagged, why, other_light)
 
     def other_size(self, shape: Sequence[int]) -> bool:
         """Whether an image (h, w, ...) is much smaller or larger than those of the fit, and nothing scales it alike."""
@@ -520,16 +514,23 @@ class Detector:
         need_float32()
         prepared = prepare(image, self.config)
         with torch.autocast(self.bank.device.type, enabled=False):
-            surprise = self.scorer.surprise(prepared)
-        return self._explanation(surprise, image.shape, prepared.shape)
+            surprise, spread = self.scorer.look(prepared, image.shape[:2])
+        return self._explanation(surprise, spread.cpu().numpy(), prepared.shape)
 
-    def _explanation(self, surprise: Surprise, original: Sequence[int], prepared: Sequence[int]) -> Explanation:
-        """original and prepared: shapes of the image before and after it was resized."""
+    def _explanation(self, surprise: Surprise, map: np.ndarray, prepared: Sequence[int]) -> Explanation:
+        """map: at the original (h, w); prepared: the shape of the resized image."""
         config, kinds = self.config, len(self.config.predicts)
         counts = surprise.counts[:kinds]
         ways = surprise.values.unflatten(0, (len(surprise.counts) // kinds, -1)).cpu()  # (views * members, n)
         mean, targets = ways.mean(0), surprise.targets[: ways.shape[1]].cpu()
-        worst = int(surprise.grid.argmax())
+        peak = np.unravel_index(map.argmax(), map.shape)
+        lengths = config.patch_size, config.scoring_stride
+        rows, columns = (
+            pixel_weights(length, *lengths, surprise.grid.device)[(2 * int(at) + 1) * length // (2 * size)]
+            for at, length, size in zip(peak, prepared, map.shape, strict=False)
+        )
+        strange = (surprise.grid - surprise.grid.min()).clamp_min(1e-6)
+        worst = int((strange * rows[:, None] * columns).argmax())  # adds most to the peak
         row, column = divmod(worst, surprise.grid.shape[1])
         by_place = bool(surprise.voices[:, row, column].argmax())
         speaks = targets == worst
@@ -545,11 +546,11 @@ class Detector:
             if (target == worst).any()
         }
         heard = {name: loss for name, loss in about.items() if (name == "place") == by_place} or about
-        zoom = original[0] / prepared[0]
-        starts = (patch_starts(length, config.patch_size, config.scoring_stride) for length in prepared[:2])
+        zoom = map.shape[0] / prepared[0]
+        starts = (patch_starts(length, *lengths) for length in prepared[:2])
         corner = [begins[at] for begins, at in zip(starts, (row, column), strict=True)]
         box = [*corner, *(edge + config.patch_size for edge in corner)]
-        limits = (*original[:2], *original[:2])
+        limits = (*map.shape, *map.shape)
         top, left, bottom, right = (min(round(edge * zoom), limit) for edge, limit in zip(box, limits, strict=True))
         return Explanation(
             losses={name: float(loss.mean()) for name, loss in zip(config.predicts, losses, strict=True) if len(loss)},
@@ -593,7 +594,8 @@ def split(count: int, config: Config, digests: Sequence[str] = ()) -> tuple[list
         firsts.setdefault(told[i], i)
     different = len(firsts)
     share = round(different * config.calibration_share)
-    held_out = set(list(firsts)[: max(2 if different >= 4 else 1, share)])  # one would be judged by itself
+    least = 2 if different >= 4 else 1  # one would be judged by itself
+    held_out = set(list(firsts)[: max(least, min(share, different - 2))])
     if different - len(held_out) < 2:
         copies = f", {different} of them different and the others copies," if different < count else ""
         raise UsageError(

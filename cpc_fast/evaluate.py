@@ -134,7 +134,8 @@ def score_all(
             truth = np.broadcast_to(np.False_, image.shape[:2])  # nothing is wrong with it, and it costs no memory
         with naming(test.path):
             answer = inspect(image)
-        scored.append(Scored(test.path.name, test.defect, image, answer.score, answer.map, truth))
+        other_light = getattr(answer, "other_light", False)  # of a detector's Prediction
+        scored.append(Scored(test.path.name, test.defect, image, answer.score, answer.map, truth, other_light))
         if on_image:
             on_image(done, len(tests))
     return scored

@@ -68,7 +68,6 @@ class Section:
         vouched: where good images were held out for the threshold, but too few for metrics["threshold"]["target_fpr"]:
             how many, and the share of false alarms that they can vouch for (1 for none), such as (2, 1 / 3).
         light: a sentence about the test images that are lit as none of the fit; empty where there are none.
-        other_light: for each of `scored` whether it is one of them; empty where nobody knows.
     """
 
     title: str
@@ -79,7 +78,6 @@ class Section:
     trained_on: Mapping[str, str]
     vouched: tuple[int, float] | None = None
     light: str = ""
-    other_light: Sequence[bool] = ()
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
@@ -435,9 +433,7 @@ ELSEWHERE = "Caught elsewhere"  # flagged, but nothing above the threshold lies 
 
 def _section(section: Section, budget: int) -> dict[str, Any]:
     """Everything the template needs to know of one section."""
-    pairs = zip(section.scored, section.other_light or [False] * len(section.scored), strict=True)
-    ranked = sorted(pairs, key=lambda pair: (-pair[0].score, pair[0].name))
-    scored = [s for s, _ in ranked]
+    scored = sorted(section.scored, key=lambda s: (-s.score, s.name))
     scores, good = np.array([float(s.score) for s in scored]), np.array([s.good for s in scored])
     threshold = float(section.image_threshold)
     ends = [*scores, threshold] if math.isfinite(threshold) else scores
@@ -465,7 +461,7 @@ def _section(section: Section, budget: int) -> dict[str, Any]:
     map_low, map_high = _map_limits(scored, section.pixel_threshold)
     map_digits = max(0, _digits(map_high - map_low) - 1)
     cards = []
-    for s, other_light in ranked:
+    for s in scored:
         kind, badge = OUTCOMES[not s.good, s.score > threshold]
         there = None if s.truth is None or not s.truth.any() else float(s.map[s.truth].max())
         badge = ELSEWHERE if kind == "caught" and there is not None and there <= threshold else badge
@@ -473,7 +469,7 @@ def _section(section: Section, budget: int) -> dict[str, Any]:
         cards.append({
             "name": s.name, "defect": s.defect, "group": groups.index(s.defect), "good": s.good,
             "score": repr(float(s.score)), "shown": f"{s.score:.{digits}f}", "kind": kind, "badge": badge,
-            "other_light": other_light,
+            "other_light": s.other_light,
             "there": None if there is None else repr(there),
             "height": s.map.shape[0], "width": s.map.shape[1],
             "photo": _photo_uri(s.image, budget), "heat": _map_uri(s.map, map_low, map_high),

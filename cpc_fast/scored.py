@@ -16,6 +16,7 @@ class Scored:
         score: the image score; higher is stranger.
         map: float32 (H, W), the surprise per pixel in the units of the score.
         truth: bool (H, W), True on the defect; None where the set has no mask for this image.
+        other_light: whether it is lit as none of the fit (Prediction.other_light).
 
     Example:
         >>> Scored("000.png", "good", np.zeros((4, 4, 1), np.uint8), 0.5, np.zeros((4, 4), np.float32), None).good
@@ -28,6 +29,7 @@ class Scored:
     score: float
     map: np.ndarray
     truth: np.ndarray | None
+    other_light: bool = False
 
     @property
     def good(self) -> bool:

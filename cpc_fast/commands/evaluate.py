@@ -18,6 +18,7 @@ from .options import Device, Settings, check_device, choose_device
 if TYPE_CHECKING:
     from ..detector import Detector, Threshold
     from ..evaluate import Evaluation
+    from ..images import TestImage
     from ..report import Section
     from ..scored import Scored
 
@@ -97,7 +98,7 @@ def evaluate(
 
     detector = Detector.load(run, torch_device)
     note_edited(run)
-    evaluation = evaluate_run("evaluate", detector, data)
+    evaluation = evaluate_run("evaluate", detector, data, tests=tests)
     other = _data_of(out / "metrics.json")
     write_metrics(out / "metrics.json", evaluation.metrics)
     section = make_section(data.resolve().name, detector, evaluation)
@@ -153,28 +154,36 @@ def black_masks(scored: Sequence[Scored]) -> str:
     )
 
 
-def evaluate_run(name: str, detector: Detector, data: Path, stop: Callable[[], bool] = lambda: False) -> Evaluation:
-    """Evaluate with a line of progress that begins with `name`; raises Stopped where `stop` said so."""
+def evaluate_run(
+    name: str,
+    detector: Detector,
+    data: Path,
+    stop: Callable[[], bool] = lambda: False,
+    tests: Sequence[TestImage] | None = None,
+) -> Evaluation:
+    """Evaluate with a line of progress that begins with `name`; raises Stopped where `stop` said so.
+
+    tests: the images of `data`, where they have been found.
+    """
     from ..evaluate import evaluate
     from ..progress import counting
 
     with counting(f"{name}: scoring") as on_image:
-        return evaluate(detector, data, on_image=stopping(on_image, stop, f"{name} was scored"))
+        return evaluate(detector, data, tests=tests, on_image=stopping(on_image, stop, f"{name} was scored"))
 
 
 def make_section(title: str, detector: Detector, evaluation: Evaluation) -> Section:
     from ..report import Section, printable
 
     scored, threshold = evaluation.scored, detector.threshold.value
-    other_light = [detector.other_light(item.image) for item in scored]
-    unlit = [printable(f"{item.defect}/{item.name}") for item, is_so in zip(scored, other_light, strict=True) if is_so]
+    unlit = [printable(f"{item.defect}/{item.name}") for item in scored if item.other_light]
     light = light_note(len(unlit), len(scored), detector, _some(unlit))
     about = {name: said for name, said in detector.trained_on.items() if name != "digest"}
     if note := detector.threshold.note:
         about["threshold"] = note
     asked = detector.threshold
     vouched = (asked.count, asked.guaranteed_fpr) if asked.guaranteed_fpr > asked.target_fpr else None
-    return Section(title, evaluation.metrics, scored, threshold, threshold, about, vouched, light, other_light)
+    return Section(title, evaluation.metrics, scored, threshold, threshold, about, vouched, light)
 
 
 def _print_metrics(evaluation: Evaluation, threshold: Threshold) -> None:

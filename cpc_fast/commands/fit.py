@@ -77,7 +77,7 @@ def fit(
         resume = False
     need_checkpoint(out) if resume else refuse_run(out)
     config = choose_config(preset, options, settings, resume=out if resume else None)
-    finished = resume and _finished(out, fitted_to_files(config, images), data)
+    finished = resume and _finished(out, fitted_to_files(config, images), data, images)
     if not (finished or launched()[0]):
         folder = images[0].parent
         if left := sum(path.parent != folder for path in walk(folder, strict=False)):
@@ -205,8 +205,11 @@ def fitted_to_files(config: Config, paths: Sequence[Path]) -> Config:
     return config.fitted_to(shorter_sides(paths, config.image_size), [quoted(path) for path in paths])
 
 
-def _finished(run: Path, config: Config, data: Path) -> bool:
-    """Whether there is nothing left to do for a fit with this config; one that was of other images is refused."""
+def _finished(run: Path, config: Config, data: Path, paths: Sequence[Path]) -> bool:
+    """Whether there is nothing left to do for a fit with this config; one that was of other images is refused.
+
+    paths: the images of `data`.
+    """
     from ..checkpoint import checkpoint_config
     from ..images import quoted
     from ..runs import CHECKPOINT, DETECTOR
@@ -216,18 +219,17 @@ def _finished(run: Path, config: Config, data: Path) -> bool:
     begun, position = checkpoint_config(run)
     if begun != config or position.epoch != config.epochs:
         return False
-    if others := _other_images(run / CHECKPOINT, data):
+    if others := _other_images(run / CHECKPOINT, data, paths):
         raise UsageError(f"{quoted(run)} was fitted on {others}; name its own again, or choose another run folder.")
     return True
 
 
-def _other_images(file: Path, data: Path) -> str:
-    """See other_images; `file` is a detector or a checkpoint."""
-    from ..layouts import find_train
+def _other_images(file: Path, data: Path, paths: Sequence[Path]) -> str:
+    """See other_images; `file` is a detector or a checkpoint, `paths` are the images of `data`."""
     from ..runs import origin, other_images
     from ..saving import read_record
 
-    return other_images(read_record(file, "run"), origin(str(data), find_train(data)))
+    return other_images(read_record(file, "run"), origin(os.path.abspath(data), paths))
 
 
 def learnt_nothing(epoch: Sequence[Progress]) -> str:
@@ -307,7 +309,7 @@ def fit_or_go_on(name: str, data: Path, run: Path, config: Config, device: torch
     paths = find_train(data)
     config = fitted_to_files(config, paths)
     there = [file for file in (run / DETECTOR, run / CHECKPOINT) if file.exists()]
-    if there and (others := _other_images(there[0], data)):
+    if there and (others := _other_images(there[0], data, paths)):
         raise UsageError(f"{run} is of {others}; fit anew with --fresh, or choose another folder.")
     if there and there[0].name == DETECTOR:
         detector = Detector.load(run, device)

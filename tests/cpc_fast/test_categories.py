@@ -78,7 +78,8 @@ def test_a_run_of_another_dataset_is_not_taken_for_this_ones(tmp_path, capsys, m
     for root, count in (("a", 6), ("b", 7)):
         make_set(tmp_path / root / "set" / "can", train=count, good=2, holes=2)
     command, run_of_a = ["evaluate", *OPTIONS, "--all"], tmp_path / "runs" / "set" / "can"
-    says = "runs/set/can is of other images (there 'a/set/can', 6; now 'b/set/can', 7); fit anew with --fresh, or"
+    there, now = (tmp_path / name / "set" / "can" for name in "ab")
+    says = f"runs/set/can is of other images (there '{there}', 6; now '{now}', 7); fit anew with --fresh, or"
     assert run([*command, "a/set"]) == 0
     for left in ("model.safetensors", "checkpoint.safetensors"):
         kept = (run_of_a / left).read_bytes()

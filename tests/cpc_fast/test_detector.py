@@ -99,6 +99,7 @@ def test_answers_are_compared_by_being_the_same_object(detector):
 def test_copies_are_learnt_from_or_held_out_once(tmp_path):
     letters = [str(i) for i in range(30)]
     assert split(30, TINY_CONFIG, letters) == split(30, TINY_CONFIG)
+    assert len(split(30, TINY_CONFIG.replace(calibration_share=0.999))[0]) == 2  # two to learn from, whatever the share
     with pytest.raises(UsageError, match=r"^10 normal images, 2 of them different and the others copies, are"):
         split(10, TINY_CONFIG, ["a"] * 4 + ["b"] * 6)
     with pytest.raises(UsageError, match=r"^2 normal images are too few to learn from .*; give at least 3\.$"):
@@ -266,6 +267,17 @@ def test_an_explanation_at_the_edge_of_an_image_that_the_grid_does_not_fit(detec
     assert found.box == (top, left, top + 16, 59)
 
 
+@pytest.mark.parametrize("changes", [{}, {"closing": 3}, {"image_size": 40}, {"finer": 2}], ids=str)
+def test_an_explanation_lies_where_the_map_peaks(changes):
+    detector = Detector.fit(IMAGES, TINY_CONFIG, epochs=1, **changes)
+    for seed in range(30):
+        image = texture(200 + seed, 52, 61)
+        row, column = np.unravel_index(detector.inspect(image).map.argmax(), (52, 61))
+        top, left, bottom, right = detector.explain(image).box
+        assert top <= row < bottom
+        assert left <= column < right
+
+
 def parts(seed: int, ring: tuple[int, int] = (16, 16)) -> np.ndarray:
     """A grainy plate with one dark square, where it belongs unless told otherwise."""
     image = np.random.default_rng(seed).normal(160, 8, (64, 64, 1))
@@ -292,10 +304,10 @@ def test_what_lies_in_another_place_is_strange():
     voices = (said - found.place_mean) / found.place_spread
     torch.testing.assert_close(surprise.voices, voices)
     torch.testing.assert_close(surprise.grid, voices.amax(0))
-    cell = divmod(int(surprise.grid.argmax()), 7)
+    map = detector.inspect(image).map
     for heard in (voices, voices.flip(0)):  # the voice that made the score is named, whatever the other's losses are
-        told = detector._explanation(replace(surprise, voices=heard), image.shape, image.shape)
-        assert (told.worst == "place") == bool(heard[1][cell] > heard[0][cell])
+        told = detector._explanation(replace(surprise, voices=heard), map, image.shape)
+        assert (told.worst == "place") == bool(heard[1][told.patch] > heard[0][told.patch])
 
 
 def test_a_threshold_of_ones_own_is_cut_where_it_says(detector, tmp_path):
@@ -581,7 +593,10 @@ def test_the_member_that_made_the_score_is_asked_why():
     values[quiet, here & (step == first)] = 9.0  # one cry, and not of the member whose median is the higher
     values[loud, here] = 3.0
     values[loud, here & (step == last)] = 4.0
-    told = detector._explanation(replace(surprise, values=values.flatten()), (48, 48, 1), (48, 48, 1))
+    map = np.zeros((48, 48), np.float32)
+    corner = patch_starts(48, 16, 8)
+    map[corner[worst // 5] + 8, corner[worst % 5] + 8] = 1  # the middle of that patch
+    told = detector._explanation(replace(surprise, values=values.flatten()), map, (48, 48, 1))
     assert told.worst == detector.config.predicts[last]
 
 

@@ -510,8 +510,9 @@ def test_a_defect_that_was_flagged_beside_its_mask_is_caught_elsewhere(tmp_path,
 
 
 def test_images_in_other_light_are_marked_whatever_the_threshold(tmp_path, open_page):
-    items = [plain("a.png", score=0.1), plain("b.png", score=0.9), plain("c.png", "crack", 0.4)]
-    section = Section("tiles", {}, items, 0.5, 0.5, {}, light="1 of 3 is dark.", other_light=[True, False, False])
+    dark = replace(plain("a.png", score=0.1), other_light=True)
+    items = [dark, plain("b.png", score=0.9), plain("c.png", "crack", 0.4)]
+    section = Section("tiles", {}, items, 0.5, 0.5, {}, light="1 of 3 is dark.")
     text = written(tmp_path / "report.html", section)
     assert text.index("Time per image") < text.index("1 of 3 is dark.") < text.index("By kind of defect")
     page = open_page(tmp_path / "report.html")
