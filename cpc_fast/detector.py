@@ -13,7 +13,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,12 +65,14 @@ class Threshold:
         guaranteed_fpr: the share that `count` images can vouch for (split conformal: 1 / (count + 1) at best; one image
             is calibrated by itself and vouches for nothing, 1).
         count: number of held-out normal images; 0 where the user set the value (with_threshold).
+        held_out: their scores, sorted; empty where an older run does not know them.
     """
 
     value: float
     target_fpr: float
     guaranteed_fpr: float
     count: int
+    held_out: tuple[float, ...] = ()
 
     @classmethod
     def from_scores(cls, scores: Sequence[float], target_fpr: float) -> Threshold:
@@ -81,8 +83,9 @@ class Threshold:
         """
         n = len(scores)
         rank = math.ceil((n + 1) * (1 - target_fpr) - 1e-9)
-        value = float(sorted(scores)[min(rank, n) - 1])
-        return cls(value, target_fpr, max(target_fpr, 1 / (n + 1)) if n > 1 else 1.0, n)
+        held_out = tuple(sorted(map(float, scores)))
+        guaranteed = max(target_fpr, 1 / (n + 1)) if n > 1 else 1.0
+        return cls(held_out[min(rank, n) - 1], target_fpr, guaranteed, n, held_out)
 
     @property
     def note(self) -> str:
@@ -411,6 +414,7 @@ class Detector:
         device = torch.device(device)
         try:
             threshold = Threshold(**about["threshold"])
+            threshold = replace(threshold, held_out=tuple(map(float, threshold.held_out)))
             trained_on = {str(name): str(value) for name, value in about["trained_on"].items()}
             pace = about.get("train_images_per_s")
             sides = about.get("sides")  # older runs do not say
@@ -422,7 +426,7 @@ class Detector:
             light = about.get("light")
             light = None if light is None else Light(*map(float, light))
             promised = [threshold.value, threshold.target_fpr, threshold.guaranteed_fpr, threshold.count]
-            numbers = [*promised, pace or 0.0, *(light or ())]
+            numbers = [*promised, *threshold.held_out, pace or 0.0, *(light or ())]
             if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
                 raise ValueError("a number that is none")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -453,7 +457,25 @@ class Detector:
         images and is meant for any rate. Raises UsageError for a value that is not finite in float32.
         """
         other = copy.copy(self)
-        other.threshold = Threshold(own_threshold(value), target_fpr=1.0, guaranteed_fpr=1.0, count=0)
+        other.threshold = replace(
+            self.threshold, value=own_threshold(value), target_fpr=1.0, guaranteed_fpr=1.0, count=0
+        )
+        return other
+
+    def with_target_fpr(self, rate: float) -> Detector:
+        """The same detector with the threshold for another share of false alarms, from the same held-out images.
+
+        Raises UsageError for a rate that is not between 0 and 1, and for a run of an older version, whose record lacks
+        their scores.
+        """
+        rate = self.config.replace(target_fpr=rate).target_fpr
+        if not self.threshold.held_out:
+            raise UsageError(
+                "This detector was fitted by an older version, which kept no scores of held-out images; fit it anew, "
+                "or give the threshold itself."
+            )
+        other = copy.copy(self)
+        other.threshold = Threshold.from_scores(self.threshold.held_out, rate)
         return other
 
     def inspect(self, image: np.ndarray, min_area: int = 1) -> Prediction:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UsageError
 from ..torchrun import launched, own_gpu
 from .console import complain, going_on, light_note, note_colour, note_edited, note_size, say, terminable
 from .options import Device, again_as, check_device, choose_device
@@ -33,6 +34,15 @@ def predict(
         float | None,
         typer.Option(help="Flag what scores above this; the detector's own threshold by default.", show_default=False),
     ] = None,
+    target_fpr: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            help="The threshold for this share of false alarms, from the good images that fit held out; that of the "
+            "fit by default.",
+            show_default=False,
+        ),
+    ] = None,
     scores_only: Annotated[bool, typer.Option("--scores-only", help="Write no overlays and masks.")] = False,
     shard: Annotated[
         str | None,
@@ -56,6 +66,8 @@ def predict(
     part = Shard.parse(shard) if shard else Shard(rank + 1, world)
     if threshold is not None:
         own_threshold(threshold)
+        if target_fpr is not None:
+            raise UsageError("--threshold and --target-fpr both say where to cut; leave one.")
     need_detector(run)
     if not (resume and (out / INPUTS).exists()):
         repeats: list[str] = []
@@ -73,10 +85,13 @@ def predict(
     note_edited(run)
     if threshold is not None:
         detector = detector.with_threshold(threshold)
+    if target_fpr is not None:
+        detector = detector.with_target_fpr(target_fpr)
     earlier = 0 if resume or part.count > 1 else answers_in(out)
     again = again_as(
         "predict", run, *images, out=out, tiff=tiff, scores_only=scores_only,
-        min_area=min_area if min_area > 1 else None, threshold=threshold, shard=shard, device=device, resume=True,
+        min_area=min_area if min_area > 1 else None, threshold=threshold, target_fpr=target_fpr, shard=shard,
+        device=device, resume=True,
     )  # fmt: skip
     saved, so_far = f"Their answers are in {out}.", f"what was answered is in {out}."
     with going_on(again, saved, so_far), terminable() as stop, counting("predict") as on_image:

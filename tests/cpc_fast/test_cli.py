@@ -259,6 +259,19 @@ def test_a_threshold_of_ones_own(fitted, data, tmp_path, capsys):
     assert "The threshold is nan; it must be a finite float32" in capsys.readouterr().err
 
 
+def test_another_rate_of_false_alarms(fitted, data, tmp_path, capsys):
+    out = tmp_path / "answers"
+    ask = ["predict", str(fitted), str(data / "test" / "hole"), "--out", str(out), "--scores-only", "--target-fpr"]
+    assert cli.run([*ask, "0.7"]) == 0
+    assert "can vouch for" not in capsys.readouterr().out  # two held-out images vouch for a third
+    threshold = json.loads((out / "predictions.json").read_text())["threshold"]
+    assert threshold == Detector.load(fitted).with_target_fpr(0.7).threshold.value
+    assert threshold < Detector.load(fitted).threshold.value
+    for wrong, says in ((["2"], "target_fpr is 2.0; it must be above 0"), (["0.7", "--threshold", "1"], "leave one.")):
+        assert cli.run([*ask, *wrong]) == 2
+        assert says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("file", ["inputs.jsonl", "scores.csv"])
 def test_after_a_full_disk_the_command_that_is_printed_goes_on(fitted, data, tmp_path, capsys, monkeypatch, file):
     """Over answers of a call with another threshold, which are gone by then."""

@@ -326,6 +326,20 @@ def test_a_threshold_of_ones_own_is_cut_where_it_says(detector, tmp_path):
             detector.with_threshold(value)
 
 
+def test_the_threshold_for_another_rate_is_that_of_another_fit(detector, tmp_path):
+    asked = Detector.fit(IMAGES, TINY_CONFIG, epochs=1, target_fpr=0.7)
+    first = Detector.fit(IMAGES, TINY_CONFIG, epochs=1)
+    assert first.threshold.value > asked.threshold.value
+    first.save(tmp_path / "run")
+    later = Detector.load(tmp_path / "run").with_threshold(7.0).with_target_fpr(0.7)
+    assert later.threshold == asked.threshold
+    with pytest.raises(UsageError, match=r"target_fpr is 1\.5; it must be above 0 and below 1"):
+        first.with_target_fpr(1.5)
+    first.threshold = replace(first.threshold, held_out=())
+    with pytest.raises(UsageError, match="older version, which kept no scores of held-out images; fit it anew"):
+        first.with_target_fpr(0.7)
+
+
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_voices_are_equally_loud_on_normal_images(count):
     detector = Detector.fit([parts(i) for i in range(6)], TINY_CONFIG.replace(place=True, epochs=1), crop=48)
