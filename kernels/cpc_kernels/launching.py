@@ -5,8 +5,8 @@ Nothing here waits for the device. One environment variable counts, TRITON_INTER
 
 import contextlib
 import functools
+from importlib import metadata
 
-import numpy
 import torch
 import triton
 import triton.language as tl
@@ -26,10 +26,10 @@ def interpreted() -> bool:
 @functools.cache
 def _arch(device: torch.device) -> str:
     if interpreted():
-        if TorchVersion(triton.__version__) < "3.7" and TorchVersion(numpy.__version__) >= "2.4":
+        if TorchVersion(triton.__version__) < "3.7" and TorchVersion(numpy := metadata.version("numpy")) >= "2.4":
             raise RuntimeError(
                 "The interpreter of Triton before 3.7 needs NumPy before 2.4. Here are Triton "
-                f"{triton.__version__} and NumPy {numpy.__version__}; pip install 'numpy<2.4', or a newer Triton."
+                f"{triton.__version__} and NumPy {numpy}; pip install 'numpy<2.4', or a newer Triton."
             )
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)

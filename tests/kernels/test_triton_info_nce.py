@@ -575,7 +575,7 @@ def test_profiler_sees_each_stage():
 def test_an_old_interpreter_beside_a_new_numpy_says_so(monkeypatch):
     launching._arch.cache_clear()
     monkeypatch.setattr(launching.triton, "__version__", "3.6.0")
-    monkeypatch.setattr(launching.numpy, "__version__", "2.4.6")
+    monkeypatch.setattr(launching.metadata, "version", lambda _: "2.4.6")
     with pytest.raises(RuntimeError, match=r"Triton 3\.6\.0 and NumPy 2\.4\.6; pip install 'numpy<2\.4'"):
         launching.Launch("info_nce", torch.ones(2, 2))
 
