@@ -16,7 +16,6 @@ import tempfile
 import threading
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -383,14 +382,15 @@ def find_test(
                 f"{quoted(folder)} would count as a defect. If its images are normal, they go into "
                 f"{quoted(folders / good)}; if not, call it by another name."
             )
-        if masks is not None and (twice := [path for path in images if path.stem in _twice(images)]):
-            raise UsageError(
-                f"{quoted(twice[0])} and {quoted(twice[1])} have one name, so nothing says whose mask "
-                f"{twice[0].stem}_mask is; rename one of them, and its mask."
-            )
+        named: dict[str, Path] = {}
         for path in images:
             mask, labels = None, False
             if masks is not None:
+                if (other := named.setdefault(path.stem, path)) != path:
+                    raise UsageError(
+                        f"{quoted(other)} and {quoted(path)} have one name, so nothing says whose mask "
+                        f"{path.stem}_mask is; rename one of them, and its mask."
+                    )
                 mask = masks.get(f"{path.stem}_mask") or masks.get(path.stem) or several.get(path.stem)
                 labels = mask is not None and mask == several.get(path.stem)
                 if mask is None:
@@ -402,10 +402,6 @@ def find_test(
     if not found:
         raise UsageError(f"{quoted(folders)} holds no images; expected {test}/{good}/*.png and {test}/<defect>/*.png.")
     return found
-
-
-def _twice(paths: Sequence[Path]) -> list[str]:
-    return [stem for stem, count in Counter(path.stem for path in paths).items() if count > 1]
 
 
 def of_each(paths: Sequence[str | os.PathLike], read: Callable[[int], T]) -> list[T]:

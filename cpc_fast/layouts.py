@@ -107,7 +107,7 @@ def find_categories(root: str | os.PathLike) -> list[Path]:
     lacking = {folder: _lacks(folder) for folder in _subfolders(root)}
     found = [folder for folder, lacks in lacking.items() if not lacks]
     if not found:
-        near = [f" {folder.name!r} has {lacks}." for folder, lacks in lacking.items() if "but" in lacks]
+        near = [f" {folder.name!r} has {lacks}." for folder, lacks in lacking.items() if ", but " in lacks]
         raise UsageError(
             f"{quoted(root)} holds no category: a subfolder with train/good and test (MVTec AD, LOCO), test_public "
             "(MVTec AD 2), train/ok and test (BTAD), or Data/Images and split_csv/1cls.csv beside it (VisA)."

@@ -84,6 +84,7 @@ def export(
         )
     if detector.config.image_size:
         apart.append(f"predict looks for the maximum at an image's own size, this file at {height} x {width}")
-    caveat = f" But {', and '.join(apart)}: scores differ by some percent, and one near the threshold may fall on its "
-    say(f"Scores above {detector.threshold.value:.4g} are anomalous.{f'{caveat}other side.' if apart else ''}")
+    differ = "scores differ by some percent, and one near the threshold may fall on its other side."
+    caveat = f" But {', and '.join(apart)}: {differ}" if apart else ""
+    say(f"Scores above {detector.threshold.value:.4g} are anomalous.{caveat}")
     return 0

@@ -68,6 +68,8 @@ def predict(
         own_threshold(threshold)
         if target_fpr is not None:
             raise UsageError("--threshold and --target-fpr both say where to cut; leave one.")
+    if target_fpr is not None and not 0 < target_fpr < 1:
+        raise UsageError(f"--target-fpr is {target_fpr}; it must be above 0 and below 1, such as 0.05.")
     need_detector(run)
     if not (resume and (out / INPUTS).exists()):
         repeats: list[str] = []

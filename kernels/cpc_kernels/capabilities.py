@@ -19,8 +19,8 @@ import torch
 
 @dataclass(frozen=True)
 class Capability:
-    """One thing that may be here. reason: why, or why not; cost: what is missing costs this ("" when nothing
-    is missing)."""
+    """One thing that may be here. reason: why, or why not; cost: what that costs ("" where it is whole, or where this
+    machine could not use it)."""
 
     name: str
     available: bool

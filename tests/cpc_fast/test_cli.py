@@ -267,7 +267,10 @@ def test_another_rate_of_false_alarms(fitted, data, tmp_path, capsys):
     threshold = json.loads((out / "predictions.json").read_text())["threshold"]
     assert threshold == Detector.load(fitted).with_target_fpr(0.7).threshold.value
     assert threshold < Detector.load(fitted).threshold.value
-    for wrong, says in ((["2"], "target_fpr is 2.0; it must be above 0"), (["0.7", "--threshold", "1"], "leave one.")):
+    for wrong, says in (
+        (["2"], "--target-fpr is 2.0; it must be above 0"),
+        (["0.7", "--threshold", "1"], "leave one."),
+    ):
         assert cli.run([*ask, *wrong]) == 2
         assert says in capsys.readouterr().err
 

@@ -326,7 +326,7 @@ def test_a_threshold_of_ones_own_is_cut_where_it_says(detector, tmp_path):
             detector.with_threshold(value)
 
 
-def test_the_threshold_for_another_rate_is_that_of_another_fit(detector, tmp_path):
+def test_the_threshold_for_another_rate_is_that_of_another_fit(tmp_path):
     asked = Detector.fit(IMAGES, TINY_CONFIG, epochs=1, target_fpr=0.7)
     first = Detector.fit(IMAGES, TINY_CONFIG, epochs=1)
     assert first.threshold.value > asked.threshold.value

@@ -179,16 +179,14 @@ def test_what_is_passed_over_is_said(layout, tmp_path):
     assert f"1 images in '{masks}' are not read" in loose
 
 
-@pytest.mark.parametrize(("layout", "name"), [("MVTec AD", "Good"), ("MVTec AD", "ok"), ("BTAD", "good ")])
+@pytest.mark.parametrize(("layout", "name"), [("MVTec AD", "Good"), ("MVTec AD", "ok"), ("BTAD", "good")])
 def test_good_images_are_not_taken_for_a_defect(layout, name, tmp_path):
     category = LAYOUTS[layout][0](tmp_path)
-    name = name.strip()
     (category / "test" / name).mkdir(exist_ok=True)
     find_test(category)
     save(category / "test" / name / "0.png", texture(0))
-    if layout == "BTAD":  # with good there, ok is the stray
-        name = "ok"
-    with pytest.raises(UsageError, match=rf"test/{name}' would count as a defect\. .* into '.*test/good'"):
+    stray = "ok" if layout == "BTAD" else name  # with good there
+    with pytest.raises(UsageError, match=rf"test/{stray}' would count as a defect\. .* into '.*test/good'"):
         find_test(category)
 
 

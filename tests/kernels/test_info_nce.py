@@ -547,11 +547,19 @@ def test_triton_never_falls_back():
         info_nce(torch.ones(2, 2), torch.ones(2, 2), torch.arange(2), impl="triton")
 
 
-def test_capabilities_give_reasons():
+def test_capabilities_give_reasons(monkeypatch):
     for each in capabilities():
         assert each.reason
-        assert bool(each.cost) != each.available
-    assert find_triton().name == "Triton"
+        assert each.name == "Triton" or bool(each.cost) != each.available
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for interpreted in ("0", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+        found = find_triton()
+        assert (found.name, found.available) == ("Triton", interpreted == "1")
+        assert not found.cost  # without a GPU there is nothing that Triton would gain
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert not find_triton().available
+    assert "no GPU kernels" in find_triton().cost
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
