@@ -123,7 +123,7 @@ def summary(devices: list[Told]) -> str:
             plain = best(rows_of(record, PLAIN))
             other = best([row for row in record["rows"] if not row["ours"] and row["provider"] not in PLAIN])
             against = best([row for row in (plain, other) if row])
-            factor = f"{against['ratio']:.1f}x" if mine and against else "-"
+            factor = f"{against['ratio'] / mine['ratio']:.1f}x" if mine and against else "-"
             named = f"{time(other)} ({other['provider']})" if other else "none runs here"
             rows.append((name, time(mine), time(plain), named, f"**{factor}**", f"{memory(mine)} / {memory(plain)}"))
         for name, record in told.get("end_to_end", {}).items():
@@ -157,7 +157,7 @@ def slower(told: Told) -> str:
         mine = best([row for row in record["rows"] if row["ours"]])
         first = best(record["rows"])
         if mine and first and not first["ours"]:
-            lost.append(f"{name} ({first['provider']}, {1 / first['ratio']:.2f}x)")
+            lost.append(f"{name} ({first['provider']}, {mine['ratio'] / first['ratio']:.2f}x)")
     return f"Another is faster on: {'; '.join(lost)}." if lost else "Ours is the fastest in every case measured."
 
 

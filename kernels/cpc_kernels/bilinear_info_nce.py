@@ -143,6 +143,7 @@ project.register_autograd(_backward, setup_context=_save)
 once_differentiable(project_backward, "bilinear_info_nce")
 
 
+@as_written
 def project_rows(contexts, weights, sources, counts, impl):
     """(P, D), by plain torch where second derivatives are wanted."""
     if impl == "reference":

@@ -134,7 +134,7 @@ def chunked_forward(
     expectation = torch.zeros(anchors.shape if keep else (0,), dtype=dtype, device=device)
     if n == 0 or m == 0:
         if m == 0 and positives.is_floating_point():
-            positive.copy_((anchors * positives).sum(1) * scale)
+            positive.copy_(torch.linalg.vecdot(anchors.to(dtype), positives.to(dtype)) * scale)
         for gradient in fold or ():
             gradient.zero_()
         return loss, lse, positive, rank, expectation

@@ -108,7 +108,7 @@ def gather_forward(problem: Gathered, need_expectation: bool, need_rank: bool):
     expectation = torch.zeros(anchors.shape if need_expectation else (0,), dtype=dtype, device=device)
     if len(problem.pool) == 0:
         if not problem.indexed:
-            positive.copy_((anchors * problem.positives).sum(-1) * problem.scale)
+            positive.copy_(torch.linalg.vecdot(anchors.to(dtype), problem.positives.to(dtype)) * problem.scale)
         return loss, lse, positive, rank, expectation
     for i in problem:
         with stage("sampled_info_nce", "scores", device):

@@ -628,6 +628,8 @@ def forward(
             BN=tile.rows, BD=tile.features, **tile.options(),
         )  # fmt: skip
     if chunked:
+        if indexed and not elsewhere:
+            rows = rows.where(rows != m, m + 1)  # m itself would stand for a positive elsewhere
         # [rows, M] of raw scores, then of P
         size = tiles.chunk(n, m)
         tile = launch.tile("exponentials", d)

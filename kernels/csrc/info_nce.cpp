@@ -65,7 +65,7 @@ struct DenseLoops {
   void (*scores)(const Dense<T>&, const Chunk<T>&, int64_t, int64_t, int64_t, void*);
   void (*rows_of)(const Dense<T>&, const Chunk<T>&, int64_t, int64_t);
   void (*expectations)(const Dense<T>&, const Chunk<T>&, int64_t, int64_t, void*);
-  void (*pack_all)(const Dense<T>&, const Chunk<T>&, int64_t, int64_t);  // these two or the last three, else null
+  void (*pack_all)(const Dense<T>&, const Chunk<T>&, int64_t, int64_t);  // this and forward, or the three above, else null
   void (*forward)(const Dense<T>&, const Chunk<T>&, int64_t, int64_t, void*);
   void (*pulls)(const Dense<T>&, const Chunk<T>&, int64_t, int64_t, int64_t, void*);
 };

@@ -150,7 +150,7 @@ def test_the_plain_reading_is_the_detector(detector, data):
     "how",
     [*({"form": form} for form in FORMS), *({"calibration": c} for c in CALIBRATIONS),
      *({"pool": pool} for pool in (*POOLS, "learned")), {"bank_size": 16},
-     {"about": "median"}, {"finer": 2}, {"closing": 3}],
+     {"about": "mean"}, {"finer": 2}, {"closing": 3}],
     ids=str,
 )  # fmt: skip
 def test_every_reading_reads(how, detector, data):

@@ -80,7 +80,20 @@ def test_tables_tell_who_wins_and_who_is_wrong():
     assert "needs a GPU" not in long  # what cannot run here is no row
     assert "commit 0123abcd" in long
     assert "not measured" in report.targets(told)
-    assert "not measured" not in report.summary([make_told(cuda="13.0")]).split("Medians")[1]
+    assert "GPU: not measured" not in report.summary([make_told(cuda="13.0")])
+
+
+def test_the_fastest_of_ours_is_compared_by_its_own_time():
+    told = make_told()
+    for record in told["cases"].values():
+        seeded = ROW | {"provider": "ours: triton", "ours": True, "median_ms": 1.0, "ratio": 0.5}
+        record["rows"].append(seeded)
+    short = report.summary([told])
+    assert "**1.5x**" in short  # 1.5 ms for 1 ms; the other of ours takes 2
+    assert "Ours is the fastest in every case measured." in short
+    for record in told["cases"].values():
+        record["rows"][2] |= {"median_ms": 0.8, "ratio": 0.4}
+    assert "(torch.compile, 1.25x)" in report.summary([told])
 
 
 def test_without_ceilings_there_are_times_and_no_shares():

@@ -8,6 +8,7 @@ from tolerance import assert_as_good_as_naive
 
 from cpc_kernels import (
     Negatives,
+    bilinear_info_nce,
     bilinear_info_nce_across_ranks,
     draw_negatives,
     info_nce,
@@ -447,6 +448,15 @@ def test_corners(tmp_path):
     assert "process 1 is not in the group that was given" in found[1]["outside"]
     assert found[0]["outside"] == "nothing"
     assert all(each["rows_of_a_rank"] for each in found)
+
+
+def test_the_reference_is_as_written_under_autocast():
+    contexts, weights, candidates = torch.randn(40, 32), torch.randn(2, 24, 32) / 5, torch.randn(50, 24)
+    where = {"sources": torch.arange(40).repeat(2), "counts": [40, 40], "impl": "reference", "scale": 5.0}
+    given = contexts, weights, candidates, torch.randint(0, 50, (80,))
+    with torch.autocast("cpu", torch.float16):  # which rounds inputs, and nothing in between
+        alone = bilinear_info_nce(*given, side="contexts", **where)
+        torch.testing.assert_close(bilinear_info_nce_across_ranks(*given, **where), alone, rtol=1e-6, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
