@@ -67,17 +67,9 @@ class Ledger:
     def table(self) -> str:
         """Case, provider, median, ratio to ours, extra memory, right or wrong, of what this run added."""
         lines = [("case", "provider", "median", "quartiles", "ratio", "extra memory", "")]
-        for section, name in self.touched:
-            if section != "cases":
-                continue
-            record = self.told["cases"][name]
-            for row in record["rows"]:
+        for section, name in sorted(self.touched, key=lambda one: one[0]):  # cases, then end_to_end
+            for row in self.told[section][name].get("rows", ()):  # a sweep has none
                 if row["status"] != "unavailable":  # what cannot run here is in the file, with its reason
-                    lines.append((name, row["provider"], *row_cells(row)))
-                    name = ""
-        for section, name in self.touched:
-            if section == "end_to_end":
-                for row in self.told[section][name]["rows"]:
                     lines.append((name, row["provider"], *row_cells(row)))
                     name = ""
         if len(lines) == 1:

@@ -51,8 +51,7 @@ def _parts(sources: Tensor, counts: Sequence[int]):
     """(k, rows of the result, the contexts they read)."""
     start = 0
     for k, count in enumerate(counts):
-        if count:
-            yield k, slice(start, start + count), sources[start : start + count]
+        yield k, slice(start, start + count), sources[start : start + count]
         start += count
 
 
@@ -147,9 +146,7 @@ once_differentiable(project_backward, "bilinear_info_nce")
 def project_rows(contexts, weights, sources, counts, impl):
     """(P, D), by plain torch where second derivatives are wanted."""
     if impl == "reference":
-        return torch.cat([contexts[read] @ weights[k].T for k, _, read in _parts(sources, counts)] or [
-            contexts.new_zeros(0, weights.shape[1])
-        ])  # fmt: skip
+        return torch.cat([contexts[read] @ weights[k].T for k, _, read in _parts(sources, counts)])
     at_once = contexts.device.type != "cpu" and 2 * sources.shape[0] >= contexts.shape[0] * len(counts)
     return project(contexts, weights, sources, list(counts), at_once)
 
@@ -322,6 +319,8 @@ def _scored(
     elif side == "auto":
         side = cheaper_side(rows, steps, m, scored, d, c, vectors)
     options = {"scale": scale, "anchor_ids": anchor_ids, "impl": impl}
+    if not stats:
+        options["reduction"] = reduction if side == "contexts" else "none"
     dense, sampled = (info_nce_stats, sampled_info_nce_stats) if stats else (info_nce, sampled_info_nce)
 
     if impl == "fused":
@@ -337,8 +336,6 @@ def _scored(
             if not vectors:  # what a context holds that never speaks is in no gradient, NaN neither
                 contexts = contexts.masked_fill((positives < 0).all(1, keepdim=True), 0)
             anchors = (contexts @ weights.reshape(steps * d, c).T).view(n, steps, d)
-        if not stats:
-            options["reduction"] = reduction
         if negatives is not None:
             return sampled(anchors, candidates, positives, negatives, pool_ids=candidate_ids, **options)
         if listed:
@@ -353,7 +350,7 @@ def _scored(
 
     if negatives is not None:
         result = _sampled_candidates(
-            sampled, contexts, weights, candidates, positives, negatives, sources, counts, candidate_ids, options, stats
+            sampled, contexts, weights, candidates, positives, negatives, sources, counts, candidate_ids, options
         )
         return result if stats else reduce(result, positives, reduction)
     pieces = []
@@ -362,23 +359,16 @@ def _scored(
         own = positives[part] if listed else positives[:, k]
         if anchor_ids is not None and listed:
             options["anchor_ids"] = anchor_ids[part]
-        if not stats:
-            options["reduction"] = "none"
         own = own @ weights[k] if vectors else own
         pieces.append(dense(contexts[read], candidates @ weights[k], own, candidate_ids=candidate_ids, **options))
     join = torch.cat if listed else lambda each: torch.stack(each, 1)
-    if not pieces:  # no rows at all
-        none = contexts[:0], candidates @ weights[0], positives[:0] @ weights[0] if vectors else positives
-        if not stats:
-            options["reduction"] = "none"
-        pieces.append(dense(*none, candidate_ids=candidate_ids, **options))
     if stats:
         return InfoNCEStats(*(join(each) for each in zip(*pieces, strict=True)))
     return reduce(join(pieces), positives, reduction)
 
 
 def _sampled_candidates(
-    sampled, contexts, weights, candidates, positives, negatives, sources, counts, candidate_ids, options, stats
+    sampled, contexts, weights, candidates, positives, negatives, sources, counts, candidate_ids, options
 ):  # fmt: skip
     """Candidates projected once for each step, (K M, C): row k M + j is z_j as step k sees it."""
     steps, _, c = weights.shape
@@ -409,14 +399,11 @@ def _sampled_candidates(
     if not vectors:
         positives = torch.where(positives < 0, -1, positives + of_row * m)
     elif listed:
-        parts = [positives[part] @ weights[k] for k, part, _ in _parts(sources, counts)]
-        positives = torch.cat(parts or [positives[:0] @ weights[0]])
+        positives = torch.cat([positives[part] @ weights[k] for k, part, _ in _parts(sources, counts)])
     else:
         positives = torch.einsum("nkd,kdc->nkc", positives, weights)
     if candidate_ids is not None:
         candidate_ids = candidate_ids.repeat(steps)
-    if not stats:
-        options["reduction"] = "none"
     return sampled(anchors, pool, positives, negatives, pool_ids=candidate_ids, **options)
 
 

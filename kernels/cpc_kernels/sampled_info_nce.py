@@ -170,28 +170,24 @@ def compute_rows(
     anchor_ids: Tensor | None,
     pool_ids: Tensor | None,
     impl: str,
-    need_expectation: bool,
-    need_probabilities: bool,
+    need_kept: bool,
     need_rank: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, lse, positive, rank, and what backward reads: P (cpp), or O."""
     anchors, pool, positives, scale = (t.detach() for t in (anchors, pool, positives, scale))
     where = (anchors, pool, positives, negatives, seed, count, per_step, scale, anchor_ids, pool_ids)
-    none = scale.new_empty(0)
     if impl == "cpp":  # checks the indices as it reads them
         arguments = cpp_arguments(*where)  # first: it says so where there is no library
-        loss, lse, positive, rank, probabilities = torch.ops.cpc_kernels_cpu.sampled_forward(
-            *arguments, need_probabilities, need_rank
-        )
-        return loss, lse, positive, rank, none, probabilities
+        return torch.ops.cpc_kernels_cpu.sampled_forward(*arguments, need_kept, need_rank)
     if not positives.is_floating_point():
         check_indices("sampled_info_nce", "positives", positives, len(pool), pool="pool")
     if negatives is not None:
         check_indices("sampled_info_nce", "negatives", negatives, len(pool), pool="pool")
     if impl == "triton":
         launch = triton_module("sampled_info_nce", anchors.device).forward
-        loss, lse, positive, rank, expectation = launch(*where, need_expectation)
-        return loss, lse, positive, rank if need_rank else rank.new_empty(0), expectation, none
-    return *gather_forward(Gathered(*where), need_expectation, need_rank), none
+        loss, lse, positive, rank, expectation = launch(*where, need_kept)
+        return loss, lse, positive, rank if need_rank else rank.new_empty(0), expectation
+    return gather_forward(Gathered(*where), need_kept, need_rank)
 
 
 sampled_op = torch.library.custom_op("cpc_kernels::sampled_info_nce", compute_rows, mutates_args=())
@@ -220,8 +216,8 @@ def cpp_arguments(anchors, pool, positives, negatives, seed, count, per_step, sc
 
 @sampled_op.register_fake
 def _(anchors, pool, positives, scale, negatives, seed, count, *rest):
-    *_, impl, need_expectation, need_probabilities, need_rank = rest
-    n, steps, _d = anchors.shape
+    *_, impl, need_kept, need_rank = rest
+    n, steps, d = anchors.shape
     dtype = compute_dtype(anchors.dtype)
     s = negatives.shape[-1] if negatives is not None else count
     row = anchors.new_empty((n, steps), dtype=dtype)
@@ -230,8 +226,7 @@ def _(anchors, pool, positives, scale, negatives, seed, count, *rest):
         torch.empty_like(row),
         torch.empty_like(row),
         anchors.new_empty((n, steps) if need_rank else (0,), dtype=torch.int64),
-        anchors.new_empty(anchors.shape if need_expectation and impl != "cpp" else (0,), dtype=dtype),
-        anchors.new_empty((n, steps, s) if need_probabilities and impl == "cpp" else (0,), dtype=dtype),
+        anchors.new_empty((n, steps, s if impl == "cpp" else d) if need_kept else (0,), dtype=dtype),
     )
 
 
@@ -240,8 +235,7 @@ def rows_gradients(
     grad: Tensor,
     lse: Tensor,
     positive: Tensor,
-    expectation: Tensor,
-    probabilities: Tensor,
+    kept: Tensor,
     anchors: Tensor,
     pool: Tensor,
     positives: Tensor,
@@ -262,20 +256,20 @@ def rows_gradients(
     dtype = compute_dtype(anchors.dtype)
     indexed = not positives.is_floating_point()
     asked = need_anchors or need_scale or (need_pool and impl == "cpp")
-    if asked and not (probabilities.ndim == 3 if impl == "cpp" else expectation.shape == anchors.shape):
+    if asked and kept.ndim != 3:
         raise RuntimeError("sampled_info_nce: a gradient is asked for that forward was told not to prepare")
     where = (anchors, pool, positives, negatives, seed, count, per_step, scale, anchor_ids, pool_ids)
     if impl == "cpp":
         needs = need_anchors, need_pool, need_positives, need_scale
         dq, dz, dv, dscale = torch.ops.cpc_kernels_cpu.sampled_backward(
-            *cpp_arguments(*where), grad, lse, positive, probabilities, *needs
+            *cpp_arguments(*where), grad, lse, positive, kept, *needs
         )
         return dq.to(anchors.dtype), dz.to(pool.dtype), dv.to(positives.dtype) if need_positives else dv, dscale
     weight = grad * sigmoid_weight(lse, positive, positives >= 0 if indexed else None)  # (N, K)
     dq, dz, dv, dscale = (grad.new_empty(0) for _ in range(4))
     rows = (weight * scale)[..., None]
     if need_anchors or need_scale:
-        difference = expectation - own_vectors(positives, pool).to(dtype)
+        difference = kept - own_vectors(positives, pool).to(dtype)
         if need_scale:
             each = weight * torch.linalg.vecdot(anchors.to(dtype), difference)
             dscale = each.where(weight != 0, 0.0).sum().reshape(1)
@@ -297,7 +291,7 @@ sampled_backward = torch.library.custom_op("cpc_kernels::sampled_info_nce_backwa
 
 
 @sampled_backward.register_fake
-def _(grad, lse, positive, expectation, probabilities, anchors, pool, positives, *rest):
+def _(grad, lse, positive, kept, anchors, pool, positives, *rest):
     need_anchors, need_pool, need_positives, need_scale = rest[-4:]
     return (
         anchors.new_empty(anchors.shape if need_anchors else (0,)),
@@ -309,32 +303,20 @@ def _(grad, lse, positive, expectation, probabilities, anchors, pool, positives,
 
 def _save(ctx, inputs, output):
     anchors, pool, positives, scale, negatives, seed, count, per_step, anchor_ids, pool_ids, impl, *_ = inputs
-    _loss, lse, positive, rank, expectation, probabilities = output
-    ctx.mark_non_differentiable(lse, positive, rank, expectation, probabilities)
-    ctx.set_materialize_grads(False)  # or zeros the size of O and P would be made for them
-    ctx.save_for_backward(
-        lse,
-        positive,
-        expectation,
-        probabilities,
-        anchors,
-        pool,
-        positives,
-        scale,
-        negatives,
-        seed,
-        anchor_ids,
-        pool_ids,
-    )
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or zeros the size of what is kept would be made for it
+    _loss, lse, positive, _rank, kept = output
+    where = anchors, pool, positives, scale, negatives, seed, anchor_ids, pool_ids
+    ctx.save_for_backward(lse, positive, kept, *where)
     ctx.options = count, per_step, impl
 
 
 def _backward(ctx, grad, *_, gradients=sampled_backward):
     if grad is None:
-        return (None,) * 14
+        return (None,) * 13
     needs = ctx.needs_input_grad[:4]
     grads = gradients(grad, *ctx.saved_tensors, *ctx.options, *needs)
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 10)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 9)
 
 
 sampled_op.register_autograd(_backward, setup_context=_save)
@@ -452,23 +434,10 @@ def _run(op, anchors, pool, positives, negatives, scale, anchor_ids, pool_ids, i
         rows = reference.sampled_info_nce_rows(anchors, pool, positives, negatives, **options)[0]
         result = [rows["loss"], rows["lse"], rows["positive"], rows["rank"]]
     else:
-        learning = learns(anchors, scale), learns(anchors, pool, scale)
+        learning = learns(anchors, scale) or (impl == "cpp" and learns(pool))
         plain = not stats and impl != "cpp" and plainly_eager(anchors, pool, positives, scale)
-        result = (sampled_plainly if plain else sampled_op)(
-            anchors,
-            pool,
-            positives,
-            scale,
-            negatives,
-            seed,
-            count,
-            per_step,
-            anchor_ids,
-            pool_ids,
-            impl,
-            *learning,
-            stats,
-        )
+        where = anchors, pool, positives, scale, negatives, seed, count, per_step, anchor_ids, pool_ids
+        result = (sampled_plainly if plain else sampled_op)(*where, impl, learning, stats)
     if stats:
         return InfoNCEStats(*(r[:, 0] if flat else r for r in result[:4]))
     loss = result[0][:, 0] if flat else result[0]

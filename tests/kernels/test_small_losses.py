@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from cpc_kernels import chunked_info_nce
 from cpc_kernels.capabilities import find_triton
-from cpc_kernels.ring_info_nce import forward_block
+from cpc_kernels.ring_info_nce import backward_block, forward_block
 
 TRITON = find_triton()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,8 +36,9 @@ def exact(q, k, p):
     scores = 10 * q.double() @ k.double().T
     others = scores.scatter(1, p[:, None], -torch.inf)
     gap = others.logsumexp(1) - scores.gather(1, p[:, None])[:, 0]
-    w = torch.sigmoid(gap) * 10
-    return F.softplus(gap), w[:, None] * (others.softmax(1) @ k.double() - k[p].double())
+    w, share = (torch.sigmoid(gap) * 10)[:, None], others.softmax(1)
+    pulls = (w * share).scatter(1, p[:, None], -w)
+    return F.softplus(gap), w * (share @ k.double() - k[p].double()), pulls.T @ q.double()
 
 
 def wrong(ours, true):
@@ -47,13 +48,16 @@ def wrong(ours, true):
 def judge(impl, margin, size, dtype, limit):
     """Loss and dq of one row of the table; the products are of bf16 numbers, in `dtype`."""
     q, k, p = problem(margin)
-    true_loss, true = exact(q, k, p)
+    true_loss, true, true_dk = exact(q, k, p)
     assert size / 3 < float(true_loss.median()) < size * 3, float(true_loss.median())
     scale = torch.tensor([10.0], device=DEVICE)
-    loss, _, _, _, o = forward_block(impl, q.to(dtype), k.to(dtype), p, scale, None, None, True)
-    dq = (-torch.expm1(-loss) * scale)[:, None] * (o - k[p].float())
+    loss, lse, _, _, o = forward_block(impl, q.to(dtype), k.to(dtype), p, scale, None, None, True)
+    w = -torch.expm1(-loss) * scale
+    dq = w[:, None] * (o - k[p].float())
+    dk = backward_block(impl, w, lse, q.to(dtype), k.to(dtype), p, scale, None, None)
     assert wrong(loss, true_loss) < 2e-5
     assert wrong(dq, true) < limit
+    assert wrong(dk, true_dk) < 8 * limit, wrong(dk, true_dk)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

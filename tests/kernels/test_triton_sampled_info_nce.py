@@ -564,7 +564,7 @@ def test_opcheck(unpoisoned):
 
     q, z = q.clone().requires_grad_(), z.clone().requires_grad_()
     scale = torch.ones(1, device=DEVICE, requires_grad=True)
-    arguments = (q, z, p, scale, listed, None, 0, False, None, None, "triton", True, False, False)
+    arguments = (q, z, p, scale, listed, None, 0, False, None, None, "triton", True, False)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(sampled_op, arguments, test_utils=tests)
 
