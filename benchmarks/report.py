@@ -295,11 +295,7 @@ def matrix(told: Told) -> str:
     found = told.get("correctness")
     if not found:
         return ""
-    bad = [
-        f"{row['probe']} ({row.get('why', row['status'])})"
-        for row in found["rows"]
-        if row["status"] not in ("passed", "absent")
-    ]
+    bad = [f"{row['probe']} ({row.get('why', row['status'])})" for row in found["rows"] if row["status"] != "passed"]
     tail = f" Failed: {'; '.join(bad)}." if bad else ""
     return (f"Correctness on this device: {found['passed']} of {found['passed'] + found['failed']} probes passed, "
             f"{found['not_reached']} not reached.{tail}")  # fmt: skip

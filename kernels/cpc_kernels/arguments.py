@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .capabilities import FAST_BF16
 
+REDUCTIONS = ("none", "sum", "mean")  # their order is that of the C++
+
 
 class InfoNCEStats(NamedTuple):
     """Per row: loss, log-sum-exp of the negatives' scores, positive's score, and how many negatives beat it."""
@@ -46,7 +48,7 @@ def need_tensors(op: str, **given: object) -> None:
 
 
 def check_reduction(op: str, reduction: str) -> None:
-    if reduction not in ("none", "sum", "mean"):
+    if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be none, sum or mean. Got {reduction!r}.")
 
 

@@ -16,6 +16,8 @@ from types import ModuleType
 
 import torch
 
+INTERFACE = 1  # of the C++ library's ops (kernels/csrc/sampled_info_nce.cpp)
+
 
 @dataclass(frozen=True)
 class Capability:
@@ -41,12 +43,16 @@ def load_library() -> Capability:
         return Capability(name, False, why, cost)
     try:
         torch.ops.load_library(library)
-        level = torch.ops.cpc_kernels_cpu.instruction_set()
-        threaded = getattr(torch.ops.cpc_kernels_cpu, "threaded", None)  # none in a library built before it existed
+        ops = torch.ops.cpc_kernels_cpu
+        interface = ops.interface() if hasattr(ops, "interface") else 0
     except (OSError, AttributeError, RuntimeError) as error:
         why = f"{library.name} does not load, probably built for another torch; install again ({error})"
         return Capability(name, False, why, cost)
-    if threaded is None or not threaded():
+    if interface != INTERFACE:
+        why = f"{library.name} was built from other sources than these (interface {interface}, not {INTERFACE}); "
+        return Capability(name, False, why + "install again", cost)
+    level = ops.instruction_set()
+    if not ops.threaded():
         why = f"{library.name}, using {level}, on one thread: built without OpenMP; install again"
         return Capability(name, True, why, "the losses on the CPU use one core, however many there are")
     return Capability(name, True, f"{library.name}, using {level}")

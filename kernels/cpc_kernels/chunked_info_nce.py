@@ -16,8 +16,7 @@ from .ranges import stage
 
 CHUNK_SCORES = 3 * 2**20  # 12 MB of float32: fits beside its operands in an L3 cache; set by measurement
 CHUNK_ROWS = (256, 1024)  # below, products are thin and dk is read and written too often; above, nothing is gained
-# The chunk in C++ (kernels/csrc/info_nce.cpp); a library built before it existed goes without.
-DENSE = CPP.available and hasattr(torch.ops.cpc_kernels_cpu, "dense_forward")
+DENSE = CPP.available  # the chunk in C++ (kernels/csrc/info_nce.cpp)
 
 
 def in_cpp(anchors, candidates, positives, scale, anchor_ids, candidate_ids):

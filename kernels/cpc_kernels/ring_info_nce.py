@@ -26,13 +26,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from .arguments import (
-    autocast,
-    check_indices,
-    compute_dtype,
-    need_tensors,
-    scale_tensor,
-)
+from .arguments import REDUCTIONS, autocast, check_indices, compute_dtype, need_tensors, scale_tensor
 from .autograd import as_written, refuse_transforms
 from .bilinear_info_nce import check as check_bilinear
 from .bilinear_info_nce import project_rows
@@ -46,7 +40,6 @@ from .sampled_info_nce import need_negatives, sampled_info_nce
 
 GATHER_BYTES = 64 * 2**20  # all candidates up to here are gathered; an estimate: no link has been measured
 EXCHANGES = ("auto", "local", "gathered", "ring")
-REDUCTIONS = ("none", "sum", "mean")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # --- the ring ---------------------------------------------------------------------------------------------------------
@@ -416,6 +409,8 @@ def sampled_info_nce_across_ranks(
         raise ValueError(f'{op}: there is no ring for sampled negatives; exchange="gathered" takes them of all ranks.')
     anchors, pool, positives = autocast(anchors.device, anchors, pool, positives)
     check_sampled(op, anchors, pool, positives, negatives, anchor_ids, pool_ids, impl, reduction)
+    if rows is not None and not isinstance(negatives, Negatives):
+        raise ValueError(f"{op}: rows number the draws of Negatives(count, seed); negatives that are listed have none.")
     if rows is not None and (rows.ndim != 1 or len(rows) != len(anchors) or rows.is_floating_point()):
         raise ValueError(f"{op}: rows must be ({len(anchors)},) integers. Got {tuple(rows.shape)} {rows.dtype}.")
     refuse(op, impl, group, anchors, pool, positives, scale)
@@ -488,6 +483,8 @@ def bilinear_info_nce_across_ranks(
     contexts = contexts.reshape(-1, contexts.shape[-1])
     anchors = project_rows(contexts, weights, sources.long(), counts, impl)
     if negatives is None:
+        if rows is not None:
+            raise ValueError(f"{op}: rows number the draws of Negatives(count, seed); without them there are none.")
         return info_nce_across_ranks(anchors, candidates, positives, impl=impl, **options)
     options["pool_ids"] = options.pop("candidate_ids", None)
     return sampled_info_nce_across_ranks(anchors, candidates, positives, negatives, rows=rows, impl=impl, **options)

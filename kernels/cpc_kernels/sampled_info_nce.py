@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .arguments import (
+    REDUCTIONS,
     InfoNCEStats,
     autocast,
     check_ids,
@@ -324,10 +325,8 @@ once_differentiable(sampled_backward, "sampled_info_nce")
 sampled_plainly = plain_form(compute_rows, _save, _backward, rows_gradients, sampled_backward)
 
 
-# The same op in C++, with its gradients: the registration's Python costs several times a small batch. A library built
-# before it existed goes without.
-EAGER = getattr(torch.ops.cpc_kernels_cpu, "sampled_loss", None) if CPP.available else None
-REDUCTIONS = ("none", "sum", "mean")
+# The same op in C++, with its gradients: the registration's Python costs several times a small batch.
+EAGER = torch.ops.cpc_kernels_cpu.sampled_loss if CPP.available else None
 
 
 def takes(scale: float | Tensor, *tensors: Tensor) -> bool:
@@ -338,7 +337,7 @@ def takes(scale: float | Tensor, *tensors: Tensor) -> bool:
         tensors = scale, *tensors
     elif not isinstance(scale, (int, float)):
         return False
-    return EAGER is not None and CPP.available and all(t.is_cpu for t in tensors) and plainly_eager(*tensors)
+    return CPP.available and all(t.is_cpu for t in tensors) and plainly_eager(*tensors)
 
 
 # --- the door ---------------------------------------------------------------------------------------------------------

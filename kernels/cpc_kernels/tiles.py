@@ -232,7 +232,6 @@ _INTERPRETER = {
     "positive": (T(16, 16, 4, 2, features=64),),
 }
 _ANY = {
-    "positive": (T(64, 64, 4, 2, features=64),),
     "combine": (T(16, 64, 4, 2),),
     "weigh": (T(1, 0, 1, 1),),  # as many columns as the tile has that it prepares
     "exponentials": (T(1, 2048, 8, 2),),

@@ -116,6 +116,9 @@ const Loops<double>& loops_for(double) {
 
 constexpr std::string_view LEVEL_NAMES[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 
+// Raised with every change of an op's arguments or results, here and in capabilities.py, which refuses another.
+int64_t interface() { return 1; }
+
 std::string instruction_set() { return std::string(LEVEL_NAMES[level]); }
 
 // Whether at::parallel_for hands work to threads: without OpenMP at compile time it is a plain loop.
@@ -450,6 +453,7 @@ Tensor sampled_loss(const Tensor& anchors, const Tensor& pool, const Tensor& pos
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(cpc_kernels_cpu, m) {
+  m.def("interface", &interface);
   m.def("instruction_set", &instruction_set);
   m.def("threaded", &threaded);
   m.def("use_instruction_set", &use_instruction_set);

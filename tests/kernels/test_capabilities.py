@@ -40,6 +40,15 @@ def test_a_library_on_one_thread_runs_and_has_its_cost(monkeypatch):
 
 
 @pytest.mark.skipif(not CPP.available, reason="the C++ library is not built")
+def test_a_library_of_other_sources_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.ops.cpc_kernels_cpu, "interface", lambda: capabilities.INTERFACE + 1)
+    found = load_library()
+    assert not found.available
+    assert "from other sources than these (interface 2, not 1); install again" in found.reason
+    assert found.cost
+
+
+@pytest.mark.skipif(not CPP.available, reason="the C++ library is not built")
 def test_a_library_of_another_python_hides_none(monkeypatch, tmp_path):
     name, loaded = CPP.reason.split(",")[0], []
     (tmp_path / name).touch()

@@ -479,3 +479,15 @@ def test_one_process_keeps_forward_mode_and_rows():
     assert torch.equal(named, sampled_info_nce(anchors, candidates, positives, drawn, reduction="none"))
     counted = sampled_info_nce_across_ranks(anchors, candidates, positives, draw, rows=torch.arange(5))
     torch.testing.assert_close(counted, sampled_info_nce(anchors, candidates, positives, draw))
+    with pytest.raises(ValueError, match=r"rows number the draws .* that are listed have none"):
+        sampled_info_nce_across_ranks(anchors, candidates, positives, drawn, rows=numbers)
+    with pytest.raises(ValueError, match=r"rows number the draws .* without them there are none"):
+        bilinear_info_nce_across_ranks(
+            anchors,
+            torch.eye(anchors.shape[1]).to(anchors)[None],
+            candidates,
+            positives,
+            sources=torch.arange(5),
+            counts=[5],
+            rows=numbers,
+        )
