@@ -29,12 +29,11 @@ from .anomaly_map import pixel_weights
 from .bank import Bank, StreamedBank, host_rows, place_bank, reservoir
 from .checkpoint import Checkpoint
 from .config import Config, preset
-from .errors import CpcFastError, Stopped, UsageError
+from .errors import CpcFastError, ImageError, Stopped, UsageError
 from .files import locked
 from .images import (
     Chosen,
     ImageCache,
-    ImageError,
     check_pixels,
     described,
     digest,

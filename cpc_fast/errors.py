@@ -13,6 +13,10 @@ class UsageError(CpcFastError):
     exit_code = 2
 
 
+class ImageError(CpcFastError):
+    """An image or mask that cannot be used; the message holds its path, what is wrong, and what to do."""
+
+
 class NotWritten(CpcFastError):
     """There was no room for a file; what was there before is untouched. With some space freed, the same can go on."""
 

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from cpc_fast.errors import CpcFastError, UsageError
+from cpc_fast.errors import CpcFastError, ImageError, UsageError
 
 SUFFIXES = (
     ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
@@ -47,10 +47,6 @@ def _renew() -> None:
 
 
 os.register_at_fork(after_in_child=_renew)
-
-
-class ImageError(CpcFastError):
-    """An image or mask that cannot be used; the message holds its path, what is wrong, and what to do."""
 
 
 @dataclass(frozen=True)

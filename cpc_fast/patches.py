@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .images import ImageError
+from .errors import ImageError
 from .shapes import Frames, Images, Patches, Places
 from .stages import stage
 

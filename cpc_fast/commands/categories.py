@@ -27,8 +27,8 @@ def evaluate_all(
 
     A category with images that are no use is left out, and with it the table.
     """
-    from ..errors import CpcFastError, Stopped, UsageError
-    from ..images import ImageError, quoted
+    from ..errors import CpcFastError, ImageError, Stopped, UsageError
+    from ..images import quoted
     from ..layouts import find_categories, find_private, find_test, find_train, left_out, passed_over
     from ..runs import need_writable
 

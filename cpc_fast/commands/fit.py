@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import CpcFastError, Interrupted, NotWritten, Stopped, UsageError
+from ..errors import CpcFastError, ImageError, Interrupted, NotWritten, Stopped, UsageError
 from ..torchrun import launched, may_restart, together
 from .console import say, terminable
 from .options import Device, Settings, again_as, by_preset, check_device, choose_config, choose_device
@@ -152,7 +152,7 @@ def fit(
 
 def doubts(config: Config, paths: Sequence[Path]) -> list[str]:
     """What some of the images say against the config."""
-    from ..images import ImageError, highest_value, quoted, read_image
+    from ..images import highest_value, quoted, read_image
     from ..inputs import has_colour
 
     some, said = paths[:: -(-len(paths) // LOOKED_AT)], []

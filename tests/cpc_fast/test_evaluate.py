@@ -10,9 +10,8 @@ from samples import TINY_CONFIG, make_set, save, texture
 from cpc_fast import metrics as metric
 from cpc_fast.answers import predict
 from cpc_fast.detector import Detector
-from cpc_fast.errors import CpcFastError, UsageError
+from cpc_fast.errors import CpcFastError, ImageError, UsageError
 from cpc_fast.evaluate import evaluate, mean_metrics, write_metrics
-from cpc_fast.images import ImageError
 from cpc_fast.submission import write_submission
 
 FORM = {

@@ -22,8 +22,8 @@ from samples import SET_TINY, make_set, texture
 from cpc_fast import cli
 from cpc_fast.config import Config, read_settings
 from cpc_fast.detector import Detector
-from cpc_fast.errors import CpcFastError
-from cpc_fast.images import ImageError, read_image
+from cpc_fast.errors import CpcFastError, ImageError
+from cpc_fast.images import read_image
 from cpc_fast.inputs import Shard
 
 MANY = settings.get_profile("fuzz").max_examples == settings.default.max_examples

@@ -7,9 +7,9 @@ import pytest
 from samples import TINY_CONFIG, holed, make_set, save, texture
 
 from cpc_fast.detector import Detector
-from cpc_fast.errors import UsageError
+from cpc_fast.errors import ImageError, UsageError
 from cpc_fast.evaluate import evaluate
-from cpc_fast.images import ImageError, TestImage, read_mask
+from cpc_fast.images import TestImage, read_mask
 from cpc_fast.layouts import find_categories, find_private, find_test, find_train, left_out, passed_over
 
 COUNT = 4  # normal images to learn from
