@@ -265,7 +265,8 @@ def cheaper_side(rows: int, steps: int, m: int, scored: int, d: int, c: int, vec
     if isinstance(rows, torch.SymInt) or isinstance(m, torch.SymInt):  # traced for any size: one way for all
         return "contexts"
     contexts = rows * c * d + rows * scored * d
-    candidates = (steps * m + rows * vectors) * c * d + rows * scored * c
+    projected = steps * m + (rows if vectors else 0)
+    candidates = projected * c * d + rows * scored * c
     return "contexts" if contexts <= candidates else "candidates"
 
 

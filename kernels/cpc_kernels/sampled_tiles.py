@@ -59,7 +59,9 @@ def steps(op: str, d: int, width: int, arch: str) -> Tile:
     warps = 8 if d > 256 and arch != "gfx942" else 4  # gfx942 has the registers: with 8 it uses scratch memory
     if op == "backward" and arch == "sm_100":  # with fewer, one of Triton 3.6 and 3.9 spills 8 or 16 bytes
         warps = 8 if width == 32 or d > 256 else 16 if d > 128 else 4
-    return Tile(16, columns, warps, 2, _features(d))
+    # with two, Triton 3.6 spills 16 bytes
+    stages = 1 if op == "backward" and arch == "sm_86" and width == 32 and d <= 64 else 2
+    return Tile(16, columns, warps, stages, _features(d))
 
 
 def resolve(arch: str) -> Tile:
