@@ -63,7 +63,8 @@ def profile(detector: Detector, images: Sequence[np.ndarray], trace: Path, steps
     """
     device, run = detector.bank.device, _warm(detector, images, steps)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with torch.profiler.profile(activities=activities, profile_memory=True) as watch:
+    # acc_events: of the one cycle that there is; without, torch 2.11 warns that it would forget others
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as watch:
         run()
     write_whole(trace, lambda aside: watch.export_chrome_trace(str(aside)))
     events = watch.events() or []
