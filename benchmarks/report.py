@@ -459,17 +459,18 @@ def tile_table() -> str:
     """The tiles of the dense kernels, for kernels/README.md."""
     from cpc_kernels import tiles
 
+    def cells(op: str, d: int, width: int) -> list[str]:
+        return [spelled(tiles.tile(op, d, width, arch)) for arch in tiles.ARCHITECTURES]
+
     rows = []
     for width, element in ((16, "16 bits"), (32, "float32")):
         largest = tiles.one_pass_max_d(width)
-        for op in ("forward", "forward+ids", "scores", "backward"):
-            if op.split("+")[0] != op and width == 32:
-                continue
+        for op in ("forward", "scores", "backward"):
             for d in (d for d in tiles.BUCKETS if d <= largest):
-                cells = [spelled(tiles.tile(op, d, width, arch)) for arch in tiles.ARCHITECTURES]
-                rows.append((f"{op}, {element}, D <= {d}", *cells))
-        cells = [spelled(tiles.tile("streamed", 1024, width, arch)) for arch in tiles.ARCHITECTURES]
-        rows.append((f"scores, {element}, D > {largest}", *cells))
+                rows.append((f"{op}, {element}, D <= {d}", *cells(op, d, width)))
+                if (with_ids := cells(f"{op}+ids", d, width)) != cells(op, d, width):
+                    rows.append((f"{op}+ids, {element}, D <= {d}", *with_ids))
+        rows.append((f"scores, {element}, D > {largest}", *cells("streamed", 1024, width)))
     return table(("kernel", *tiles.ARCHITECTURES), rows)
 
 

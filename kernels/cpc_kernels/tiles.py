@@ -7,7 +7,7 @@ There is no autotuner: the table is read, and `benchmarks.aot` compiles and gate
     element   "16" (bf16, fp16), or how float32 multiplies: "tf32", "tf32x3", "ieee" (float64 too)
     arch      sm_80 (A100: 163 KB of shared memory), sm_86 (99 KB: sm_89, sm_120), sm_90, sm_100, gfx942, interpreter
 
-Those of sm_80, sm_90, sm_100 and gfx942 hold the gates of `make aot`; all but that is an estimate.
+All but the interpreter's hold the gates of `make aot`; all but that is an estimate.
 
 This module imports neither torch nor triton, so that reading the table costs nothing.
 """
@@ -166,6 +166,7 @@ _BLACKWELL = {  # products end in tensor memory, and pass through registers to b
     "forward": _tma(         T(128, 128, 8, 3), T(128, 128, 8, 2), T(128, 32, 8, 2),  T(64, 32, 8, 2)),
     "forward+ids": _tma(     T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(64, 64, 8, 2) ,  T(64, 32, 8, 2)),
     "scores": _tma(          T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 16, 8, 3)),
+    "scores+ids": _tma(      T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 16, 8, 2)),
     "backward": _tma(        T(128, 64, 8, 3),  T(128, 64, 8, 3),  T(128, 32, 8, 3),  T(64, 32, 8, 2)),
     "streamed": (            T(128, 64, 8, 3, features=64),),
     "positive": (            T(64, 64, 4, 2, features=64),),
@@ -196,15 +197,17 @@ _AMPERE = {
 }
 _SMALL = {  # 99 KB of shared memory; and AMD's 64 KB, with one stage
     "forward": (             T(64, 64, 4, 2),   T(64, 32, 4, 2),   T(64, 32, 8, 2),   T(32, 16, 8, 2)),
+    "forward+ids": (         T(64, 64, 4, 2),   T(64, 32, 8, 2),   T(64, 32, 8, 2),   T(32, 16, 8, 2)),
     "scores": (              T(64, 64, 4, 2),   T(64, 64, 4, 2),   T(64, 32, 8, 2),   T(32, 32, 8, 2)),
     "backward": (            T(64, 32, 4, 2),   T(64, 32, 4, 2),   T(64, 32, 8, 2),   T(32, 16, 8, 2)),
-    "streamed": (            T(64, 64, 4, 2, features=64),),
+    "streamed": (            T(64, 64, 8, 2, features=64),),
     "projected": (           T(64, 32, 4, 2, features=64),),
 }
 _AMD = _SMALL | {  # what of that used scratch memory, with half the columns
     "forward+ids": (         T(64, 64, 4, 2),   T(64, 32, 4, 2),   T(64, 16, 8, 2),   T(32, 16, 8, 2)),
     "scores": (              T(64, 64, 4, 2),   T(64, 64, 4, 2),   T(64, 32, 8, 2),   T(32, 16, 8, 2)),
     "backward": (            T(64, 32, 4, 2),   T(64, 32, 4, 2),   T(64, 16, 8, 2),   T(32, 16, 8, 2)),
+    "streamed": (            T(64, 64, 4, 2, features=64),),
 }
 _FP32 = {
     "forward": (             T(32, 32, 4, 2),),
@@ -234,7 +237,7 @@ _INTERPRETER = {
 _ANY = {
     "combine": (T(16, 64, 4, 2),),
     "weigh": (T(1, 0, 1, 1),),  # as many columns as the tile has that it prepares
-    "exponentials": (T(1, 2048, 8, 2),),
+    "exponentials": (T(1, 2048, 16, 2),),
     "coefficients": (T(1, 1024, 4, 2),),
 }
 
