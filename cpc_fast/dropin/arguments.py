@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from cpc_kernels.arguments import need_tensors
+from cpc_kernels.arguments import compute_dtype, need_tensors
 
 
 def check_tensors(loss: str, **given: Tensor) -> None:
@@ -57,6 +57,8 @@ def inverse(loss: str, temperature: object) -> float | Tensor:
     2.0
     """
     value = one_number(loss, "temperature", temperature)
-    if not isinstance(value, Tensor) and value == 0:
+    if isinstance(value, Tensor):  # of one element, whatever its shape; 16 bits would round the inverse
+        value = value.reshape(()).to(compute_dtype(value.dtype))
+    elif value == 0:
         raise ValueError(f"{loss}: temperature must not be 0; it divides.")
     return 1 / value

@@ -79,7 +79,7 @@ class ClipLoss(nn.Module):
             loss = info_nce(images, texts, own, scale=logit_scale) + info_nce(texts, images, own, scale=logit_scale)
         loss = loss / 2
         if isinstance(logit_bias, Tensor):  # a softmax does not see it; its gradient is 0 rather than missing
-            loss = loss + 0 * logit_bias.sum()
+            loss = loss + (0 * logit_bias.sum()).to(loss.dtype)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def across_ranks(self, images: Tensor, texts: Tensor, scale: float | Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Groups:
         ordered = self.ref_ids[self.order]
         self.start = torch.searchsorted(ordered, self.ids)  # (N,) same label: order[start:end]
         self.end = torch.searchsorted(ordered, self.ids, right=True)
-        self.positives = self.end - self.start - int(itself)  # (N,)
+        self.positives = (self.end - self.start - int(itself)).clamp(min=0)  # (N,); NaN: nobody's, nor its own
         self.negatives = len(ref_labels) - (self.end - self.start)
 
     def one_positive(self) -> Tensor:

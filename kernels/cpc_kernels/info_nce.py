@@ -388,7 +388,8 @@ def info_nce_stats(
     rank_i = number of negatives j with s_ij > s_i,p(i): 0 where the positive wins
 
     Arguments as `info_nce`. Returns four (N,) tensors, rank int64. An ignored row has loss 0, lse -inf, positive 0,
-    rank 0; a row without negatives has lse -inf. A row whose loss is NaN has rank 0, too: nothing beats NaN.
+    rank 0; a row without negatives has lse -inf. Nothing beats a positive that scores NaN (rank 0), and a negative that
+    does beats nothing; either makes the loss NaN.
 
     >>> q, k = torch.randn(8, 16), torch.randn(32, 16)
     >>> info_nce_stats(q, k, torch.arange(8)).rank.shape

@@ -1,7 +1,8 @@
 """Names for the stages of an op, where torch.profiler and Nsight Systems see them: cpc_kernels/<op>/<stage>.
 
 On a CPU with nobody listening, a stage costs one question to autograd; on a GPU also the two calls that NVTX makes of
-itself (it drops them when no tool is attached). The C++ kernels name theirs themselves.
+itself (it drops them when no tool is attached). Where torch listens, it has the range alone: under emit_nvtx it pushes
+every range of its own to NVTX. The C++ kernels name theirs themselves.
 """
 
 import contextlib
@@ -11,26 +12,21 @@ import torch
 SILENT = contextlib.nullcontext()
 
 
-class Stage:
-    """A named range for torch.profiler, if it listens, and for NVTX."""
+class Pushed:
+    """A range for NVTX."""
 
-    def __init__(self, name: str, record: bool, nvtx: bool):
-        self.name, self.nvtx = name, nvtx
-        self.recorded = torch.profiler.record_function(name) if record else SILENT
+    def __init__(self, name: str):
+        self.name = name
 
     def __enter__(self):
-        self.recorded.__enter__()
-        if self.nvtx:
-            torch.cuda.nvtx.range_push(self.name)
+        torch.cuda.nvtx.range_push(self.name)
 
     def __exit__(self, *error):
-        if self.nvtx:
-            torch.cuda.nvtx.range_pop()
-        self.recorded.__exit__(*error)
+        torch.cuda.nvtx.range_pop()
 
 
 def stage(op: str, name: str, device: torch.device):
     """`with stage("info_nce", "forward", anchors.device): ...`"""
-    listening = torch.autograd._profiler_enabled()
-    nvtx = device.type == "cuda"
-    return Stage(f"cpc_kernels/{op}/{name}", listening, nvtx) if listening or nvtx else SILENT
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(f"cpc_kernels/{op}/{name}")
+    return Pushed(f"cpc_kernels/{op}/{name}") if device.type == "cuda" else SILENT

@@ -111,19 +111,33 @@ def test_info_nce_is_info_nce_pytorch(dtype, mode, reduction):
         assert_same(lambda *t, o=options: dropin.info_nce(*t, **o), ours, *tensors)
 
 
-def test_a_learnable_temperature_learns_the_same():
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("negatives", [None, (20, 6), (9, 4, 6)])
+def test_a_learnable_temperature_learns_the_same(negatives, shape):
     theirs = original("info_nce")
     query, key = leaves((9, 6), (9, 6))
-    temperature = torch.tensor(0.2, dtype=torch.float64)
-    for name in ("in-batch", "unpaired"):
-        extra = () if name == "in-batch" else leaves((20, 6), seed=1)
+    temperature = torch.full(shape, 0.2, dtype=torch.float64)
+    extra = leaves(negatives, seed=1) if negatives else []
+    mode = "paired" if negatives and len(negatives) == 3 else "unpaired"
+    for reduction in ("mean", "none"):
+        options = {"negative_mode": mode, "reduction": reduction}
+        weights = torch.linspace(0.5, 2, 9) if reduction == "none" else None
         assert_same(
-            lambda q, k, t, e=extra: dropin.info_nce(q, k, *e, temperature=t),
-            lambda q, k, t, e=extra: theirs.info_nce(q, k, *e, temperature=t),
+            lambda q, k, t, o=options: dropin.info_nce(q, k, *extra, temperature=t, **o),
+            lambda q, k, t, o=options: theirs.info_nce(q, k, *extra, temperature=t, **o),
             query,
             key,
             temperature,
+            weights=weights,
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_inverse_of_a_16_bit_temperature_is_not_rounded(dtype):
+    query, key = (t.detach() for t in leaves((9, 6), (9, 6), dtype=torch.float32))
+    temperature = torch.tensor(0.013, dtype=dtype)
+    ours = dropin.info_nce(query, key, temperature=temperature)
+    torch.testing.assert_close(ours, dropin.info_nce(query, key, temperature=float(temperature)))
 
 
 def test_zero_vectors_and_strides():
@@ -293,6 +307,7 @@ def test_clip_loss_takes_what_open_clip_takes():
     ours = dropin.ClipLoss()(images, texts, scale, output_dict=True)
     assert ours.keys() == theirs.ClipLoss()(images, texts, scale, output_dict=True).keys()
     assert dropin.ClipLoss()(images, texts, 5.0) == ours["contrastive_loss"]
+    assert dropin.ClipLoss()(images.float(), texts.float(), 5.0, bias).dtype == torch.float32
 
 
 def test_clip_loss_refusals():
@@ -447,6 +462,7 @@ LABELS = {
     "one pair": [0, 0],
     "one pair and one other": [0, 0, 1],
     "one": [7],
+    "some of NaN, nobody's": [0, 1, float("nan"), 1, float("nan"), 0],
 }
 REFERENCES = {
     "none": None,

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from cpc_kernels import Negatives, bilinear_info_nce, info_nce, sampled_info_nce
 from cpc_kernels.autograd import learns
 from cpc_kernels.capabilities import CPP
+from cpc_kernels.ranges import SILENT, stage
 
 HERE = Path(__file__).parent
 needs_cpp = pytest.mark.skipif(not CPP.available, reason=CPP.reason)
@@ -266,3 +267,18 @@ def test_sampled_memory():
     assert gradients > 16
     assert scores > 8
     assert extra <= gradients + scores + 4, f"{extra:.1f} MB, gradients {gradients:.1f}, scores {scores:.1f}"
+
+
+def test_a_stage_is_named_once(monkeypatch):
+    """Under emit_nvtx torch listens, and pushes each of its ranges to NVTX itself."""
+    pushed = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", pushed.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: None)
+    with stage("info_nce", "forward", torch.device("cuda")):
+        assert pushed == ["cpc_kernels/info_nce/forward"]
+    listening = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True)
+    with listening as watch, stage("info_nce", "forward", torch.device("cuda")):
+        pass
+    assert len(pushed) == 1
+    assert [event.name for event in watch.events()] == ["cpc_kernels/info_nce/forward"]
+    assert stage("info_nce", "forward", torch.device("cpu")) is SILENT
