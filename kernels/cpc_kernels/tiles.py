@@ -237,7 +237,7 @@ _INTERPRETER = {
 _ANY = {
     "combine": (T(16, 64, 4, 2),),
     "weigh": (T(1, 0, 1, 1),),  # as many columns as the tile has that it prepares
-    "exponentials": (T(1, 2048, 16, 2),),
+    "exponentials": (T(1, 1024, 8, 2),),
     "coefficients": (T(1, 1024, 4, 2),),
 }
 
