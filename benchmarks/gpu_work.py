@@ -79,8 +79,11 @@ def wanted(provider, case, dry: bool) -> bool:
 def compile_case(case) -> None:
     """One step of each provider that compiles, ours first: what it made is on disk then, for whoever measures it."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # there are enough processes
+    import torch
+
     from benchmarks import measure, providers
 
+    torch._dynamo.reset()
     dry = os.environ.get("TRITON_INTERPRET") == "1"
     problem = providers.make_problem(case.tiny() if dry else case, 0, device(dry))
     for provider in providers.PROVIDERS[case.op]:

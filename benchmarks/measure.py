@@ -238,6 +238,7 @@ class Race:
         only: Callable[[Provider], bool] = lambda provider: True,
         memory: bool = True,
     ) -> None:
+        torch._dynamo.reset()  # it compiles a function for eight cases, no more; not between two lanes of one race
         self.case, self.device, self.budget_s = case, device, budget_s
         self.clock, self.round = Clock(device), -1
         largest = max(case.input_bytes, 1)

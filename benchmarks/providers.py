@@ -175,7 +175,6 @@ def eager_dense_fp32(q: Tensor, k: Tensor, positives: Tensor, scale: float) -> T
 
 
 def compiled(function):
-    torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
 
 

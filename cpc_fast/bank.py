@@ -6,6 +6,7 @@ on the device, in host memory, in a safetensors file, or on other ranks. So the 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -73,16 +74,20 @@ class StreamedBank:
             yield from (self.read(block).to(self.device) for block in self.blocks)
             return
         copies, coming = torch.cuda.Stream(self.device), None
+        scored: deque[torch.cuda.Event] = deque(maxlen=2)
         for block in [*self.blocks, None]:
             here = coming
             if here is not None:
                 torch.cuda.current_stream(self.device).wait_stream(copies)
                 here.record_stream(torch.cuda.current_stream(self.device))
             if block is not None:
+                if len(scored) == 2:
+                    scored[0].synchronize()  # or the host would run ahead, and blocks would pile up
                 with torch.cuda.stream(copies):
                     coming = self.read(block).pin_memory().to(self.device, non_blocking=True)
             if here is not None:
                 yield here
+                scored.append(torch.cuda.current_stream(self.device).record_event())
 
 
 Bank = Tensor | StreamedBank  # (m, d)

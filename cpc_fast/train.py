@@ -139,7 +139,10 @@ def average_weights(optimizer: torch.optim.Optimizer, decay: float, step: int) -
     wander from step to step, and the scores of unseen images with them; their mean does not.
     """
     weights = [weight.detach() for weight in optimizer.state]  # not of one that never had a gradient: it has not moved
-    means = [state.setdefault("average", weight.clone()) for weight, state in optimizer.state.items()]
+    for weight, state in zip(weights, optimizer.state.values(), strict=True):
+        if "average" not in state:
+            state["average"] = weight.clone()
+    means = [state["average"] for state in optimizer.state.values()]
     get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(means, weights, None)
 
 

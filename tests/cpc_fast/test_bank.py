@@ -1,5 +1,8 @@
 """A bank in memory, streamed from the host or a file, and shared by processes: the same scores to the bit."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -99,3 +102,37 @@ def test_a_detector_that_leaves_its_bank_in_the_file(tmp_path, monkeypatch):
     assert torch.equal(Detector.load(tmp_path / "again").bank, detector.bank)
     assert torch.equal(Program(streamed, (48, 48)).bank, detector.bank)
     assert fingerprint(streamed) == fingerprint(loaded)
+
+
+def test_no_more_than_three_blocks_are_on_a_gpu(monkeypatch, small_blocks):
+    """The host runs ahead of the scores by two blocks; it copies a third once the first of them is scored."""
+    seen, said = [], []
+
+    class Block(torch.Tensor):
+        def pin_memory(self):
+            return self
+
+        def to(self, device, non_blocking):
+            said.append(f"copy {int(self)}")
+            return self
+
+        def record_stream(self, stream):
+            pass
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+        def record_event(self):
+            number = seen[-1]
+            return SimpleNamespace(synchronize=lambda: said.append(f"wait for {number}"))
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    bank = StreamedBank(torch.zeros(5 * 64, 1), device="cuda")
+    monkeypatch.setattr(bank, "read", lambda block: torch.tensor(block).as_subclass(Block))
+    for block in bank:
+        seen.append(int(block))
+    assert seen == [0, 1, 2, 3, 4]
+    assert said == ["copy 0", "copy 1", "copy 2", "wait for 0", "copy 3", "wait for 1", "copy 4"]
