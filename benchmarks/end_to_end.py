@@ -28,7 +28,7 @@ from cpc_fast.patches import extract_patches, grid_shape
 from cpc_fast.predictions import Predictions
 from cpc_fast.scoring import Calibration, Scorer
 from cpc_fast.shifts import shift
-from cpc_fast.train import Position, autocast, make_batch, make_optimizer, train
+from cpc_fast.train import Position, autocast, in_bfloat16, make_batch, make_optimizer, train
 
 from . import measure
 from .cases import contest_name
@@ -182,7 +182,7 @@ def make_model(config: Config, device: torch.device) -> CPC:
 
 
 def computing(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if autocast(device)._enabled else torch.float32
+    return torch.bfloat16 if in_bfloat16(device) else torch.float32
 
 
 def training(

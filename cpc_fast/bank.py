@@ -74,7 +74,7 @@ class StreamedBank:
             yield from (self.read(block).to(self.device) for block in self.blocks)
             return
         copies, coming = torch.cuda.Stream(self.device), None
-        scored: deque[torch.cuda.Event] = deque(maxlen=2)
+        scored = deque(maxlen=2)
         for block in [*self.blocks, None]:
             here = coming
             if here is not None:

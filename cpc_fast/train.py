@@ -1,7 +1,7 @@
 """Normal images in, a trained CPC model out.
 
 Everything random in an epoch comes from (seed, epoch), and a Position says how much of it was drawn, so a run that was
-interrupted after any step and resumed ends with the same weights as one that was not.
+interrupted after any step and resumed ends with the same weights as one that was not (on a GPU, to rounding).
 
 On several ranks of torch.distributed a batch is cut into as many parts: the loss is that of the whole batch, every rank
 takes the same steps, and the first one saves. Only the random numbers of the images' windows, brightness and shifted
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -73,9 +74,26 @@ def in_bfloat16(device: torch.device, precision: str = "auto") -> bool:
     return fast and precision == "auto"
 
 
-def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
-    """bfloat16 where it is fast, else (and for "float32") a context that changes nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(device, precision))
+@contextmanager
+def convolutions(device: torch.device, precision: str = "auto") -> Iterator[None]:
+    """For "float32", those of a GPU in float32: torch gives them to TF32, which keeps ten bits of each factor."""
+    if device.type != "cuda" or precision != "float32":
+        yield
+        return
+    cudnn = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
+    before, cudnn.fp32_precision = cudnn.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        cudnn.fp32_precision = before
+
+
+@contextmanager
+def autocast(device: torch.device, precision: str = "auto") -> Iterator[None]:
+    """bfloat16 where it is fast, else (and for "float32") the dtype of what comes in."""
+    enabled = in_bfloat16(device, precision)
+    with torch.autocast(device.type, torch.bfloat16, enabled=enabled), convolutions(device, precision):
+        yield
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: str = "cosine") -> float:
@@ -255,7 +273,8 @@ def train(
                     result = forward(batch, shifted, seed=step, frames=frames, draws=None if model.frozen else draws)
             optimizer.zero_grad(set_to_none=True)
             total_loss = result.loss * len(model.members)  # each member learns as if alone
-            stage("backward")(total_loss.backward)()
+            with convolutions(device, config.precision):
+                stage("backward")(total_loss.backward)()
             torch.clear_autocast_cache()  # inside of the caller's autocast, rounded weights would outlive the step
             norms = [torch.nn.utils.clip_grad_norm_(member.parameters(), 1.0) for member in model.members]
             norm = torch.stack(norms).sum().float()

@@ -146,13 +146,17 @@ def autocast(device: torch.device, *tensors: Tensor) -> list[Tensor]:
     return [t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
 
 
-def own_vectors(positives: Tensor, candidates: Tensor) -> Tensor:
-    """The positives as vectors (..., D), whichever way they were given."""
+def own_vectors(positives: Tensor, candidates: Tensor, past: bool = False) -> Tensor:
+    """The positives as vectors (..., D), whichever way they were given.
+
+    past: an index past the candidates, which nobody refuses on a GPU, reads the last one. The row's loss is NaN already;
+    reading on would end the process.
+    """
     if positives.is_floating_point():
         return positives
     if len(candidates) == 0:
         return candidates.new_zeros(*positives.shape, candidates.shape[1])
-    return candidates[positives.clamp(min=0)]
+    return candidates[positives.clamp(0, len(candidates) - 1 if past else None)]
 
 
 def count_active(positives: Tensor) -> Tensor | int:

@@ -108,7 +108,7 @@ def rows_gradients(
             raise RuntimeError(
                 "info_nce: the anchors or the scale need a gradient that forward was told not to prepare"
             )
-        difference = expectation - own_vectors(positives, candidates).to(dtype)
+        difference = expectation - own_vectors(positives, candidates, past=True).to(dtype)
         if need_scale:
             each = weight * torch.linalg.vecdot(anchors.to(dtype), difference)
             dscale = each.where(weight != 0, 0.0).sum().reshape(1)

@@ -270,7 +270,7 @@ def rows_gradients(
     dq, dz, dv, dscale = (grad.new_empty(0) for _ in range(4))
     rows = (weight * scale)[..., None]
     if need_anchors or need_scale:
-        difference = kept - own_vectors(positives, pool).to(dtype)
+        difference = kept - own_vectors(positives, pool, past=True).to(dtype)
         if need_scale:
             each = weight * torch.linalg.vecdot(anchors.to(dtype), difference)
             dscale = each.where(weight != 0, 0.0).sum().reshape(1)

@@ -19,7 +19,7 @@ from cpc_fast.model import CPC
 from cpc_fast.patches import extract_patches, grid_shape, jittered, patch_places, patch_starts
 from cpc_fast.predictions import Predictions, Predictor, geometry
 from cpc_fast.scoring import Scorer, patch_medians
-from cpc_fast.train import guessing, make_batch
+from cpc_fast.train import convolutions, guessing, make_batch
 from cpc_kernels import Negatives, draw_negatives, reference
 
 SMALL = Config(width=8, stem=4, patch_size=16, patch_stride=8, steps=2)
@@ -459,3 +459,16 @@ def test_windows_know_where_they_lie_in_the_image_as_it_is_shown():
                 centre = places[axis, cell, cell, axis] * length
                 assert float(length - centre if falls else centre) == pytest.approx(float(shown), abs=1e-3)
     assert 5 < mirrored < 35
+
+
+@pytest.mark.parametrize(("device", "precision", "inside"), [
+    ("cuda", "float32", "ieee"), ("cuda", "auto", "tf32"), ("cpu", "float32", "tf32"),
+])  # fmt: skip
+def test_float32_is_float32_in_the_convolutions_of_a_gpu(device, precision, inside):
+    """torch's own choice is TF32."""
+    conv = torch.backends.cudnn.conv
+    assert conv.fp32_precision == "tf32"
+    with convolutions(torch.device(device), precision):
+        assert conv.fp32_precision == inside
+    assert conv.fp32_precision == "tf32"
+    assert torch.backends.cudnn.allow_tf32  # which torch refuses to read where the two disagree

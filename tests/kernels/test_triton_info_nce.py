@@ -27,6 +27,7 @@ from cpc_kernels import (
     tiles,
     triton_info_nce,
 )
+from cpc_kernels.arguments import own_vectors
 from cpc_kernels.bilinear_info_nce import bilinear_info_nce_stats, fused_op
 from cpc_kernels.info_nce import info_nce_op
 
@@ -267,6 +268,7 @@ def test_a_positive_past_the_candidates_is_nan(d):
         loss = triton_info_nce.forward(q, k, p, *rest)[0]
         assert loss[3].isnan()
         assert loss[:3].isfinite().all()
+        assert torch.equal(own_vectors(p, k, past=True)[3], k[-1])  # what its gradient reads
 
 
 @pytest.mark.parametrize("side", [0, 1])
