@@ -149,7 +149,7 @@ def autocast(device: torch.device, *tensors: Tensor) -> list[Tensor]:
 def own_vectors(positives: Tensor, candidates: Tensor, past: bool = False) -> Tensor:
     """The positives as vectors (..., D), whichever way they were given.
 
-    past: an index past the candidates, which nobody refuses on a GPU, reads the last one. The row's loss is NaN already;
+    past: an index past the candidates, which nobody refuses on a GPU, reads the last one. The row's loss is NaN;
     reading on would end the process.
     """
     if positives.is_floating_point():
