@@ -21,6 +21,7 @@ This file argues for its length: two registered forms of one op, by rows and by 
 import torch
 from torch import Tensor
 
+from . import tiles
 from .arguments import (
     InfoNCEStats,
     autocast,
@@ -175,6 +176,7 @@ def compute_sum(
     scale: Tensor,
     anchor_ids: Tensor | None,
     candidate_ids: Tensor | None,
+    impl: str,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype, device = compute_dtype(anchors.dtype), anchors.device
@@ -182,6 +184,15 @@ def compute_sum(
     if indexed:
         check_indices("info_nce", "positives", positives, len(candidates))
     unit = _unit_dtype(anchors)
+    if impl == "triton":
+        where = tuple(t.detach() for t in (anchors, candidates, positives, scale))
+        ids = anchor_ids, candidate_ids
+        dk = torch.zeros(candidates.shape, dtype=dtype, device=device)
+        launch = triton_module("info_nce", device).forward
+        loss, lse, _, _, expectation = launch(*where, *ids, need_rank=False, pulls=dk)
+        needs = True, False, not indexed, need_scale
+        dq, _, dv, dscale = rows_gradients(torch.ones_like(loss), loss, lse, expectation, *where, *ids, impl, *needs)
+        return loss.sum(), dq, dk.to(unit), dv, dscale
     dq = torch.empty(anchors.shape, dtype=unit, device=device)
     dk = torch.zeros(candidates.shape, dtype=dtype, device=device)
     dv = torch.empty((0,) if indexed else positives.shape, dtype=unit, device=device)
@@ -210,7 +221,7 @@ info_nce_sum = torch.library.custom_op("cpc_kernels::info_nce_sum", compute_sum,
 
 
 @info_nce_sum.register_fake
-def _(anchors, candidates, positives, scale, anchor_ids, candidate_ids, need_scale):
+def _(anchors, candidates, positives, scale, anchor_ids, candidate_ids, impl, need_scale):
     dtype = compute_dtype(anchors.dtype)
     unit = _unit_dtype(anchors)
     return (
@@ -262,19 +273,28 @@ def _save_sum(ctx, inputs, output):
 
 def _backward_sum(ctx, grad, *_, gradients=info_nce_sum_backward):
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     saved = ctx.saved_tensors  # read once: checkpointing allows no more
     units, of = saved[:4], saved[4:]
     needs = ctx.needs_input_grad[:4]
     # what nobody asked for is not multiplied
     units = [unit if need else unit.new_empty(0) for unit, need in zip(units, needs, strict=True)]
     grads = gradients(grad, *units, *of)
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 4)
 
 
 info_nce_sum.register_autograd(_backward_sum, setup_context=_save_sum)
 once_differentiable(info_nce_sum_backward, "info_nce")
 info_nce_sum_plainly = plain_form(compute_sum, _save_sum, _backward_sum, sum_gradients, info_nce_sum_backward)
+
+
+def folds(impl: str, anchors: Tensor) -> bool:
+    """Whether P is at hand in forward, so that the candidates' gradient costs one product there, not two in backward.
+    (Triton's fp16 would lose the weights of small losses times features.)"""
+    if impl == "triton":
+        wide = anchors.shape[1] > tiles.one_pass_max_d(8 * anchors.dtype.itemsize)
+        return wide and anchors.dtype != torch.float16
+    return impl == "chunked"
 
 
 # --- the door ---------------------------------------------------------------------------------------------------------
@@ -365,8 +385,8 @@ def info_nce(
         return reference.info_nce(anchors, candidates, positives, scale=scale, reduction=reduction, **ids)
     where = anchors, candidates, positives, scale, anchor_ids, candidate_ids
     plain = plainly_eager(*where[:4])
-    if impl == "chunked" and reduction != "none" and learns(candidates):
-        total, *_ = (info_nce_sum_plainly if plain else info_nce_sum)(*where, learns(scale))
+    if folds(impl, anchors) and reduction != "none" and learns(candidates):
+        total, *_ = (info_nce_sum_plainly if plain else info_nce_sum)(*where, impl, learns(scale))
         return total if reduction == "sum" else total / count_active(positives)
     loss, *_ = (info_nce_plainly if plain else info_nce_op)(*where, impl, learns(anchors, scale), False)
     return reduce(loss, positives, reduction)

@@ -12,7 +12,8 @@ r_ij = <q_i, k_j> the raw score, s_ij = scale * r_ij. Candidate j is a negative 
 `forward` is attention with V = K: lse and O in one pass (4 NMD), scores only (2 NMD) when no gradient is wanted.
 `backward_candidates` has the same shape with the roles swapped (4 NMD). Neither uses atomics: deterministic.
 Above `tiles.one_pass_max_d` features a [rows, D] accumulator no longer fits: chunks of rows go through matrix products
-and one Triton kernel makes the exponentials in between; scores alone take features in steps. Memory: O (N, D) fp32, of
+and one Triton kernel makes the exponentials in between (4 NMD, then 4; 6 in all where the losses are summed, as dk is
+then made from the same P); scores alone take features in steps. Memory: O (N, D) fp32, of
 each piece where the candidates are split (dk (M, D) alike); above that also one chunk x M of scores in fp32 and, of
 16-bit inputs, once more in 16 bits. Copied are inputs that tiles cannot read as they lie (`Launch.rows`), the
 candidates' ids, and for dk, where positives are indices, the anchors, without what ignored rows hold. dk also takes two
@@ -571,6 +572,7 @@ def forward(
     *,
     need_rank: bool = True,
     elsewhere: bool = False,
+    pulls: Tensor | None = None,
     input_precision: str | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -579,19 +581,23 @@ def forward(
     anchors (N, D), candidates (M, D): one dtype, any strides (copied where tiles cannot read them as they lie).
     positives: (N,) int64, -1 ignored, or (N, D) vectors.
     scale (1,). Rank and O are empty (0,) when not needed. elsewhere: an index of M stands for a positive that is not
-    among these candidates; its score reads 0. input_precision: "tf32", "tf32x3" or "ieee" for float32
-    tiles (default: `launching.default_precision`; chunks multiply as torch is told to). splits: pieces of the
-    candidates (default: as the device needs).
+    among these candidates; its score reads 0. pulls: in the chunked schedule, the candidates' gradient of the sum of
+    losses is added here, (M, D) in the type of O. input_precision: "tf32", "tf32x3" or "ieee" for float32 tiles
+    (default: `launching.default_precision`; chunks multiply as torch is told to). splits: pieces of the candidates
+    (default: as the device needs).
     """
     n, d = anchors.shape
     m = len(candidates)
     indexed = not positives.is_floating_point()
     if d % 16:
+        wide = None if pulls is None else sixteens(pulls)
         *found, expectation = forward(
             sixteens(anchors), sixteens(candidates), positives if indexed else sixteens(positives), scale, anchor_ids,
-            candidate_ids, need_expectation, need_rank=need_rank, elsewhere=elsewhere,
+            candidate_ids, need_expectation, need_rank=need_rank, elsewhere=elsewhere, pulls=wide,
             input_precision=input_precision, splits=splits,
         )  # fmt: skip
+        if wide is not None:
+            pulls.copy_(wide[:, :d])
         return *found, expectation[:, :d].contiguous() if need_expectation else expectation
     launch = Launch("info_nce", anchors, input_precision)
     acc = launch.accumulator
@@ -648,6 +654,15 @@ def forward(
             )  # fmt: skip
             with launch.range("expectation"):
                 expectation[part] = launch.product(probabilities, candidates)
+            if pulls is None:
+                continue
+            with launch.range("gradient"):
+                pull = (anchors[part] * (-torch.expm1(-loss[part]) * scale)[:, None]).to(anchors.dtype)
+                if indexed:
+                    active = rows[part, None] >= 0  # what an ignored row holds reaches nobody
+                    pull = pull.where(active, 0.0)
+                    probabilities.scatter_(1, rows[part, None].clamp(0, m - 1), -1.0)
+                pulls.add_(launch.product(probabilities.t(), pull))
         return loss, lse, positive, rank, expectation
 
     op = "forward" if need_expectation else "scores" if one_pass else "streamed"

@@ -432,7 +432,7 @@ def test_opcheck(vectors, unpoisoned):
     ids = tuple(tags.values())
     torch.library.opcheck(ops.info_nce_op, (q, k, positives, scale, *ids, "chunked", True, True))
     torch.library.opcheck(ops.info_nce_op, (q, k, positives, scale, None, None, "chunked", True, False))
-    torch.library.opcheck(ops.info_nce_sum, (q, k, positives, scale, *ids, True))
+    torch.library.opcheck(ops.info_nce_sum, (q, k, positives, scale, *ids, "chunked", True))
 
 
 def test_gradients_lie_as_their_fakes_say(unpoisoned):

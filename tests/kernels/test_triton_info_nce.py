@@ -29,7 +29,7 @@ from cpc_kernels import (
 )
 from cpc_kernels.arguments import own_vectors
 from cpc_kernels.bilinear_info_nce import bilinear_info_nce_stats, fused_op
-from cpc_kernels.info_nce import info_nce_op
+from cpc_kernels.info_nce import info_nce_op, info_nce_sum
 
 # the interpreter computes with numpy, which warns where a GPU is silent
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -473,6 +473,39 @@ def test_opcheck(unpoisoned):
     q, k = q.clone().requires_grad_(), k.clone().requires_grad_()
     scale = torch.ones(1, device=DEVICE, requires_grad=True)
     torch.library.opcheck(info_nce_op, (q, k, p, scale, a, c, "triton", True, False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("ids", [False, True])
+def test_the_gradient_of_a_sum_is_made_in_forward(dtype, vectors, ids, monkeypatch):
+    """Where P lies in memory, which saves a product."""
+    monkeypatch.setattr(tiles, "CHUNK_ELEMENTS", 16 * 45)  # three chunks of rows
+    d = 520 if dtype == torch.bfloat16 else 67
+    q, k, p, s, a, c = problem(d=d, dtype=dtype, vectors=vectors, ids=ids, scale=3.0)
+    if not vectors:
+        q[p < 0] = torch.nan  # reaches nobody
+    found = {}
+    for impl in ("triton", "naive", "truth"):
+        cast = torch.float64 if impl == "truth" else dtype
+        leaves = [t.detach().to(cast, copy=True).requires_grad_() for t in (q, k, *([p] if vectors else []))]
+        leaves.append(s.detach().clone().to(torch.float64 if impl == "truth" else s.dtype).requires_grad_())
+        how = {"scale": leaves[-1], "anchor_ids": a, "candidate_ids": c}
+        own = leaves[2] if vectors else p
+        loss = info_nce(*leaves[:2], own, impl="triton" if impl == "triton" else "reference", **how)
+        with monkeypatch.context() as patch:
+            patch.setattr(triton_info_nce, "backward_candidates", None)  # is not asked
+            found[impl] = (loss.detach(), *torch.autograd.grad(loss, leaves, torch.full_like(loss, 3)))
+    for name, *results in zip(("loss", "dq", "dk", "dv or dscale", "dscale"), *found.values(), strict=False):
+        actual, naive, truth = results
+        assert_as_good_as_naive(actual=actual, naive=naive, truth=truth, name=name, dtype=dtype)
+
+
+def test_opcheck_of_the_sum(unpoisoned):
+    q, k, p, _, a, c = problem(n=3, m=4, d=68, ids=True)
+    q, k = q.clone().requires_grad_(), k.clone().requires_grad_()
+    scale = torch.ones(1, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(info_nce_sum, (q, k, p, scale, a, c, "triton", True))
 
 
 @pytest.mark.parametrize("who", ["anchors", "candidates", "scale"])
