@@ -13,11 +13,11 @@ r_ij = <q_i, k_j> the raw score, s_ij = scale * r_ij. Candidate j is a negative 
 `backward_candidates` has the same shape with the roles swapped (4 NMD). Neither uses atomics: deterministic.
 Above `tiles.one_pass_max_d` features a [rows, D] accumulator no longer fits: chunks of rows go through matrix products
 and one Triton kernel makes the exponentials in between (4 NMD, then 4; 6 in all where the losses are summed, as dk is
-then made from the same P); scores alone take features in steps. Memory: O (N, D) fp32, of
-each piece where the candidates are split (dk (M, D) alike); above that also one chunk x M of scores in fp32 and, of
-16-bit inputs, once more in 16 bits. Copied are inputs that tiles cannot read as they lie (`Launch.rows`), the
-candidates' ids, and for dk, where positives are indices, the anchors, without what ignored rows hold. dk also takes two
-numbers for each anchor, and its id.
+then made from the same P); scores alone take features in steps. Memory: O (N, D) fp32, of each piece where the
+candidates are split (dk (M, D) alike); above that also one chunk x M of scores in fp32 and, of 16-bit inputs, once more
+in 16 bits. Copied are inputs that tiles cannot read as they lie (`Launch.rows`), the candidates' ids, and for dk, where
+positives are indices, the anchors, without what ignored rows hold. dk also takes two numbers for each anchor, and its
+id.
 
 How the accuracy is kept. The positive never enters the sum, and is never subtracted from one. The gap is formed from
 raw scores, log2(sum) - fma(r_p, c, -m), and so does not see how large the scores are. The positive's score is the

@@ -1,10 +1,12 @@
 """Cases say what they cost; providers are judged before they are timed; slopes and ratios are counted right."""
 
+import time
+
 import pytest
 import torch
 
 import cpc_kernels
-from benchmarks import cases, measure, providers
+from benchmarks import cases, end_to_end, measure, providers
 from benchmarks.cases import Case
 
 CPU = torch.device("cpu")
@@ -50,6 +52,24 @@ def test_every_kind_of_case_is_judged_and_timed():
         assert len(timed) >= 3
         assert timed[0]["ours"]
         assert timed[0]["ratio"] == 1
+
+
+def test_a_step_of_the_model_is_timed_with_its_host(monkeypatch):
+    monkeypatch.setattr(measure.Clock, "__call__", None)  # which on a GPU begins once the host has run ahead
+    contest = end_to_end.Contest("", CPU, {"ours": lambda: time.sleep(0.01), "plain": lambda: None}, 1, {}, 0.0)
+    contest.run(1)
+    assert contest.samples["ours"][0] >= 10
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # of torch, which goes on using it
+def test_one_lane_of_a_race_does_not_forget_what_another_compiled(monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: forgotten.append(True))
+    for lane in (torch.add, torch.mul):
+        providers.compiled(lane)
+    assert not forgotten
+    measure.Race(cases.find("CPC, S 16, D 256").tiny(), CPU, 0.05, memory=False, only=lambda provider: False)
+    assert len(forgotten) == 1
 
 
 def test_rows_and_columns():

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from samples import TINY_CONFIG, texture
 
+from cpc_fast import train as module
 from cpc_fast.bank import bank_losses
 from cpc_fast.config import PRESETS, Config, preset
 from cpc_fast.contexts import DIRECTIONS, ContextNet
@@ -19,7 +20,7 @@ from cpc_fast.model import CPC
 from cpc_fast.patches import extract_patches, grid_shape, jittered, patch_places, patch_starts
 from cpc_fast.predictions import Predictions, Predictor, geometry
 from cpc_fast.scoring import Scorer, patch_medians
-from cpc_fast.train import convolutions, guessing, make_batch
+from cpc_fast.train import average_weights, convolutions, guessing, make_batch
 from cpc_kernels import Negatives, draw_negatives, reference
 
 SMALL = Config(width=8, stem=4, patch_size=16, patch_stride=8, steps=2)
@@ -472,3 +473,24 @@ def test_float32_is_float32_in_the_convolutions_of_a_gpu(device, precision, insi
         assert conv.fp32_precision == inside
     assert conv.fp32_precision == "tf32"
     assert torch.backends.cudnn.allow_tf32  # which torch refuses to read where the two disagree
+
+
+def test_weights_are_copied_for_their_mean_once(monkeypatch):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9)
+    weight.sum().backward()
+    optimizer.step()
+    average_weights(optimizer, 0.5, 0)
+    monkeypatch.setattr(torch.Tensor, "clone", None)
+    optimizer.step()
+    average_weights(optimizer, 0.5, 100)
+    assert torch.equal(optimizer.state[weight]["average"], torch.tensor([-0.95] * 3))  # of 0 and -1.9
+
+
+def test_backward_has_the_precision_of_forward(monkeypatch):
+    asked, enter = [], module.convolutions
+    monkeypatch.setattr(module, "convolutions", lambda *how: asked.append(how) or enter(*how))
+    config = TINY_CONFIG.replace(precision="float32", epochs=1)
+    model, images = CPC(config), [texture(seed) for seed in range(4)]
+    module.train(model, images, config, optimizer=module.make_optimizer(model, config))
+    assert asked == [(torch.device("cpu"), "float32")] * 2

@@ -10,6 +10,7 @@ from cpc_kernels.capabilities import CPP, device_name, load_library
 
 capabilities = sys.modules["cpc_kernels.capabilities"]  # the function of that name hides it
 CPU = torch.device("cpu")
+needs_cpp = pytest.mark.skipif(not CPP.available, reason=CPP.reason)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def test_a_cpu_is_named_with_its_instructions_and_threads(monkeypatch):
     assert device_name(CPU).endswith(f", {threads} thread" + "s" * (threads > 1))
 
 
-@pytest.mark.skipif(not CPP.available, reason="the C++ library is not built")
+@needs_cpp
 def test_a_library_on_one_thread_runs_and_has_its_cost(monkeypatch):
     monkeypatch.setattr(torch.ops.cpc_kernels_cpu, "threaded", lambda: False)
     found = load_library()
@@ -39,16 +40,17 @@ def test_a_library_on_one_thread_runs_and_has_its_cost(monkeypatch):
     assert "one core" in found.cost
 
 
-@pytest.mark.skipif(not CPP.available, reason="the C++ library is not built")
+@needs_cpp
 def test_a_library_of_other_sources_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.ops.cpc_kernels_cpu, "interface", lambda: capabilities.INTERFACE + 1)
+    ours = capabilities.INTERFACE
+    monkeypatch.setattr(torch.ops.cpc_kernels_cpu, "interface", lambda: ours + 1)
     found = load_library()
     assert not found.available
-    assert "from other sources than these (interface 2, not 1); install again" in found.reason
+    assert f"from other sources than these (interface {ours + 1}, not {ours}); install again" in found.reason
     assert found.cost
 
 
-@pytest.mark.skipif(not CPP.available, reason="the C++ library is not built")
+@needs_cpp
 def test_a_library_of_another_python_hides_none(monkeypatch, tmp_path):
     name, loaded = CPP.reason.split(",")[0], []
     (tmp_path / name).touch()

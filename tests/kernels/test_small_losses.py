@@ -46,7 +46,7 @@ def wrong(ours, true):
 
 
 def judge(impl, margin, size, dtype, limit):
-    """Loss and dq of one row of the table; the products are of bf16 numbers, in `dtype`."""
+    """Loss, dq and dk of one row of the table; the products are of bf16 numbers, in `dtype`."""
     q, k, p = problem(margin)
     true_loss, true, true_dk = exact(q, k, p)
     assert size / 3 < float(true_loss.median()) < size * 3, float(true_loss.median())
@@ -57,7 +57,8 @@ def judge(impl, margin, size, dtype, limit):
     dk = backward_block(impl, w, lse, q.to(dtype), k.to(dtype), p, scale, None, None)
     assert wrong(loss, true_loss) < 2e-5
     assert wrong(dq, true) < limit
-    assert wrong(dk, true_dk) < 8 * limit, wrong(dk, true_dk)
+    # w P is rounded to bf16 where P is, and dk with it
+    assert wrong(dk, true_dk) < (limit if limit == LIMIT else limit + 2**-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
